@@ -1,0 +1,51 @@
+// Building blocks of the CPU code: number formats, multiversioned row loops, dynamic scheduling.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+
+#include "torch_glue.h"
+
+// A build on the user's own machine has its full instruction set (-march=native, DHCL_NATIVE). What
+// a wheel carries must run anywhere, so its hot loops exist in several versions and the loader
+// picks. All are built with -ffp-contract=off: the versions differ in speed, never in bits.
+#if !defined(DHCL_NATIVE) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DHCL_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
+#else
+#define DHCL_CLONES
+#endif
+
+namespace dhcl {
+
+// Runs body(task) for every task in [0, tasks) on torch's threads; a thread that is done takes the
+// next block of tasks, so that tasks of uneven size keep all threads busy. The first exception is
+// thrown again here, since none may cross torch's C interface.
+template <typename Body>
+void parallel_tasks(int64_t tasks, int64_t block, const Body& body) {
+  if (tasks <= 0) return;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  const auto work = [&](int64_t, int64_t) {
+    try {
+      for (int64_t begin; (begin = next.fetch_add(block)) < tasks;)
+        for (int64_t task = begin; task < std::min(begin + block, tasks); ++task) body(task);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+      next = tasks;
+    }
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads <= 1 || tasks <= block) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace dhcl

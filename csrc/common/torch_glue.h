@@ -1,0 +1,69 @@
+// The only file that knows LibTorch's stable ABI by name: tensors in and out of plain pointers,
+// the device guard, the current stream, and checks worded like the Python side's.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#ifdef DHCL_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#endif
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+namespace dhcl {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raises RuntimeError with the message alone; STD_TORCH_CHECK would put a source line before it.
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank) {
+  check(t.dim() == rank, op, ": ", name, " must be ", rank, "-D (got ", t.dim(), "-D)");
+}
+
+inline void check_int64(const char* op, const char* name, const Tensor& t) {
+  check(t.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  check(t.is_contiguous(), op, ": ", name, " is changed in place and must be contiguous");
+}
+
+inline const int64_t* int64_data(const Tensor& t) { return t.const_data_ptr<int64_t>(); }
+
+#ifdef DHCL_CUDA
+// Makes the tensor's device current for the scope and holds PyTorch's current stream on it.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+  // Call after a launch; raises what the launch itself reported, without synchronising.
+  void check_launch() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+#endif
+
+}  // namespace dhcl

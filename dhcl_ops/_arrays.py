@@ -1,0 +1,104 @@
+"""NumPy and CuPy arrays in, arrays of the same kind out, without copies where the device allows."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _is_cupy(value: object) -> bool:
+    # CuPy is optional: an array of it can only exist if someone imported it.
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def is_array(value: object) -> bool:
+    """Whether the value is a NumPy or CuPy array."""
+    return isinstance(value, np.ndarray) or _is_cupy(value)
+
+
+def to_tensor(op: str, name: str, array: Any, *, mutated: bool = False) -> torch.Tensor:
+    """View an array as a tensor; an array that is to be changed in place is never copied."""
+    if _is_cupy(array):
+        return torch.utils.dlpack.from_dlpack(array)
+    if mutated and not array.flags.writeable:
+        raise ValueError(
+            f"{op}: {name} is changed in place and must be writable (got a read-only array)"
+        )
+    if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
+        if mutated:
+            raise ValueError(
+                f"{op}: {name} is changed in place and must be contiguous "
+                f"(got strides {array.strides})"
+            )
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise TypeError(f"{op}: {name} has an unsupported dtype (got {array.dtype})") from error
+
+
+def _to_kind(value: Any, kind: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        if kind == "numpy":
+            return value.numpy(force=True)
+        return sys.modules["cupy"].from_dlpack(value)
+    if isinstance(value, tuple):
+        converted = [_to_kind(v, kind) for v in value]
+        return type(value)(*converted) if hasattr(value, "_fields") else tuple(converted)
+    return value
+
+
+def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Let a function's named tensor arguments be arrays too.
+
+    The first named argument decides the kind of the answer: tensors answer in tensors, NumPy in
+    NumPy, CuPy in CuPy. The other arrays join it on its device. Arguments in ``mutates`` are
+    shared, never copied, and are themselves what the function returns in their place.
+    """
+
+    def decorate(function: F) -> F:
+        op = function.__name__
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not (
+                any(map(is_array, args)) or any(map(is_array, kwargs.values()))
+            ):
+                return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
+            lead = given.get(names[0])
+            tensors = {
+                name: to_tensor(op, name, given[name], mutated=name in mutates)
+                if is_array(given[name])
+                else given[name]
+                for name in names
+                if name in given
+            }
+            first = tensors.get(names[0])
+            if isinstance(first, torch.Tensor):
+                for name, value in tensors.items():
+                    if is_array(given[name]) and name not in mutates:
+                        tensors[name] = value.to(first.device)
+            given.update(tensors)
+            result = function(*bound.args, **bound.kwargs)
+            if result is first and names[0] in mutates:
+                return lead
+            if not is_array(lead):
+                return result
+            return _to_kind(result, "cupy" if _is_cupy(lead) else "numpy")
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate

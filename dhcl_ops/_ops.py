@@ -1,0 +1,102 @@
+"""How an op is declared: schema, reference, fake and autograd in Python, kernels from the library.
+
+An op exists and is right before anything is compiled: its PyTorch reference is registered for every
+device. Loading the compiled library overrides the CPU and CUDA keys. The first call of any op lands
+in the reference's wrapper, which loads the library and calls the op again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dhcl_ops import _library
+
+LIBRARY = torch.library.Library("dhcl", "DEF")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A declared op: its name, family (the stem of its files), reference and sample arguments.
+
+    ``sample(device)`` returns arguments for one small call; the doctor's self-check and the tests
+    use it. ``cuda_library`` says what runs on CUDA where that is torch's own code rather than ours.
+    """
+
+    name: str
+    family: str
+    reference: Callable[..., Any]
+    sample: Callable[[torch.device], tuple[Any, ...]]
+    cuda_library: str = ""
+
+    @property
+    def overload(self) -> Any:
+        """The callable ``torch.ops.dhcl.<name>.default``."""
+        return getattr(torch.ops.dhcl, self.name).default
+
+    def compiled(self, device_type: str) -> bool:
+        """Whether a compiled kernel is registered for ``"cpu"`` or ``"cuda"``."""
+        key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        return bool(has_kernel(f"dhcl::{self.name}", key))
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(
+    schema: str,
+    *,
+    family: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    sample: Callable[[torch.device], tuple[Any, ...]],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    cuda_library: str = "",
+) -> Any:
+    """Declare ``dhcl::<schema>`` and return its callable overload."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    op = Op(name, family, reference, sample, cuda_library)
+    OPS[name] = op
+
+    def kernel(*args: Any) -> Any:
+        if _library.load_once():
+            return op.overload(*args)
+        return reference(*args)
+
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dhcl::{name}", fake)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"dhcl::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
+    _bump_versions(op)
+    return op.overload
+
+
+def _bump_versions(op: Op) -> None:
+    """Make an in-place op count as one for autograd.
+
+    A raw kernel writes through a pointer, and autograd would not notice that a tensor saved for
+    backward has changed; with the version counter moved, backward raises instead of lying.
+    """
+    arguments = op.overload._schema.arguments
+    mutated = [
+        i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+    if not mutated:
+        return
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def adinplaceorview(keyset: Any, *args: Any) -> Any:
+        for i in mutated:
+            if i < len(args) and args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
+        return op.overload.redispatch(keyset & below, *args)
+
+    LIBRARY.impl(op.name, adinplaceorview, "ADInplaceOrView", with_keyset=True)

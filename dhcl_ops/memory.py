@@ -1,0 +1,611 @@
+"""The memory bank: one feature per training image, and a prototype per class.
+
+Mathematics: method.md in docs, sections "Bank" and "Prototypes". The update is that of SpCL
+(Ge et al., NeurIPS 2020): rows move towards new features and are normalised again, one occurrence
+after another in batch order.
+
+Two orders of summation are part of the contract, so that the reference below, the C++ code and the
+CUDA kernels give the same bits in fp32; ``csrc/memory.h`` states them, :func:`_norms` and
+:func:`_segment_means` are their PyTorch form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dhcl_ops import _arrays, _checks
+from dhcl_ops._ops import define
+
+__all__ = ["MemoryBank", "momentum_update_", "prototypes"]
+
+# As in csrc/memory.h.
+_NORM_COLUMNS = 128
+_RUN_LENGTH = 256
+_MEAN_EPS = 1e-12
+
+_BANK_FLOATS = _checks.FLOATS
+_MEAN_FLOATS = (*_checks.FLOATS, torch.float64)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """Euclidean norms (n, 1) of rows (n, d), in the fixed order of summation."""
+    squares = rows * rows
+    missing = -squares.shape[1] % _NORM_COLUMNS
+    squares = nn.functional.pad(squares, (0, missing))
+    columns = squares.new_zeros(len(squares), _NORM_COLUMNS)
+    for block in squares.split(_NORM_COLUMNS, dim=1):
+        columns = columns + block
+    while columns.shape[1] > 1:
+        half = columns.shape[1] // 2
+        columns = columns[:, :half] + columns[:, half:]
+    return columns.sqrt()
+
+
+# ---- momentum update ----------------------------------------------------------------------------
+
+
+def _momentum_update_reference(
+    bank: torch.Tensor,
+    features: torch.Tensor,
+    indices: torch.Tensor,
+    momentum: float,
+    eps: float,
+    skipped: torch.Tensor | None,
+) -> None:
+    _checks.indices_in_range("momentum_update_", "indices", indices, len(bank))
+    if indices.numel() == 0 or bank.shape[1] == 0:
+        return
+    # Occurrences of one row must follow each other, different rows need not: all first occurrences
+    # are done at once, then all second ones, and so on.
+    ordered, order = torch.sort(indices, stable=True)
+    position = torch.arange(len(ordered), device=ordered.device)
+    start = torch.searchsorted(ordered, ordered)
+    occurrence = position - start
+    for turn in range(int(occurrence.max()) + 1):
+        chosen = order[occurrence == turn]
+        rows = indices[chosen]
+        old = bank[rows]
+        mixed = momentum * old.float() + (1.0 - momentum) * features[chosen].float()
+        norm = _norms(mixed)
+        divisor = norm.clamp(min=eps)
+        usable = norm.isfinite() & (divisor > 0)
+        bank[rows] = torch.where(usable, (mixed / divisor).to(bank.dtype), old)
+        if skipped is not None:
+            skipped += (~usable).sum()
+
+
+def _momentum_update_sample(device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    bank = nn.functional.normalize(torch.randn(6, 40, generator=generator)).to(device)
+    features = torch.randn(5, 40, generator=generator).to(device)
+    indices = torch.tensor([4, 1, 4, 0, 4], device=device)
+    return bank, features, indices, 0.2, 0.0, torch.zeros(1, dtype=torch.int64, device=device)
+
+
+_momentum_update = define(
+    "momentum_update_(Tensor(a!) bank, Tensor features, Tensor indices, float momentum, "
+    "float eps, Tensor(b!)? skipped) -> ()",
+    family="memory",
+    reference=_momentum_update_reference,
+    fake=lambda bank, features, indices, momentum, eps, skipped: None,
+    sample=_momentum_update_sample,
+)
+
+
+@_arrays.takes_arrays("bank", "features", "indices", "skipped", mutates=("bank", "skipped"))
+def momentum_update_(
+    bank: torch.Tensor,
+    features: torch.Tensor,
+    indices: torch.Tensor,
+    momentum: float,
+    *,
+    eps: float = 0.0,
+    skipped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Move rows of the bank towards new features, in place, and normalise them.
+
+    For each batch position in order, ``v = momentum * bank[i] + (1 - momentum) * f`` and
+    ``bank[i] = v / max(|v|, eps)``: the update of SpCL's hybrid memory (Ge et al. 2020), where a
+    row that occurs several times is updated several times. Arithmetic is fp32 whatever the dtypes;
+    a 16-bit bank is rounded after each occurrence, so splitting a batch in two changes nothing.
+
+    An occurrence whose ``v`` has a norm of zero (with ``eps=0``) or a norm that is not finite,
+    such as one with a NaN feature, leaves its row as it is; pass ``skipped`` to count them.
+
+    Args:
+        bank: (N, d) float32, float16 or bfloat16, contiguous. Changed in place. A NumPy or CuPy
+            array is changed in place too.
+        features: (B, d) new features, any of these dtypes; no gradient flows through.
+        indices: (B,) int64, the bank row of each feature, in [0, N).
+        momentum: share of the old row, in [0, 1]. SpCL uses 0.2.
+        eps: lower bound of the divisor, >= 0.
+        skipped: (1,) int64, increased by the number of occurrences left out.
+
+    Returns:
+        The bank.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range.
+        IndexError: an index outside [0, N), on the CPU, before anything is changed. On CUDA nothing
+            waits for the device, so the kernel reports it as a device-side assert, like PyTorch's
+            own indexing.
+    """
+    op = "momentum_update_"
+    for name, value in (("bank", bank), ("features", features), ("indices", indices)):
+        _checks.tensor(op, name, value)
+    _checks.rank(op, "bank", bank, 2)
+    _checks.dtype(op, "bank", bank, _BANK_FLOATS)
+    _checks.dtype(op, "features", features, _BANK_FLOATS)
+    _checks.dtype(op, "indices", indices, (torch.int64,))
+    _checks.rank(op, "indices", indices, 1)
+    wanted = (indices.shape[0], bank.shape[1])
+    _checks.shape(op, "features", features, wanted, "one row of the bank's width per index")
+    _checks.same_device(op, bank=bank, features=features, indices=indices)
+    if not bank.is_contiguous():
+        raise ValueError(
+            f"{op}: bank is changed in place and must be contiguous (got strides {bank.stride()})"
+        )
+    if bank.requires_grad:
+        raise ValueError(f"{op}: bank is changed in place and must not require a gradient")
+    if skipped is not None:
+        _checks.tensor(op, "skipped", skipped)
+        _checks.dtype(op, "skipped", skipped, (torch.int64,))
+        _checks.shape(op, "skipped", skipped, (1,), "one counter")
+        _checks.same_device(op, bank=bank, skipped=skipped)
+    momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
+    eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
+    features = features.detach()
+    if not torch.compiler.is_compiling():
+        _checks.indices_in_range(op, "indices", indices, bank.shape[0])
+        if features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
+            # A view of the bank would change while it is read.
+            features = features.clone()
+    _momentum_update(bank, features, indices, momentum, eps, skipped)
+    return bank
+
+
+# ---- class means --------------------------------------------------------------------------------
+
+
+def _class_csr_reference(
+    labels: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    ordered, members = torch.sort(keys, stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(num_classes + 1, device=labels.device))
+    return members, offsets
+
+
+_class_csr = define(
+    "class_csr(Tensor labels, int num_classes) -> (Tensor, Tensor)",
+    family="memory",
+    reference=_class_csr_reference,
+    fake=lambda labels, num_classes: (
+        torch.empty_like(labels),
+        labels.new_empty(num_classes + 1),
+    ),
+    sample=lambda device: (torch.tensor([1, -1, 0, 1, 3, 1], device=device), 4),
+    cuda_library="torch.sort",
+)
+
+
+def _segment_means(
+    rows: torch.Tensor,
+    members: torch.Tensor,
+    offsets: torch.Tensor,
+    classes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Means (L, d) of the listed classes' rows, in the fixed order of summation."""
+    if classes is None:
+        start, end = offsets[:-1], offsets[1:]
+    else:
+        start, end = offsets[classes], offsets[classes + 1]
+    counts = end - start
+    dtype = _accumulator(rows.dtype)
+    total = torch.zeros(len(counts), rows.shape[1], dtype=dtype, device=rows.device)
+    longest = int(counts.max()) if len(counts) else 0
+    for run in range(0, longest, _RUN_LENGTH):
+        part = torch.zeros_like(total)
+        for rank in range(run, min(run + _RUN_LENGTH, longest)):
+            live = (counts > rank).nonzero().squeeze(1)
+            part[live] = part[live] + rows[members[start[live] + rank]].to(dtype)
+        total = total + part
+    means = total / counts.clamp(min=1).to(dtype).unsqueeze(1)
+    return means.to(rows.dtype)
+
+
+def _normalized(means: torch.Tensor) -> torch.Tensor:
+    wide = means.to(_accumulator(means.dtype))
+    return (wide / _norms(wide).clamp(min=_MEAN_EPS)).to(means.dtype)
+
+
+def _update_segment_mean_reference(
+    means: torch.Tensor,
+    rows: torch.Tensor,
+    members: torch.Tensor,
+    offsets: torch.Tensor,
+    classes: torch.Tensor,
+    normalize: bool,
+) -> None:
+    _checks.indices_in_range("update_segment_mean_", "classes", classes, len(means))
+    if classes.numel() == 0 or means.shape[1] == 0:
+        return
+    touched = classes.unique()
+    fresh = _segment_means(rows, members, offsets, touched)
+    means[touched] = _normalized(fresh) if normalize else fresh
+
+
+def _segment_mean_backward_reference(
+    grad: torch.Tensor, members: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    counts = offsets.diff().clamp(min=1).to(_accumulator(grad.dtype)).unsqueeze(1)
+    shares = (grad.to(counts.dtype) / counts).to(grad.dtype)
+    # One more row, of zeros, for what belongs to no class.
+    shares = torch.cat([shares, shares.new_zeros(1, shares.shape[1])])
+    position = torch.arange(len(members), device=members.device)
+    class_of_position = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
+    out = grad.new_empty(len(members), grad.shape[1])
+    out[members] = shares[class_of_position]
+    return out
+
+
+def _segments_sample(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 40, generator=generator).to(device)
+    members, offsets = _class_csr_reference(torch.tensor([1, -1, 0, 1, 3, 1], device=device), 4)
+    return rows, members, offsets
+
+
+def _save_segments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, members, offsets = inputs
+    ctx.save_for_backward(members, offsets)
+
+
+_segment_mean: Any = define(
+    "segment_mean(Tensor rows, Tensor members, Tensor offsets) -> Tensor",
+    family="memory",
+    reference=_segment_means,
+    fake=lambda rows, members, offsets: rows.new_empty(offsets.shape[0] - 1, rows.shape[1]),
+    sample=_segments_sample,
+    setup_context=_save_segments,
+    backward=lambda ctx, grad: (_segment_mean_backward(grad, *ctx.saved_tensors), None, None),
+)
+
+# Linear in its first argument, so its own backward is the mean again and double backward is right.
+_segment_mean_backward: Any = define(
+    "segment_mean_backward(Tensor grad, Tensor members, Tensor offsets) -> Tensor",
+    family="memory",
+    reference=_segment_mean_backward_reference,
+    fake=lambda grad, members, offsets: grad.new_empty(members.shape[0], grad.shape[1]),
+    sample=lambda device: (
+        _segments_sample(device)[0][:4],
+        *_segments_sample(device)[1:],
+    ),
+    setup_context=_save_segments,
+    backward=lambda ctx, grad: (_segment_mean(grad, *ctx.saved_tensors), None, None),
+)
+
+_update_segment_mean: Any = define(
+    "update_segment_mean_(Tensor(a!) means, Tensor rows, Tensor members, Tensor offsets, "
+    "Tensor classes, bool normalize) -> ()",
+    family="memory",
+    reference=_update_segment_mean_reference,
+    fake=lambda means, rows, members, offsets, classes, normalize: None,
+    sample=lambda device: (
+        torch.zeros(4, 40, device=device),
+        *_segments_sample(device),
+        torch.tensor([3, 1, 1, 2], device=device),
+        True,
+    ),
+)
+
+
+def _count_classes(op: str, labels: torch.Tensor, num_classes: int | None) -> int:
+    """Check labels against [-1, num_classes) and return the number of classes."""
+    if num_classes is None:
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{op}: pass num_classes under torch.compile (got None)")
+        num_classes = int(labels.max()) + 1 if labels.numel() else 0
+        num_classes = max(num_classes, 0)
+    elif isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
+        raise TypeError(f"{op}: num_classes must be an integer (got {type(num_classes).__name__})")
+    elif num_classes < 0:
+        raise ValueError(f"{op}: num_classes must be >= 0 (got {num_classes})")
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return num_classes
+    wrong = (labels < -1) | (labels >= num_classes)
+    if labels.is_cuda:
+        torch._assert_async(~wrong.any(), f"{op}: labels must be in [-1, {num_classes})")
+    elif bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{op}: labels must be in [-1, {num_classes}) (got {int(labels[row])} at row {row})"
+        )
+    return num_classes
+
+
+@_arrays.takes_arrays("bank", "labels")
+def prototypes(
+    bank: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int | None = None,
+    *,
+    normalize: bool = False,
+) -> torch.Tensor:
+    """Mean of the bank rows of each class.
+
+    ``out[k]`` is the mean of ``bank[i]`` over all ``i`` with ``labels[i] == k``, as in SpCL (Ge et
+    al. 2020), where it is not normalised again. Sums are fp32 (fp64 for a float64 bank) in a fixed
+    order: the same bits every time, for any number of threads, on the CPU and on CUDA.
+
+    Args:
+        bank: (N, d) float32, float16, bfloat16 or float64.
+        labels: (N,) int64 class of each row in [0, K), or -1 for rows that belong to none.
+        num_classes: K. By default the largest label plus one, which on CUDA waits for the device;
+            under ``torch.compile`` it must be given.
+        normalize: divide each mean by its norm (a mean of zeros stays zero).
+
+    Returns:
+        (K, d) in the bank's dtype; zeros for a class without rows. Differentiable, also twice, with
+        respect to the bank.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape or device; a label
+            outside [-1, K). On CUDA with ``num_classes`` given, the latter is a device-side assert.
+    """
+    op = "prototypes"
+    for name, value in (("bank", bank), ("labels", labels)):
+        _checks.tensor(op, name, value)
+    _checks.rank(op, "bank", bank, 2)
+    _checks.dtype(op, "bank", bank, _MEAN_FLOATS)
+    _checks.dtype(op, "labels", labels, (torch.int64,))
+    _checks.shape(op, "labels", labels, (bank.shape[0],), "one per row of the bank")
+    _checks.same_device(op, bank=bank, labels=labels)
+    members, offsets = _class_csr(labels, _count_classes(op, labels, num_classes))
+    means: torch.Tensor = _segment_mean(bank, members, offsets)
+    if not normalize:
+        return means
+    wide = means.to(_accumulator(means.dtype))
+    return nn.functional.normalize(wide, dim=1, eps=_MEAN_EPS).to(means.dtype)
+
+
+# ---- the module ---------------------------------------------------------------------------------
+
+
+class MemoryBank(nn.Module):
+    """One feature per training image, and one prototype per class, kept current together.
+
+    Classes are the clusters ``0 .. C-1`` of :meth:`set_labels`, followed by one class for each
+    un-clustered image (label -1) in ascending image index. A prototype is the mean of its members'
+    rows; after every :meth:`update_` the prototypes of the touched classes are computed again from
+    their members, so ``bank.prototypes`` always equals ``prototypes(bank.features,
+    bank.proto_of)`` to the bit and never drifts.
+
+    All of it is in ``state_dict``: a restored bank goes on bit for bit. Nothing here takes part in
+    autograd, and :meth:`update_` does not wait for the device.
+
+    Args:
+        num_samples: N, the number of training images.
+        num_features: d, the width of a feature.
+        momentum: share of the old row in an update, in [0, 1].
+        eps: see :func:`momentum_update_`.
+        normalize_prototypes: divide prototypes by their norm. SpCL does not.
+        dtype: float32, float16 or bfloat16.
+        device: where the bank lives.
+
+    Attributes:
+        features: (N, d) the instance bank.
+        labels: (N,) int64 as last given to :meth:`set_labels`.
+        skipped: (1,) int64, how many updates were left out because their feature was not finite.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    skipped: torch.Tensor
+    _prototypes: torch.Tensor
+    _proto_of: torch.Tensor
+    _members: torch.Tensor
+    _offsets: torch.Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_features: int,
+        *,
+        momentum: float = 0.2,
+        eps: float = 0.0,
+        normalize_prototypes: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        op = "MemoryBank"
+        for name, size in (("num_samples", num_samples), ("num_features", num_features)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{op}: {name} must be a positive integer (got {size!r})")
+        if dtype not in _BANK_FLOATS:
+            raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16 (got {dtype})")
+        self.momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
+        self.eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
+        self.normalize_prototypes = bool(normalize_prototypes)
+
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        features = torch.zeros(num_samples, num_features, dtype=dtype, device=device)
+        self.register_buffer("features", features)
+        self.register_buffer("labels", integers(num_samples) - 1)
+        self.register_buffer("skipped", integers(1))
+        # Empty until set_labels; their lengths are part of the state.
+        self.register_buffer("_prototypes", features[:0].clone())
+        self.register_buffer("_proto_of", integers(0))
+        self.register_buffer("_members", integers(0), persistent=False)
+        self.register_buffer("_offsets", integers(1), persistent=False)
+        self._num_clusters = 0
+
+    @property
+    def num_clusters(self) -> int:
+        """C, the number of clusters; prototypes from C on are single images."""
+        return self._num_clusters
+
+    @property
+    def prototypes(self) -> torch.Tensor:
+        """(K, d) one row per cluster, then one per un-clustered image."""
+        self._require_labels("prototypes")
+        return self._prototypes
+
+    @property
+    def proto_of(self) -> torch.Tensor:
+        """(N,) int64, the prototype each image belongs to."""
+        self._require_labels("proto_of")
+        return self._proto_of
+
+    def _require_labels(self, what: str) -> None:
+        if self._proto_of.shape[0] == 0:
+            raise RuntimeError(f"MemoryBank.{what}: call set_labels(labels) first")
+
+    @torch.no_grad()
+    def init(self, features: torch.Tensor) -> None:
+        """Fill the bank with these features (N, d), each divided by its norm.
+
+        Raises ``ValueError`` naming the first row that is zero or not finite, and then changes
+        nothing.
+        """
+        op = "MemoryBank.init"
+        features = self._as_tensor(op, "features", features)
+        wanted = tuple(self.features.shape)
+        _checks.shape(op, "features", features, wanted, "one row per training image")
+        _checks.dtype(op, "features", features, _MEAN_FLOATS)
+        fresh = torch.zeros_like(self.features)
+        left_out = torch.zeros_like(self.skipped)
+        every_row = torch.arange(len(fresh), device=fresh.device)
+        single = features.to(torch.float32) if features.dtype == torch.float64 else features
+        _momentum_update(fresh, single.detach(), every_row, 0.0, 0.0, left_out)
+        if int(left_out):
+            # Rows that were left out are the ones still zero.
+            row = int((fresh == 0).all(dim=1).nonzero()[0])
+            raise ValueError(
+                f"{op}: every feature must be finite and not zero "
+                f"(got {int(left_out)} that are not, the first at row {row})"
+            )
+        self.features.copy_(fresh)
+        if self._proto_of.shape[0]:
+            self._refresh_all()
+
+    @torch.no_grad()
+    def set_labels(self, labels: torch.Tensor) -> None:
+        """Take new cluster labels (N,) and compute all prototypes.
+
+        Labels are integers, -1 for un-clustered images, and clusters are ``0 .. C-1`` without
+        gaps, as DBSCAN numbers them; an array is accepted. Raises ``ValueError`` otherwise,
+        changing nothing.
+        """
+        op = "MemoryBank.set_labels"
+        labels = self._as_tensor(op, "labels", labels)
+        _checks.dtype(op, "labels", labels, (torch.int64, torch.int32))
+        _checks.shape(op, "labels", labels, tuple(self.labels.shape), "one per training image")
+        labels = labels.to(torch.int64)
+        lowest, highest = (int(x) for x in torch.aminmax(labels))
+        if lowest < -1:
+            raise ValueError(f"{op}: labels must be >= -1 (got {lowest})")
+        clusters = highest + 1
+        if clusters > labels.numel():
+            raise ValueError(
+                f"{op}: clusters must be numbered without gaps "
+                f"(got label {highest} for {labels.numel()} images)"
+            )
+        sizes = torch.bincount(labels[labels >= 0], minlength=clusters)
+        if bool((sizes == 0).any()):
+            gap = int((sizes == 0).nonzero()[0])
+            raise ValueError(
+                f"{op}: clusters must be numbered without gaps (got none with label {gap}, "
+                f"and the highest is {highest})"
+            )
+        outlier = labels < 0
+        proto_of = torch.where(outlier, clusters - 1 + outlier.cumsum(0), labels)
+        self.labels.copy_(labels)
+        self._proto_of = proto_of
+        self._num_clusters = clusters
+        self._rebuild_members()
+        self._prototypes = self.features.new_zeros(
+            self._offsets.shape[0] - 1, self.features.shape[1]
+        )
+        self._refresh_all()
+
+    @torch.no_grad()
+    def update_(self, features: torch.Tensor, indices: torch.Tensor) -> None:
+        """Move the rows of these images towards new features and refresh their prototypes.
+
+        Args:
+            features: (B, d) of the batch.
+            indices: (B,) int64 image indices; repeats are applied one after another.
+        """
+        features = self._as_tensor("MemoryBank.update_", "features", features)
+        indices = self._as_tensor("MemoryBank.update_", "indices", indices)
+        momentum_update_(
+            self.features, features, indices, self.momentum, eps=self.eps, skipped=self.skipped
+        )
+        if self._proto_of.shape[0]:
+            _update_segment_mean(
+                self._prototypes,
+                self.features,
+                self._members,
+                self._offsets,
+                self._proto_of[indices],
+                self.normalize_prototypes,
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes and momentum, for ``print``."""
+        n, d = self.features.shape
+        classes = f", {self._num_clusters} clusters, {self._prototypes.shape[0]} prototypes"
+        return f"{n} x {d}, momentum={self.momentum}{classes if self._proto_of.shape[0] else ''}"
+
+    def _as_tensor(self, op: str, name: str, value: Any) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and _arrays.is_array(value):
+            return _arrays.to_tensor(op, name, value).to(self.features.device)
+        _checks.tensor(op, name, value)
+        tensor: torch.Tensor = value
+        if tensor.device != self.features.device:
+            raise ValueError(
+                f"{op}: {name} must be on the bank's device {self.features.device} "
+                f"(got {tensor.device})"
+            )
+        return tensor
+
+    def _rebuild_members(self) -> None:
+        outliers = int((self.labels < 0).sum())
+        self._members, self._offsets = _class_csr(self._proto_of, self._num_clusters + outliers)
+
+    def _refresh_all(self) -> None:
+        every_class = torch.arange(self._prototypes.shape[0], device=self._prototypes.device)
+        _update_segment_mean(
+            self._prototypes,
+            self.features,
+            self._members,
+            self._offsets,
+            every_class,
+            self.normalize_prototypes,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The number of prototypes is part of the state: make room for what is coming.
+        for name in ("_prototypes", "_proto_of"):
+            stored = state_dict.get(prefix + name)
+            if stored is not None:
+                setattr(self, name, getattr(self, name).new_empty(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self._proto_of.shape[0]:
+            self._num_clusters = int(self.labels.max()) + 1
+            self._rebuild_members()
+        else:
+            self._num_clusters = 0
