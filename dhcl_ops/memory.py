@@ -45,7 +45,8 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
     while columns.shape[1] > 1:
         half = columns.shape[1] // 2
         columns = columns[:, :half] + columns[:, half:]
-    return columns.sqrt()
+    # torch's vectorised fp32 root on the CPU is an ulp off at times; rounded from fp64 it is exact.
+    return columns.double().sqrt().to(rows.dtype)
 
 
 # ---- momentum update ----------------------------------------------------------------------------

@@ -1,0 +1,21 @@
+import os
+
+import pytest
+import torch
+
+# A GPU build machine must fail loudly rather than skip its CUDA tests.
+if os.environ.get("DHCL_REQUIRE_CUDA") and not torch.cuda.is_available():
+    raise SystemExit("DHCL_REQUIRE_CUDA is set and no GPU is visible")
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def implementation(request):
+    """Runs the test once on what the library gives and once on the PyTorch reference."""
+    return request.param

@@ -1,0 +1,211 @@
+"""csrc/memory.cu run on the host, one fiber per CUDA thread, against the PyTorch reference.
+
+Run again with DHCL_HOST_SANITIZE=1 under AddressSanitizer and UBSan by the last test here.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dhcl_ops import _build
+from tests.checks import call, same_bits
+from tests.cuda_host import build
+from tests.ops.test_memory import FLOATS, batch, unit_rows
+
+CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+
+@pytest.fixture(scope="session")
+def host():
+    folder = _build.source_dir()
+    sources = [folder / "memory.cu", build.HERE / "memory_binding.cpp"]
+    return build.load("memory_host", sources, [folder], sanitize=SANITIZE)
+
+
+@pytest.fixture(params=["shuffle:1"] if SANITIZE else ["forward", "reverse", "shuffle:1"])
+def kernels(host, request):
+    """The order in which threads and blocks run must not show."""
+    host.set_schedule(request.param)
+    yield host
+    host.set_schedule("")
+
+
+def as_array(t):
+    """A NumPy view of the tensor's memory; 16-bit floats as their bits."""
+    assert t.is_contiguous()
+    return (t.view(torch.int16) if t.element_size() == 2 else t).numpy()
+
+
+def host_update(host, bank, features, indices, momentum, eps=0.0, skipped=None):
+    host.momentum_update(
+        as_array(bank),
+        as_array(features),
+        indices.numpy(),
+        momentum,
+        1.0 - momentum,
+        eps,
+        None if skipped is None else skipped.numpy(),
+        CODE[bank.dtype],
+        CODE[features.dtype],
+    )
+    return bank
+
+
+@pytest.mark.parametrize(
+    ("n", "b", "d"),
+    [(1, 1, 1), (7, 5, 3), (5, 40, 127), (16, 9, 128), (9, 33, 130), (3, 70, 516)],
+)
+@pytest.mark.parametrize("bank_dtype", FLOATS)
+@pytest.mark.parametrize("feature_dtype", FLOATS)
+def test_momentum_update(kernels, n, b, d, bank_dtype, feature_dtype):
+    bank = unit_rows(n, d, dtype=bank_dtype)
+    features, indices = batch(n, b, d, dtype=feature_dtype)
+    if b > 3:
+        features[b // 2, d - 1] = float("nan")
+    skipped, expected_skipped = torch.zeros(2, 1, dtype=torch.int64)
+    expected = bank.clone()
+    arguments = (features, indices, 0.2, 0.0, expected_skipped)
+    call("reference", "momentum_update_", expected, *arguments)
+    got = host_update(kernels, bank.clone(), features, indices, 0.2, skipped=skipped)
+    assert same_bits(got, expected)
+    assert skipped == expected_skipped
+
+
+def test_momentum_update_across_chunks(host):
+    bank = unit_rows(6, 4)
+    features, indices = batch(6, 4100, 4)
+    expected = bank.clone()
+    call("reference", "momentum_update_", expected, features, indices, 0.9, 0.0, None)
+    assert same_bits(host_update(host, bank, features, indices, 0.9), expected)
+
+
+def test_momentum_update_on_unaligned_rows(kernels):
+    storage = unit_rows(1, 6 * 8 + 1).flatten()
+    bank = storage[1:].view(6, 8)
+    features, indices = batch(6, 9, 8)
+    expected = bank.clone()
+    call("reference", "momentum_update_", expected, features, indices, 0.2, 0.0, None)
+    assert same_bits(host_update(kernels, bank, features, indices, 0.2), expected)
+
+
+def test_momentum_update_with_eps_and_zero_rows(kernels):
+    bank = torch.zeros(2, 40)
+    features = torch.zeros(2, 40)
+    features[1] = 1e-3
+    indices = torch.tensor([0, 1])
+    for eps in (0.0, 1e-6, 5.0):
+        expected = bank.clone()
+        call("reference", "momentum_update_", expected, features, indices, 0.2, eps, None)
+        got = host_update(kernels, bank.clone(), features, indices, 0.2, eps)
+        assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 6, 2**40])
+def test_momentum_update_reports_an_index_out_of_range(host, bad):
+    features, indices = batch(6, 3, 8)
+    indices[1] = bad
+    with pytest.raises(RuntimeError, match=rf"\[0, 6\) \(got {bad} at batch position 1\)"):
+        host_update(host, unit_rows(6, 8), features, indices, 0.2)
+
+
+def test_empty_launches(host):
+    none = torch.zeros(0, dtype=torch.int64)
+    bank = unit_rows(3, 4)
+    assert same_bits(host_update(host, bank.clone(), bank[:0].clone(), none, 0.2), bank)
+    thin = torch.zeros(3, 0)
+    two = torch.tensor([0, 1])
+    host_update(host, thin, thin[:2].clone(), two, 0.2)
+    host.segment_mean(
+        np.zeros((0, 4), np.float32),
+        as_array(bank),
+        none.numpy(),
+        np.zeros(1, np.int64),
+        None,
+        False,
+        0,
+    )
+
+
+def host_means(host, rows, members, offsets, *, classes=None, normalize=False, into=None):
+    means = rows.new_full((len(offsets) - 1, rows.shape[1]), 7.0) if into is None else into
+    host.segment_mean(
+        as_array(means),
+        as_array(rows),
+        members.numpy(),
+        offsets.numpy(),
+        None if classes is None else classes.numpy(),
+        normalize,
+        CODE[rows.dtype],
+    )
+    return means
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (20, 4, 3), (30, 6, 130), (12, 3, 1032)])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_segment_mean_and_its_gradient(kernels, n, k, d, dtype):
+    rows = unit_rows(n, d, dtype=dtype)
+    labels = torch.arange(n) * 7 % (k + 2) - 1
+    lists = call("reference", "class_csr", labels, k)
+    expected = call("reference", "segment_mean", rows, *lists)
+    assert same_bits(host_means(kernels, rows, *lists), expected)
+    grad = unit_rows(k, d, seed=3, dtype=dtype)
+    got = torch.full_like(rows, 7.0)
+    members, offsets = (t.numpy() for t in lists)
+    kernels.segment_mean_backward(as_array(got), as_array(grad), members, offsets, CODE[dtype])
+    expected = call("reference", "segment_mean_backward", grad, *lists)
+    assert same_bits(got, expected)
+
+
+def test_segment_mean_of_a_class_longer_than_a_run(kernels):
+    rows = unit_rows(600, 9)
+    lists = call("reference", "class_csr", torch.zeros(600, dtype=torch.int64), 1)
+    expected = call("reference", "segment_mean", rows, *lists)
+    assert same_bits(host_means(kernels, rows, *lists), expected)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("d", [5, 132])
+def test_update_of_listed_classes(kernels, dtype, normalize, d):
+    rows = unit_rows(20, d, dtype=dtype)
+    lists = call("reference", "class_csr", torch.arange(20) % 5, 6)
+    before = unit_rows(6, d, seed=8, dtype=dtype)
+    classes = torch.tensor([4, 1, 4, 5, 1, 4])
+    expected = before.clone()
+    call("reference", "update_segment_mean_", expected, rows, *lists, classes, normalize)
+    got = host_means(
+        kernels, rows, *lists, classes=classes, normalize=normalize, into=before.clone()
+    )
+    assert same_bits(got[[0, 2, 3]], before[[0, 2, 3]])
+    assert same_bits(got, expected)
+
+
+def test_a_class_out_of_range_is_reported(host):
+    rows = unit_rows(4, 8)
+    lists = call("reference", "class_csr", torch.zeros(4, dtype=torch.int64), 1)
+    with pytest.raises(RuntimeError, match=r"classes must be in \[0, 1\) \(got 1\)"):
+        host_means(host, rows, *lists, classes=torch.tensor([0, 1]))
+
+
+@pytest.mark.skipif(SANITIZE, reason="this is the run under the sanitizers")
+def test_all_of_this_under_address_and_undefined_behaviour_sanitizers():
+    try:
+        environment = build.sanitizer_env()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**environment, "DHCL_HOST_SANITIZE": "1", "DHCL_BUILD": "off"},
+        cwd=_build.source_dir().parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
