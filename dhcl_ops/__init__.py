@@ -6,6 +6,16 @@ if need be; without a compiler the same ops run in PyTorch. ``python -m dhcl_ops
 
 from dhcl_ops._library import Status, status
 from dhcl_ops._version import __version__
+from dhcl_ops.knn import Neighbours, knn
 from dhcl_ops.memory import MemoryBank, momentum_update_, prototypes
 
-__all__ = ["MemoryBank", "Status", "__version__", "momentum_update_", "prototypes", "status"]
+__all__ = [
+    "MemoryBank",
+    "Neighbours",
+    "Status",
+    "__version__",
+    "knn",
+    "momentum_update_",
+    "prototypes",
+    "status",
+]
