@@ -17,18 +17,25 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 // ---- selection ----------------------------------------------------------------------------------
 
 // Whether any of 64 products exceeds its threshold: nearly always none does, and the answer costs
-// four vector comparisons.
+// four vector comparisons. Where one does, it is looked for in pieces of 16.
 constexpr int64_t kGroup = 64;
-DHCL_CLONES bool any_above(const float* x, float threshold) {
+constexpr int64_t kPiece = 16;
+template <int64_t kCount>
+inline bool any_above_of(const float* x, float threshold) {
   int hits = 0;
-  for (int64_t c = 0; c < kGroup; ++c) hits |= static_cast<int>(x[c] > threshold);
+  for (int64_t c = 0; c < kCount; ++c) hits |= static_cast<int>(x[c] > threshold);
   return hits != 0;
 }
-DHCL_CLONES bool any_above(const float* x, const float* thresholds) {
+template <int64_t kCount>
+inline bool any_above_of(const float* x, const float* thresholds) {
   int hits = 0;
-  for (int64_t c = 0; c < kGroup; ++c) hits |= static_cast<int>(x[c] > thresholds[c]);
+  for (int64_t c = 0; c < kCount; ++c) hits |= static_cast<int>(x[c] > thresholds[c]);
   return hits != 0;
 }
+DHCL_CLONES bool group_above(const float* x, float t) { return any_above_of<kGroup>(x, t); }
+DHCL_CLONES bool group_above(const float* x, const float* t) { return any_above_of<kGroup>(x, t); }
+DHCL_CLONES bool piece_above(const float* x, float t) { return any_above_of<kPiece>(x, t); }
+DHCL_CLONES bool piece_above(const float* x, const float* t) { return any_above_of<kPiece>(x, t); }
 
 struct Candidate {
   float value;
@@ -69,10 +76,14 @@ inline void add_candidate(const KnnSelectParams& p, int64_t row, int64_t index, 
 void select_row(const KnnSelectParams& p, int64_t r) {
   const float* x = p.tile + r * p.tile_cols;
   const int64_t row = p.row_start + r;
+  const float& threshold = p.thresholds[row];
   int64_t c = 0;
   for (; c + kGroup <= p.tile_cols; c += kGroup) {
-    if (!any_above(x + c, p.thresholds[row])) continue;
-    for (int64_t i = c; i < c + kGroup; ++i) add_candidate(p, row, p.col_start + i, x[i]);
+    if (!group_above(x + c, threshold)) continue;
+    for (int64_t piece = c; piece < c + kGroup; piece += kPiece) {
+      if (!piece_above(x + piece, threshold)) continue;
+      for (int64_t i = piece; i < piece + kPiece; ++i) add_candidate(p, row, p.col_start + i, x[i]);
+    }
   }
   for (; c < p.tile_cols; ++c) add_candidate(p, row, p.col_start + c, x[c]);
 }
@@ -81,14 +92,18 @@ void select_row(const KnnSelectParams& p, int64_t r) {
 constexpr int64_t kStrip = 4 * kGroup;
 void select_strip(const KnnSelectParams& p, int64_t first) {
   const int64_t end = std::min(first + kStrip, p.tile_cols);
+  const float* thresholds = p.thresholds + p.col_start;
   for (int64_t r = 0; r < p.tile_rows; ++r) {
     const float* x = p.tile + r * p.tile_cols;
-    const float* thresholds = p.thresholds + p.col_start;
     const int64_t index = p.row_start + r;
     int64_t c = first;
     for (; c + kGroup <= end; c += kGroup) {
-      if (!any_above(x + c, thresholds + c)) continue;
-      for (int64_t i = c; i < c + kGroup; ++i) add_candidate(p, p.col_start + i, index, x[i]);
+      if (!group_above(x + c, thresholds + c)) continue;
+      for (int64_t piece = c; piece < c + kGroup; piece += kPiece) {
+        if (!piece_above(x + piece, thresholds + piece)) continue;
+        for (int64_t i = piece; i < piece + kPiece; ++i)
+          add_candidate(p, p.col_start + i, index, x[i]);
+      }
     }
     for (; c < end; ++c) add_candidate(p, p.col_start + c, index, x[c]);
   }

@@ -1,11 +1,11 @@
 // Nearest neighbours by inner product: parameters and launchers of the kernels.
 //
-// The similarity of two rows has one definition, so that the PyTorch reference, the C++ code and the
-// CUDA kernels give the same bits for any number of threads and any block size:
+// The similarity of two rows has one definition, so that the PyTorch reference, the C++ code and
+// the CUDA kernels give the same bits for any number of threads and any block size:
 //
 // * Each product x[j] * y[j] is rounded to fp32 and added to one of 128 columns, which start at
-//   zero (element j goes to column j mod 128, in ascending j); then the upper half of the columns is
-//   added to the lower half, 64, 32, ..., 1. Nothing is fused.
+//   zero (element j goes to column j mod 128, in ascending j); then the upper half of the columns
+//   is added to the lower half, 64, 32, ..., 1. Nothing is fused.
 //
 // A matrix product gives this number up to a known bound only. It is used to find candidates: the
 // `keep` largest products of a row are kept, re-scored in the order above, and the row is certified
@@ -21,20 +21,20 @@ constexpr int64_t kDotColumns = 128;
 // counts[r] <= capacity candidates in front, -inf and -1 behind them; among them are the `keep`
 // largest entries seen so far, and all that was dropped is <= thresholds[r] (-inf: nothing was).
 struct KnnSelectParams {
-  float* values;        // [R, capacity]
-  int32_t* indices;     // [R, capacity]
-  int32_t* counts;      // [R]
-  float* thresholds;    // [R]
-  const float* tile;    // [m, n] product of query row_start + r with feature col_start + c
-  int64_t num_rows;     // R
-  int64_t capacity;     // > keep
-  int64_t tile_rows;    // m
-  int64_t tile_cols;    // n
+  float* values;      // [R, capacity]
+  int32_t* indices;   // [R, capacity]
+  int32_t* counts;    // [R]
+  float* thresholds;  // [R]
+  const float* tile;  // [m, n] product of query row_start + r with feature col_start + c
+  int64_t num_rows;   // R
+  int64_t capacity;   // > keep
+  int64_t tile_rows;  // m
+  int64_t tile_cols;  // n
   int64_t row_start;
   int64_t col_start;
   int64_t keep;
-  bool mirror;          // add entry (r, c) to row col_start + c as feature row_start + r instead
-  bool self_search;     // the queries are the features: leave out a row's product with itself
+  bool mirror;       // add entry (r, c) to row col_start + c as feature row_start + r instead
+  bool self_search;  // the queries are the features: leave out a row's product with itself
 };
 
 // scores[r, c] <- similarity of query r and feature candidates[r, c], -inf where that is -1.
