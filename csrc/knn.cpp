@@ -3,11 +3,15 @@
 #include "knn.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "common/cpu.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace dhcl {
 namespace {
@@ -16,53 +20,72 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // ---- selection ----------------------------------------------------------------------------------
 
-// Whether any of 64 products exceeds its threshold: nearly always none does, and the answer costs
-// four vector comparisons. Where one does, it is looked for in pieces of 16.
+// Which of 64 products exceed their threshold, as bits. Nearly always none does, and that answer
+// costs four vector comparisons.
 constexpr int64_t kGroup = 64;
-constexpr int64_t kPiece = 16;
-template <int64_t kCount>
-inline bool any_above_of(const float* x, float threshold) {
+#ifdef __AVX512F__
+inline uint64_t above(const float* x, const float* thresholds, bool same) {
+  uint64_t bits = 0;
+  const __m512 first = _mm512_set1_ps(*thresholds);
+  for (int64_t c = 0; c < kGroup; c += 16) {
+    const __m512 t = same ? first : _mm512_loadu_ps(thresholds + c);
+    bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + c), t, _CMP_GT_OQ)) << c;
+  }
+  return bits;
+}
+#else
+DHCL_CLONES bool any_above(const float* x, const float* thresholds, bool same) {
   int hits = 0;
-  for (int64_t c = 0; c < kCount; ++c) hits |= static_cast<int>(x[c] > threshold);
+  const float first = *thresholds;
+  if (same)
+    for (int64_t c = 0; c < kGroup; ++c) hits |= static_cast<int>(x[c] > first);
+  else
+    for (int64_t c = 0; c < kGroup; ++c) hits |= static_cast<int>(x[c] > thresholds[c]);
   return hits != 0;
 }
-template <int64_t kCount>
-inline bool any_above_of(const float* x, const float* thresholds) {
-  int hits = 0;
-  for (int64_t c = 0; c < kCount; ++c) hits |= static_cast<int>(x[c] > thresholds[c]);
-  return hits != 0;
+inline uint64_t above(const float* x, const float* thresholds, bool same) {
+  uint64_t bits = 0;
+  if (any_above(x, thresholds, same))
+    for (int64_t c = 0; c < kGroup; ++c)
+      bits |= static_cast<uint64_t>(x[c] > thresholds[same ? 0 : c]) << c;
+  return bits;
 }
-DHCL_CLONES bool group_above(const float* x, float t) { return any_above_of<kGroup>(x, t); }
-DHCL_CLONES bool group_above(const float* x, const float* t) { return any_above_of<kGroup>(x, t); }
-DHCL_CLONES bool piece_above(const float* x, float t) { return any_above_of<kPiece>(x, t); }
-DHCL_CLONES bool piece_above(const float* x, const float* t) { return any_above_of<kPiece>(x, t); }
+#endif
 
-struct Candidate {
+// A number that is smaller the better a candidate is: by value, the largest first, then by index.
+inline uint64_t sort_key(float value, int32_t index) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (bits == 0x80000000u) bits = 0;  // -0 is 0
+  bits = bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+  return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(index);
+}
+inline float value_of(uint64_t key) {
+  uint32_t bits = static_cast<uint32_t>(key >> 32);
+  bits = bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
   float value;
-  int32_t index;
-};
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // Keeps the `keep` largest candidates of a row; of equal ones those of smaller index.
 void compact(const KnnSelectParams& p, int64_t row) {
-  thread_local std::vector<Candidate> scratch;
+  thread_local std::vector<uint64_t> keys;
   float* values = p.values + row * p.capacity;
   int32_t* indices = p.indices + row * p.capacity;
   const int64_t count = p.counts[row];
-  scratch.resize(count);
-  for (int64_t i = 0; i < count; ++i) scratch[i] = {values[i], indices[i]};
-  const auto last = scratch.begin() + (p.keep - 1);
-  std::nth_element(scratch.begin(), last, scratch.end(),
-                   [](const Candidate& a, const Candidate& b) {
-                     return a.value != b.value ? a.value > b.value : a.index < b.index;
-                   });
+  keys.resize(count);
+  for (int64_t i = 0; i < count; ++i) keys[i] = sort_key(values[i], indices[i]);
+  const auto last = keys.begin() + (p.keep - 1);
+  std::nth_element(keys.begin(), last, keys.end());
   for (int64_t i = 0; i < p.keep; ++i) {
-    values[i] = scratch[i].value;
-    indices[i] = scratch[i].index;
+    values[i] = value_of(keys[i]);
+    indices[i] = static_cast<int32_t>(static_cast<uint32_t>(keys[i]));
   }
   std::fill(values + p.keep, values + count, kNone);
   std::fill(indices + p.keep, indices + count, -1);
   p.counts[row] = static_cast<int32_t>(p.keep);
-  p.thresholds[row] = last->value;
+  p.thresholds[row] = value_of(*last);
 }
 
 inline void add_candidate(const KnnSelectParams& p, int64_t row, int64_t index, float value) {
@@ -76,15 +99,12 @@ inline void add_candidate(const KnnSelectParams& p, int64_t row, int64_t index, 
 void select_row(const KnnSelectParams& p, int64_t r) {
   const float* x = p.tile + r * p.tile_cols;
   const int64_t row = p.row_start + r;
-  const float& threshold = p.thresholds[row];
   int64_t c = 0;
-  for (; c + kGroup <= p.tile_cols; c += kGroup) {
-    if (!group_above(x + c, threshold)) continue;
-    for (int64_t piece = c; piece < c + kGroup; piece += kPiece) {
-      if (!piece_above(x + piece, threshold)) continue;
-      for (int64_t i = piece; i < piece + kPiece; ++i) add_candidate(p, row, p.col_start + i, x[i]);
+  for (; c + kGroup <= p.tile_cols; c += kGroup)
+    for (uint64_t hits = above(x + c, p.thresholds + row, true); hits != 0; hits &= hits - 1) {
+      const int64_t i = c + __builtin_ctzll(hits);
+      add_candidate(p, row, p.col_start + i, x[i]);
     }
-  }
   for (; c < p.tile_cols; ++c) add_candidate(p, row, p.col_start + c, x[c]);
 }
 
@@ -97,14 +117,11 @@ void select_strip(const KnnSelectParams& p, int64_t first) {
     const float* x = p.tile + r * p.tile_cols;
     const int64_t index = p.row_start + r;
     int64_t c = first;
-    for (; c + kGroup <= end; c += kGroup) {
-      if (!group_above(x + c, thresholds + c)) continue;
-      for (int64_t piece = c; piece < c + kGroup; piece += kPiece) {
-        if (!piece_above(x + piece, thresholds + piece)) continue;
-        for (int64_t i = piece; i < piece + kPiece; ++i)
-          add_candidate(p, p.col_start + i, index, x[i]);
+    for (; c + kGroup <= end; c += kGroup)
+      for (uint64_t hits = above(x + c, thresholds + c, false); hits != 0; hits &= hits - 1) {
+        const int64_t i = c + __builtin_ctzll(hits);
+        add_candidate(p, p.col_start + i, index, x[i]);
       }
-    }
     for (; c < end; ++c) add_candidate(p, p.col_start + c, index, x[c]);
   }
 }
