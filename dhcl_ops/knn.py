@@ -30,6 +30,8 @@ _DOT_COLUMNS = 128
 _MAX_CAPACITY = 2048
 
 _FLOATS = (*_checks.FLOATS, torch.float64)
+# Rows and columns of a tile of products: large enough for the product to run at full speed.
+_TILES = {"cpu": (1024, 8192), "cuda": (4096, 16384)}
 # Norms above this could overflow fp32 in a product of two rows.
 _LARGEST_NORM = 1e18
 # Unit roundoff of fp32, and twice that for hardware which cuts sums off instead of rounding them.
@@ -118,7 +120,7 @@ def _scores_reference(
     queries: torch.Tensor, features: torch.Tensor, candidates: torch.Tensor
 ) -> torch.Tensor:
     scores = torch.full(candidates.shape, -torch.inf, device=queries.device)
-    missing = -features.shape[1] % _DOT_COLUMNS
+    missing = -features.shape[1] % _DOT_COLUMNS if features.shape[1] else _DOT_COLUMNS
     # A few thousand pairs at a time, as each takes a row of products.
     for pairs in (candidates >= 0).nonzero().split(4096):
         row, position = pairs.unbind(1)
@@ -288,8 +290,7 @@ class _Search:
         self.similarities = torch.empty(len(queries), k, device=device)
         self.indices = torch.empty(len(queries), k, dtype=torch.int64, device=device)
         self.certified = torch.ones(len(queries), dtype=torch.bool, device=device)
-        # Tiles: high enough for the product to run at full speed, small enough to stay in cache.
-        self.tile_rows, self.tile_cols = (4096, 16384) if device.type == "cuda" else (1024, 4096)
+        self.tile_rows, self.tile_cols = _TILES.get(device.type, _TILES["cpu"])
 
     def report(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -330,7 +331,7 @@ class _Search:
 
         def visit_diagonal(start: int, stop: int) -> None:
             # The halves of a square on the diagonal waste half as much as the square.
-            if stop - start <= max(self.tile_rows // 4, 1):
+            if stop - start <= max(self.tile_rows // 2, 1):
                 visit(slice(start, stop), slice(start, stop), mirror=False)
                 return
             middle = (start + stop) // 2
@@ -524,7 +525,9 @@ def knn(
         ImportError: ``backend="faiss"`` without faiss.
     """
     op = "knn"
-    named = {"features": features} if queries is None else {"features": features, "queries": queries}
+    named = (
+        {"features": features} if queries is None else {"features": features, "queries": queries}
+    )
     for name, value in named.items():
         _checks.tensor(op, name, value)
         _checks.rank(op, name, value, 2)
@@ -537,7 +540,9 @@ def knn(
         )
     k = _checks.integer(op, "k", k, 0)
     if k > len(features):
-        raise ValueError(f"{op}: k must be at most the number of features (got k={k}, N={len(features)})")
+        raise ValueError(
+            f"{op}: k must be at most the number of features (got k={k}, N={len(features)})"
+        )
     if len(features) > 2**31 - 1:
         raise ValueError(f"{op}: at most 2147483647 features (got {len(features)})")
     _checks.one_of(op, "backend", backend, ("auto", "torch", "faiss"))

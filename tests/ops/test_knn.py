@@ -1,0 +1,522 @@
+import importlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dhcl_ops import knn
+from tests import checks
+from tests.checks import call, same_bits
+from tests.conftest import needs_cuda
+
+# The name of the module is that of its function.
+knn_module = importlib.import_module("dhcl_ops.knn")
+
+
+def clustered(n, d, *, seed=0, spread=1.0, unit=True):
+    """Rows around n/8 centres, in mixed order."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(n // 8 + 1, d, generator=generator)
+    rows = centres[torch.randint(0, len(centres), (n,), generator=generator)]
+    rows = rows + spread * torch.randn(n, d, generator=generator)
+    return torch.nn.functional.normalize(rows) if unit else rows
+
+
+def fixed_order_products(queries, features):
+    """All products with the order of summation written out, element by element."""
+    q, f = queries.numpy(), features.numpy()
+    columns = np.zeros((len(q), len(f), 128), np.float32)
+    for j in range(q.shape[1]):
+        columns[:, :, j % 128] += np.outer(q[:, j], f[:, j])
+    while columns.shape[2] > 1:
+        half = columns.shape[2] // 2
+        columns = columns[:, :, :half] + columns[:, :, half:]
+    return columns[:, :, 0]
+
+
+def brute_force(features, k, queries=None):
+    """The definition: self first, then similarity descending, then index ascending."""
+    products = fixed_order_products(features if queries is None else queries, features)
+    similarities = np.zeros((len(products), k), np.float32)
+    indices = np.zeros((len(products), k), np.int64)
+    for i, row in enumerate(products):
+        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        if queries is None:
+            order.remove(i)
+            order.insert(0, i)
+        indices[i] = order[:k]
+        similarities[i] = row[order[:k]]
+    return torch.from_numpy(similarities), torch.from_numpy(indices)
+
+
+def assert_is(found, expected):
+    assert torch.equal(found.indices.cpu(), expected[1])
+    assert same_bits(found.similarities, expected[0])
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that a few rows make many, of uneven sizes."""
+    monkeypatch.setattr(knn_module, "_TILES", {"cpu": (12, 70), "cuda": (12, 70)})
+
+
+@pytest.fixture(params=["fp32", "half"])
+def products(request, monkeypatch):
+    """The CPU with the products of CUDA: fp16 operands and their bound."""
+    if request.param == "half":
+        original = knn_module._Products
+
+        def half_products(*args, half):
+            return original(*args, half=True)
+
+        monkeypatch.setattr(knn_module, "_Products", half_products)
+    return request.param
+
+
+# ---- values ----------------------------------------------------------------------------------------
+
+SHAPES = [
+    (1, 1, 1),
+    (2, 1, 2),
+    (2, 5, 1),
+    (7, 3, 7),
+    (40, 127, 5),
+    (40, 128, 31),
+    (150, 130, 10),
+    (200, 300, 30),
+]
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SHAPES)
+def test_self_search_is_the_definition(device, products, small_tiles, n, d, k):
+    features = clustered(n, d)
+    assert_is(knn(features.to(device), k), brute_force(features, k))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SHAPES)
+@pytest.mark.parametrize("q", [1, 30])
+def test_queries_are_the_definition(device, products, small_tiles, n, d, k, q):
+    features, queries = clustered(n, d), clustered(q, d, seed=1)
+    found = knn(features.to(device), k, queries=queries.to(device))
+    assert_is(found, brute_force(features, k, queries))
+
+
+def test_many_rows_against_float64(device):
+    """Tiles of their usual size; similarities this far apart leave no doubt about the ranks."""
+    features = clustered(3000, 64)
+    truth = features.double() @ features.double().T
+    truth.fill_diagonal_(2.0)
+    expected = truth.topk(31, dim=1)
+    found = knn(features.to(device), 31)
+    gaps = expected.values.diff(dim=1).abs().min(dim=1).values > 1e-6
+    assert gaps.float().mean() > 0.5
+    assert torch.equal(found.indices.cpu()[gaps], expected.indices[gaps])
+    torch.testing.assert_close(
+        found.similarities.cpu()[:, 1:].double(), expected.values[:, 1:], rtol=0, atol=1e-6
+    )
+    # The symmetric search and the plain one are the same.
+    plain = knn(features.to(device), 31, queries=features.to(device))
+    same = plain.indices[:, 0] == found.indices[:, 0]
+    assert same_bits(plain.similarities[same], found.similarities[same])
+    assert torch.equal(plain.indices[same], found.indices[same])
+
+
+def test_rows_of_any_length(device, products, small_tiles):
+    """Ranks are by inner product as it is; a row leads its own list all the same."""
+    features = clustered(60, 40, unit=False) * torch.logspace(-3, 3, 60).unsqueeze(1)
+    found = knn(features.to(device), 8)
+    assert_is(found, brute_force(features, 8))
+    assert torch.equal(found.indices[:, 0].cpu(), torch.arange(60))
+    for scale in (1e-30, 1e-18, 1e13):
+        scaled = features * scale
+        assert_is(knn(scaled.to(device), 8), brute_force(scaled, 8))
+
+
+def test_exact_duplicates(device, products, small_tiles):
+    """More of them than are kept as candidates: ties go by index, and self stays first."""
+    features = clustered(6, 33).repeat_interleave(30, dim=0)
+    features = features[torch.randperm(180, generator=torch.Generator().manual_seed(1))]
+    found = knn(features.to(device), 5)
+    assert_is(found, brute_force(features, 5))
+    assert torch.equal(found.indices[:, 0].cpu(), torch.arange(180))
+    assert int(found.uncertified) > 0
+
+
+def test_near_duplicates(device, products, small_tiles):
+    generator = torch.Generator().manual_seed(0)
+    features = clustered(4, 50).repeat_interleave(40, dim=0)
+    features = features + 1e-6 * torch.randn(160, 50, generator=generator)
+    assert_is(knn(features.to(device), 9), brute_force(features, 9))
+
+
+def test_zero_rows(device, products, small_tiles):
+    features = clustered(80, 20)
+    features[::3] = 0.0
+    found = knn(features.to(device), 40)
+    assert_is(found, brute_force(features, 40))
+    assert not found.similarities[0].any()
+    assert found.indices[0].tolist() == list(range(40))
+    zeros = torch.zeros(50, 4, device=device)
+    assert knn(zeros, 3).indices[10].tolist() == [10, 0, 1]
+    assert knn(zeros, 3, queries=zeros[:1]).indices[0].tolist() == [0, 1, 2]
+
+
+def test_negative_similarities_and_minus_zero(device, products):
+    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-0.0, -1.0], [0.0, 1.0], [-2.0, 0.0]])
+    found = knn(features.to(device), 5)
+    assert_is(found, brute_force(features, 5))
+    assert found.indices[0].tolist() == [0, 2, 3, 1, 4]
+    assert not torch.signbit(found.similarities[0, 1:3]).any()
+
+
+def test_sizes_at_the_border(device):
+    for n in (0, 1, 2):
+        features = clustered(n, 6).to(device) if n else torch.zeros(0, 6, device=device)
+        for k in range(n + 1):
+            found = knn(features, k)
+            assert found.similarities.shape == found.indices.shape == (n, k)
+            assert int(found.uncertified) == 0
+            if k:
+                assert found.indices[:, 0].tolist() == list(range(n))
+            empty = knn(features, k, queries=features[:0])
+            assert empty.indices.shape == (0, k)
+    assert knn(torch.zeros(5, 0, device=device), 2).indices[3].tolist() == [3, 0]
+    assert knn(torch.zeros(0, 6, device=device), 0, queries=torch.zeros(3, 6, device=device))[
+        0
+    ].shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_searched_in_float32(device, dtype):
+    features = clustered(50, 70).to(dtype)
+    found = knn(features.to(device), 6)
+    assert found.similarities.dtype == torch.float32
+    assert_is(found, brute_force(features.float(), 6))
+
+
+def test_a_large_k_crosses_every_buffer(device, products):
+    features = clustered(1500, 16)
+    for k in (700, 1500):
+        found = knn(features.to(device), k)
+        products_of_row = fixed_order_products(features[77:78], features)[0]
+        order = sorted((j for j in range(1500) if j != 77), key=lambda j: (-products_of_row[j], j))
+        assert found.indices[77].tolist() == [77, *order][:k]
+
+
+# ---- the bound -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1.0, 300.0, 1e12])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_bound_holds(device, half, scale, mixed):
+    features, queries = clustered(90, 260) * scale, clustered(40, 260, seed=3) * scale
+    if mixed:
+        features = features * torch.logspace(-4, 2, 90).unsqueeze(1)
+    features, queries = features.to(device), queries.to(device)
+    norms = [knn_module._upper_norms("knn", "rows", rows) for rows in (queries, features)]
+    p = knn_module._Products(queries, features, *norms, half=half)
+    tile = p.tile(slice(0, 40), slice(0, 90)).double() / p.scale**2
+    every = torch.arange(90, device=device).expand(40, 90)
+    scores = call("compiled", "knn_scores", queries, features, every).double()
+    assert ((tile - scores).abs() <= p.bound.unsqueeze(1)).all()
+    if half and not mixed and scale == 1.0:
+        assert p.scale == 2.0**8
+        assert p.bound.max() < 6e-4
+
+
+def test_fast_leaves_the_certificate_out(device):
+    features = clustered(300, 64).to(device)
+    exact, fast = knn(features, 10), knn(features, 10, precision="fast")
+    assert int(fast.uncertified) == -1
+    assert int(exact.uncertified) >= 0
+    assert torch.equal(exact.indices, fast.indices)
+    assert same_bits(exact.similarities, fast.similarities)
+
+
+def test_uncertified_rows_are_counted(device, products):
+    features = clustered(400, 30)
+    assert int(knn(features.to(device), 5).uncertified) == 0
+    features[100:150] = features[3]
+    assert 51 <= int(knn(features.to(device), 5).uncertified) < 120
+
+
+# ---- the ops alone ---------------------------------------------------------------------------------
+
+
+def kept(state, keep):
+    """The `keep` largest candidates of each row, in order."""
+    rows = []
+    for values, indices in zip(state[0].tolist(), state[1].tolist(), strict=True):
+        pairs = sorted((-v, i) for v, i in zip(values, indices, strict=True) if i >= 0)
+        rows.append(pairs[:keep])
+    return rows
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("self_search", [False, True])
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 200, 400])
+def test_select_keeps_the_largest(implementation, device, mirror, self_search, width):
+    rows, keep = (width, 5) if mirror else (7, 5)
+    state = knn_module._new_state(rows, 9, device)
+    columns = 7 if mirror else width
+    seen = [{} for _ in range(rows)]
+    for turn in range(3):
+        tile = torch.randn(7, width, generator=torch.Generator().manual_seed(turn))
+        starts = (7 * turn, 0) if mirror else (0, width * turn)
+        arguments = (tile.to(device), *starts, keep, mirror, self_search)
+        call(implementation, "knn_select_", *state, *arguments)
+        for r in range(rows):
+            for c in range(columns):
+                index = c + columns * turn
+                if not (self_search and index == r):
+                    seen[r][index] = float(tile[c, r] if mirror else tile[r, c])
+    got = kept([t.cpu() for t in state], keep)
+    for r in range(rows):
+        assert got[r] == sorted((-v, i) for i, v in seen[r].items())[:keep]
+    counts = (state[1] >= 0).sum(1)
+    assert torch.equal(counts.int(), state[2])
+    assert (state[3].isinf() | (state[3] <= state[0].topk(keep).values[:, -1])).all()
+
+
+@pytest.mark.parametrize("d", [0, 1, 127, 128, 129, 1000])
+def test_scores_have_the_stated_bits(implementation, device, d):
+    features, queries = clustered(20, d, unit=False), clustered(3, d, seed=2, unit=False)
+    candidates = torch.tensor([[0, 19, -1, 4], [5, 5, 5, 5], [-1, -1, -1, -1]])
+    got = call(
+        implementation, "knn_scores", queries.to(device), features.to(device), candidates.to(device)
+    )
+    expected = torch.from_numpy(fixed_order_products(queries, features)).gather(
+        1, candidates.clamp(min=0)
+    )
+    assert same_bits(got, expected.masked_fill(candidates < 0, -torch.inf))
+
+
+def test_scores_check_their_candidates():
+    with pytest.raises((RuntimeError, IndexError)):
+        call("compiled", "knn_scores", torch.ones(1, 3), torch.ones(2, 3), torch.tensor([[2]]))
+
+
+def test_scores_compile_as_one_graph(device):
+    def function(queries, features, candidates):
+        return torch.ops.dhcl.knn_scores(queries * 2, features, candidates) + 1
+
+    arguments = [
+        (clustered(4, 30, seed=s), clustered(9, 30, seed=s + 1), torch.randint(-1, 9, (4, 3)))
+        for s in (1, 2)
+    ]
+    arguments = [tuple(t.to(device) for t in a) for a in arguments]
+    checks.compiles_fullgraph(function, *arguments, backend="aot_eager")
+
+
+# ---- the checklist ---------------------------------------------------------------------------------
+
+
+def test_same_bits_twice_and_for_any_thread_count_and_tile(monkeypatch):
+    features = clustered(2500, 96)
+    features[40:90] = features[7]
+
+    def run():
+        found = knn(features, 20)
+        return torch.cat([found.similarities.view(torch.int32), found.indices.int()])
+
+    checks.same_bits_twice(run, times=1)
+    checks.for_any_thread_count(run)
+    expected = run()
+    monkeypatch.setattr(knn_module, "_TILES", {"cpu": (100, 333)})
+    assert same_bits(run(), expected)
+
+
+def test_permuting_the_rows_permutes_the_result(device):
+    features = clustered(300, 50)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    found, permuted = knn(features.to(device), 12), knn(features[order].to(device), 12)
+    assert same_bits(permuted.similarities, found.similarities[order.to(device)])
+    # Without ties, the neighbours are the same ones.
+    assert torch.equal(order[permuted.indices.cpu()], found.indices[order.to(device)].cpu())
+
+
+def test_reference_alone_gives_the_same(monkeypatch):
+    features = clustered(130, 40)
+    expected = knn(features, 9)
+    for name, function in (("_select", "knn_select_"), ("_scores", "knn_scores")):
+        reference = knn_module.OPS[function].reference
+        monkeypatch.setattr(knn_module, name, reference)
+    assert_is(knn(features, 9), (expected.similarities, expected.indices))
+
+
+def test_strided_features_and_gradients(device):
+    wide = clustered(50, 60).to(device).requires_grad_()
+    found = knn(wide[:, ::3], 4)
+    assert not found.similarities.requires_grad
+    dense = knn(wide.detach()[:, ::3].contiguous(), 4)
+    assert torch.equal(found.indices, dense.indices)
+
+
+def test_lower_precision_of_products_elsewhere_does_not_reach_in(device):
+    features = clustered(200, 300).to(device)
+    expected = knn(features, 9)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found = knn(features, 9)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_is(found, (expected.similarities, expected.indices.cpu()))
+
+
+def test_arrays_in_arrays_out():
+    features = clustered(40, 12)
+    expected = knn(features, 5, queries=features[:7])
+    found = knn(features.double().numpy(), 5, queries=features[:7].numpy())
+    assert type(found) is type(expected)
+    assert isinstance(found.similarities, np.ndarray)
+    assert found.indices.dtype == np.int64
+    assert np.array_equal(found.indices, expected.indices.numpy())
+    assert int(found.uncertified) == 0
+
+
+def test_progress_and_interruption(small_tiles):
+    features = clustered(100, 8)
+    features[30:80] = features[2]
+    calls = []
+    knn(features, 3, progress=lambda *args: calls.append(args))
+    stages = {stage for stage, _, _ in calls}
+    assert stages == {"products", "scores", "uncertified rows"}
+    for stage in stages:
+        done = [d for s, d, _ in calls if s == stage]
+        assert done == sorted(done)
+        assert done[-1] == next(total for s, _, total in calls if s == stage)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        knn(features, 3, progress=interrupt)
+
+
+F = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "error", "message"),
+    [
+        (([1.0], 1), {}, TypeError, "features must be a tensor or an array .got list"),
+        ((F[0], 1), {}, ValueError, r"features must be 2-D .got shape \(3,\)"),
+        ((F.long(), 1), {}, TypeError, "features must be float32 or .*got int64"),
+        ((F, 5), {}, ValueError, r"k must be at most the number of features \(got k=5, N=4\)"),
+        ((F[:0], 1), {}, ValueError, "got k=1, N=0"),
+        ((F, -1), {}, ValueError, "k must be >= 0 .got -1"),
+        ((F, 1.5), {}, TypeError, "k must be an integer .got float"),
+        ((F, True), {}, TypeError, "k must be an integer .got bool"),
+        ((F, 1), {"queries": F[:, :2]}, ValueError, "queries must have the features' width 3"),
+        ((F, 1), {"queries": F[0]}, ValueError, "queries must be 2-D"),
+        ((F, 1), {"queries": F.to("meta")}, ValueError, "one device .got features on cpu"),
+        ((F, 1), {"backend": "annoy"}, ValueError, "backend must be 'auto' or .*got 'annoy'"),
+        ((F, 1), {"precision": "half"}, ValueError, "precision must be 'exact' or 'fast'"),
+    ],
+)
+def test_knn_refuses(arguments, keywords, error, message):
+    with pytest.raises(error, match="knn: .*" + message):
+        knn(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_knn_names_the_first_row_that_is_not_finite(device, value):
+    features = clustered(20, 5).to(device)
+    features[[11, 15], 2] = value
+    with pytest.raises(ValueError, match="knn: features must be finite .*in row 11"):
+        knn(features, 2)
+    with pytest.raises(ValueError, match="knn: queries must be finite .*in row 1"):
+        knn(features[:5], 2, queries=features[10:])
+    features[11] = 1e25
+    with pytest.raises(ValueError, match=r"knn: norms of features must be below .*in row 11"):
+        knn(features, 2)
+
+
+@given(
+    data=st.data(),
+    n=st.integers(1, 40),
+    d=st.integers(1, 4),
+    levels=st.integers(1, 3),
+    half=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_of_small_integers_are_full_of_ties(data, n, d, levels, half):
+    values = st.lists(st.integers(-levels, levels), min_size=n * d, max_size=n * d)
+    features = torch.tensor(data.draw(values), dtype=torch.float32).view(n, d)
+    k = data.draw(st.integers(0, n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knn_module, "_TILES", {"cpu": (7, 11)})
+        original = knn_module._Products
+        patch.setattr(knn_module, "_Products", lambda *a, **_: original(*a, half=half))
+        assert_is(knn(features, k), brute_force(features, k))
+        queries = features[: n // 2]
+        assert_is(knn(features, k, queries=queries), brute_force(features, k, queries))
+
+
+# ---- faiss -----------------------------------------------------------------------------------------
+
+
+def test_without_faiss_the_message_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"needs the package faiss \(pip install faiss-cpu\)"):
+        knn(clustered(9, 4), 2, backend="faiss")
+
+
+@pytest.fixture(params=["stand-in", "installed"])
+def faiss(request, monkeypatch):
+    """faiss, or a stand-in whose products are off in the last places and whose ties are reversed."""
+    if request.param == "installed":
+        return pytest.importorskip("faiss")
+
+    class IndexFlatIP:
+        def __init__(self, d):
+            assert isinstance(d, int)
+
+        def add(self, rows):
+            self.rows = rows
+
+        def search(self, queries, k):
+            products = queries[:, ::-1] @ self.rows[:, ::-1].T
+            order = np.argsort(products[:, ::-1], axis=1, kind="stable")[:, ::-1]
+            order = products.shape[1] - 1 - order[:, :k]
+            return np.take_along_axis(products, order, 1), order
+
+    module = types.ModuleType("faiss")
+    module.IndexFlatIP = IndexFlatIP
+    monkeypatch.setitem(sys.modules, "faiss", module)
+    return module
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, 60])
+def test_faiss_gives_the_same_result(faiss, small_tiles, k):
+    features = clustered(60, 70)
+    features[30:55] = features[1]
+    assert_is(knn(features, k, backend="faiss"), brute_force(features, k))
+    queries = clustered(20, 70, seed=5)
+    found = knn(features, k, queries=queries, backend="faiss")
+    assert_is(found, brute_force(features, k, queries))
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+def test_cuda_has_the_bits_of_the_cpu():
+    features = clustered(9000, 256)
+    features[100:300] = features[5]
+    expected = knn(features, 30)
+    found = knn(features.cuda(), 30)
+    assert_is(found, (expected.similarities, expected.indices))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        again = knn(features.cuda(), 30)
+    stream.synchronize()
+    assert_is(again, (expected.similarities, expected.indices))
