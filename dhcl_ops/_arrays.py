@@ -58,6 +58,11 @@ def _to_kind(value: Any, kind: str) -> Any:
     return value
 
 
+def like(array: Any, result: Any) -> Any:
+    """The result, its tensors turned into arrays of this array's kind."""
+    return _to_kind(result, "cupy" if _is_cupy(array) else "numpy")
+
+
 def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Let a function's named tensor arguments be arrays too.
 
@@ -97,7 +102,7 @@ def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]
                 return lead
             if not is_array(lead):
                 return result
-            return _to_kind(result, "cupy" if _is_cupy(lead) else "numpy")
+            return like(lead, result)
 
         return wrapper  # type: ignore[return-value]
 

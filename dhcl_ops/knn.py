@@ -155,7 +155,7 @@ _scores = define(
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, no TF32 or bf16 inside fp32 products: the bound assumes their precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -171,7 +171,7 @@ def _gamma(terms: int, unit: float) -> float:
     return terms * unit / (1.0 - terms * unit)
 
 
-def _upper_norms(op: str, name: str, rows: torch.Tensor) -> torch.Tensor:
+def upper_norms(op: str, name: str, rows: torch.Tensor) -> torch.Tensor:
     """Upper bounds (n,) in float64 of the rows' norms; raises naming the first unusable row."""
     norms = torch.linalg.vector_norm(rows, dim=1)
     usable = norms < _LARGEST_NORM
@@ -185,7 +185,10 @@ def _upper_norms(op: str, name: str, rows: torch.Tensor) -> torch.Tensor:
         )
     dim = rows.shape[1]
     # Rounding, and squares too small for fp32.
-    return norms.double() * (1.0 + _gamma(dim + 8, _UNIT)) + max(dim, 1) ** 0.5 * 2.0**-62
+    upper: torch.Tensor = (
+        norms.double() * (1.0 + _gamma(dim + 8, _UNIT)) + max(dim, 1) ** 0.5 * 2.0**-62
+    )
+    return upper
 
 
 class _Products:
@@ -422,7 +425,7 @@ class _Search:
     def write(self, rows: slice | torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Store the best candidates of some rows; returns the score (float64) of the last."""
         candidates, _ = candidates.sort(dim=1)
-        scores = _scores(self.queries[rows], self.features, candidates)
+        scores: torch.Tensor = _scores(self.queries[rows], self.features, candidates)
         ordered, order = scores.sort(dim=1, descending=True, stable=True)
         first = 1 if self.self_search else 0
         self.similarities[rows, first:] = ordered[:, : self.others]
@@ -547,15 +550,15 @@ def knn(
         raise ValueError(f"{op}: at most 2147483647 features (got {len(features)})")
     _checks.one_of(op, "backend", backend, ("auto", "torch", "faiss"))
     _checks.one_of(op, "precision", precision, ("exact", "fast"))
-    with _full_precision(features.device):
+    with full_precision(features.device):
         self_search = queries is None
         features = features.detach().to(torch.float32).contiguous()
-        norms = _upper_norms(op, "features", features)
+        norms = upper_norms(op, "features", features)
         if queries is None:
             queries, query_norms = features, norms
         else:
             queries = queries.detach().to(torch.float32).contiguous()
-            query_norms = _upper_norms(op, "queries", queries)
+            query_norms = upper_norms(op, "queries", queries)
         half = features.is_cuda and backend != "faiss"
         search = _Search(
             queries,

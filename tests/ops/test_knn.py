@@ -77,7 +77,7 @@ def products(request, monkeypatch):
     return request.param
 
 
-# ---- values ----------------------------------------------------------------------------------------
+# ---- values ----------------------------------------------------------------------------------
 
 SHAPES = [
     (1, 1, 1),
@@ -207,7 +207,7 @@ def test_a_large_k_crosses_every_buffer(device, products):
         assert found.indices[77].tolist() == [77, *order][:k]
 
 
-# ---- the bound -------------------------------------------------------------------------------------
+# ---- the bound -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -218,7 +218,7 @@ def test_the_bound_holds(device, half, scale, mixed):
     if mixed:
         features = features * torch.logspace(-4, 2, 90).unsqueeze(1)
     features, queries = features.to(device), queries.to(device)
-    norms = [knn_module._upper_norms("knn", "rows", rows) for rows in (queries, features)]
+    norms = [knn_module.upper_norms("knn", "rows", rows) for rows in (queries, features)]
     p = knn_module._Products(queries, features, *norms, half=half)
     tile = p.tile(slice(0, 40), slice(0, 90)).double() / p.scale**2
     every = torch.arange(90, device=device).expand(40, 90)
@@ -245,7 +245,7 @@ def test_uncertified_rows_are_counted(device, products):
     assert 51 <= int(knn(features.to(device), 5).uncertified) < 120
 
 
-# ---- the ops alone ---------------------------------------------------------------------------------
+# ---- the ops alone ---------------------------------------------------------------------------
 
 
 def kept(state, keep):
@@ -313,7 +313,7 @@ def test_scores_compile_as_one_graph(device):
     checks.compiles_fullgraph(function, *arguments, backend="aot_eager")
 
 
-# ---- the checklist ---------------------------------------------------------------------------------
+# ---- the checklist ---------------------------------------------------------------------------
 
 
 def test_same_bits_twice_and_for_any_thread_count_and_tile(monkeypatch):
@@ -431,9 +431,9 @@ def test_knn_refuses(arguments, keywords, error, message):
 def test_knn_names_the_first_row_that_is_not_finite(device, value):
     features = clustered(20, 5).to(device)
     features[[11, 15], 2] = value
-    with pytest.raises(ValueError, match="knn: features must be finite .*in row 11"):
+    with pytest.raises(ValueError, match=r"knn: features must be finite .*in row 11"):
         knn(features, 2)
-    with pytest.raises(ValueError, match="knn: queries must be finite .*in row 1"):
+    with pytest.raises(ValueError, match=r"knn: queries must be finite .*in row 1"):
         knn(features[:5], 2, queries=features[10:])
     features[11] = 1e25
     with pytest.raises(ValueError, match=r"knn: norms of features must be below .*in row 11"):
@@ -461,7 +461,7 @@ def test_rows_of_small_integers_are_full_of_ties(data, n, d, levels, half):
         assert_is(knn(features, k, queries=queries), brute_force(features, k, queries))
 
 
-# ---- faiss -----------------------------------------------------------------------------------------
+# ---- faiss -----------------------------------------------------------------------------------
 
 
 def test_without_faiss_the_message_says_what_to_do(monkeypatch):
@@ -472,7 +472,7 @@ def test_without_faiss_the_message_says_what_to_do(monkeypatch):
 
 @pytest.fixture(params=["stand-in", "installed"])
 def faiss(request, monkeypatch):
-    """faiss, or a stand-in whose products are off in the last places and whose ties are reversed."""
+    """faiss, or a stand-in whose last places are off and whose ties are reversed."""
     if request.param == "installed":
         return pytest.importorskip("faiss")
 
@@ -505,7 +505,7 @@ def test_faiss_gives_the_same_result(faiss, small_tiles, k):
     assert_is(found, brute_force(features, k, queries))
 
 
-# ---- CUDA ------------------------------------------------------------------------------------------
+# ---- CUDA ------------------------------------------------------------------------------------
 
 
 @needs_cuda

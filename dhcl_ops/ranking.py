@@ -1,0 +1,479 @@
+"""How well a ranked gallery finds the right person: CMC, mAP and mINP.
+
+A query's gallery is ordered by (distance, index): entries of equal distance go by index, as a
+stable sort orders them. No row is sorted for that. All metrics follow from the ranks of the right
+matches, and a match's rank is counted: the entries that come before it, less the removed ones.
+
+Definitions: Zheng et al., "Scalable person re-identification: a benchmark" (ICCV 2015) for CMC and
+mAP and for what is removed; Ye et al. (TPAMI 2021) for mINP; Li et al., "DeepReID" (CVPR 2014) for
+the single-gallery-shot protocol of CUHK03.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from dhcl_ops import _arrays, _checks
+from dhcl_ops._ops import define
+from dhcl_ops.knn import full_precision, upper_norms
+
+__all__ = ["RankingMetrics", "evaluate_ranking"]
+
+_OP = "evaluate_ranking"
+_FLOATS = (*_checks.FLOATS, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Entries of the distance matrix that exist at a time.
+_BLOCK_ENTRIES = 1 << 24
+
+
+class RankingMetrics(NamedTuple):
+    """What :func:`evaluate_ranking` returns; Q is the number of queries.
+
+    ``cmc`` (max_rank,) float64: share of valid queries with a right match among the first k.
+    ``mAP``, ``mINP``: means over the valid queries. ``num_valid``: queries with a right match
+    in the gallery, the only ones that count. With ``per_query`` also ``average_precision`` and
+    ``inverse_negative_penalty`` (Q,) float64, NaN where not valid, and ``first_match`` (Q,) int64,
+    the rank of the first right match from 1, 0 where not valid.
+    """
+
+    cmc: torch.Tensor
+    mAP: float
+    mINP: float
+    num_valid: int
+    average_precision: torch.Tensor | None = None
+    inverse_negative_penalty: torch.Tensor | None = None
+    first_match: torch.Tensor | None = None
+
+
+# ---- op -----------------------------------------------------------------------------------------
+
+
+def _match_ranks_reference(
+    distance: torch.Tensor,
+    members: torch.Tensor,
+    begin: torch.Tensor,
+    offsets: torch.Tensor,
+    total: int,
+    query_cameras: torch.Tensor | None,
+    gallery_cameras: torch.Tensor | None,
+) -> torch.Tensor:
+    device = distance.device
+    queries = torch.arange(len(distance), device=device)
+    query = queries.repeat_interleave(offsets.diff(), output_size=total)
+    match = members[begin[query] + torch.arange(total, device=device) - offsets[query]]
+    removed = torch.zeros_like(query, dtype=torch.bool)
+    if query_cameras is not None and gallery_cameras is not None:
+        removed = query_cameras[query] == gallery_cameras[match]
+    ranks = torch.zeros_like(query)
+    for rows in queries.split(256):
+        block = distance[rows]
+        here = (query >= rows[0]) & (query <= rows[-1])
+        row, entry = query[here] - rows[0], match[here]
+        present = torch.ones_like(block, dtype=torch.int64)
+        present[row, entry] = (~removed[here]).long()
+        order = block.argsort(dim=1, stable=True)
+        sorted_ranks = present.gather(1, order).cumsum(1)
+        ranks[here] = torch.empty_like(order).scatter_(1, order, sorted_ranks)[row, entry]
+    return ranks.masked_fill(removed, 0)
+
+
+def _match_ranks_sample(device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    distance = torch.randint(0, 9, (3, 8), generator=generator).float()
+    gallery = torch.tensor([1, 2, 1, 0, 2, 1, 1, 3])
+    queries = torch.tensor([1, 5, 2])
+    members, begin, offsets = _matches(queries, gallery)
+    cameras = torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1, 0, 0, 1, 0, 1])
+    tensors = (distance, members, begin, offsets, *cameras)
+    d, m, b, o, qc, gc = (t.to(device) for t in tensors)
+    return d, m, b, o, int(offsets[-1]), qc, gc
+
+
+def _matches(
+    query_ids: torch.Tensor, gallery_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gallery entries grouped by identity, and where each query's group begins and how long it is.
+
+    The lengths are given as offsets (Q + 1,).
+    """
+    ordered, members = gallery_ids.sort(stable=True)
+    begin = torch.searchsorted(ordered, query_ids)
+    end = torch.searchsorted(ordered, query_ids, right=True)
+    return members, begin, torch.nn.functional.pad((end - begin).cumsum(0), (1, 0))
+
+
+_match_ranks = define(
+    "match_ranks(Tensor distance, Tensor members, Tensor begin, Tensor offsets, int total, "
+    "Tensor? query_cameras, Tensor? gallery_cameras) -> Tensor",
+    family="ranking",
+    reference=_match_ranks_reference,
+    fake=lambda distance, members, begin, offsets, total, query_cameras, gallery_cameras: (
+        members.new_empty(total)
+    ),
+    sample=_match_ranks_sample,
+)
+
+
+# ---- distances ----------------------------------------------------------------------------------
+
+
+class _GivenDistances:
+    """Blocks of rows of a distance matrix."""
+
+    def __init__(self, distance: torch.Tensor) -> None:
+        _checks.tensor(_OP, "distance", distance)
+        _checks.rank(_OP, "distance", distance, 2)
+        _checks.dtype(_OP, "distance", distance, _FLOATS)
+        self.distance = distance.detach()
+        self.shape = (distance.shape[0], distance.shape[1])
+        self.device = distance.device
+
+    def keep(self, columns: torch.Tensor) -> None:
+        self.columns = columns
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        rows = self.distance[start:stop]
+        if len(self.columns) < self.shape[1]:
+            rows = rows[:, self.columns]
+        if rows.dtype not in (torch.float32, torch.float64):
+            rows = rows.float()
+        if bool(rows.isnan().any()):
+            row = start + int(rows.isnan().any(dim=1).nonzero()[0])
+            raise ValueError(f"{_OP}: distance must not be NaN (got one in row {row})")
+        return rows
+
+
+class _FeatureDistances:
+    """Blocks of rows of what orders a gallery like the distance does, from features.
+
+    Euclidean: |g|^2 / 2 - q.g, which is (|q - g|^2 - |q|^2) / 2. Cosine: -q.g of normalised rows.
+    """
+
+    def __init__(self, query: torch.Tensor, gallery: torch.Tensor, metric: str) -> None:
+        for name, value in (("query", query), ("gallery", gallery)):
+            _checks.tensor(_OP, name, value)
+            _checks.rank(_OP, name, value, 2)
+            _checks.dtype(_OP, name, value, _FLOATS)
+        _checks.same_device(_OP, query=query, gallery=gallery)
+        if query.shape[1] != gallery.shape[1]:
+            raise ValueError(
+                f"{_OP}: query and gallery must have one width "
+                f"(got {query.shape[1]} and {gallery.shape[1]})"
+            )
+        both_double = query.dtype == gallery.dtype == torch.float64
+        dtype = torch.float64 if both_double else torch.float32
+        self.query, self.gallery = query.detach().to(dtype), gallery.detach().to(dtype)
+        for name, rows in (("query", self.query), ("gallery", self.gallery)):
+            upper_norms(_OP, name, rows)
+        self.metric = metric
+        self.shape = (query.shape[0], gallery.shape[0])
+        self.device = query.device
+
+    def keep(self, columns: torch.Tensor) -> None:
+        if len(columns) < self.shape[1]:
+            self.gallery = self.gallery[columns]
+        if self.metric == "cosine":
+            # The query's length does not change its order.
+            self.gallery = torch.nn.functional.normalize(self.gallery, eps=1e-30)
+        else:
+            self.half_squares = self.gallery.square().sum(dim=1) / 2
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        rows = self.query[start:stop]
+        if self.metric == "cosine":
+            return torch.mm(rows, self.gallery.t()).neg_()
+        return torch.addmm(self.half_squares, rows, self.gallery.t(), alpha=-1)
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+class _PerQuery(NamedTuple):
+    """Per query: float64 metrics, NaN without a right match, and the first match's rank or 0."""
+
+    average_precision: np.ndarray[Any, Any]
+    inverse_negative_penalty: np.ndarray[Any, Any]
+    first_match: np.ndarray[Any, Any]
+
+
+def _per_query(ranks: Any, offsets: Any, ap: str) -> _PerQuery:
+    """Metrics from the ranks of each query's matches; a rank of 0 is that of a removed entry."""
+    num_queries = len(offsets) - 1
+    query = np.repeat(np.arange(num_queries), np.diff(offsets))
+    query, ranks = query[ranks > 0], ranks[ranks > 0]
+    order = np.lexsort((ranks, query))
+    query, ranks = query[order], ranks[order]
+    counts = np.bincount(query, minlength=num_queries)
+    starts = np.cumsum(counts) - counts
+    hits = np.arange(len(ranks)) - starts[query] + 1
+    precision = hits / ranks
+    if ap == "trapezoid":
+        # Between the precision of the place before the hit and the hit's own, as in the Matlab code
+        # published with Market-1501.
+        before = np.where(ranks > 1, (hits - 1) / np.maximum(ranks - 1, 1), 1.0)
+        precision = (precision + before) / 2
+    average = np.full(num_queries, np.nan)
+    penalty = np.full(num_queries, np.nan)
+    first = np.zeros(num_queries, np.int64)
+    valid = counts > 0
+    if valid.any():
+        average[valid] = np.add.reduceat(precision, starts[valid]) / counts[valid]
+        penalty[valid] = counts[valid] / ranks[(starts + counts - 1)[valid]]
+        first[valid] = ranks[starts[valid]]
+    return _PerQuery(average, penalty, first)
+
+
+def _cmc_of_first_matches(first_match: Any, max_rank: int) -> Any:
+    valid = first_match[first_match > 0]
+    found = np.bincount(np.minimum(valid, max_rank + 1), minlength=max_rank + 2)
+    return np.cumsum(found)[1 : max_rank + 1] / max(len(valid), 1)
+
+
+def _single_shot_cmc(
+    block: torch.Tensor,
+    query_ids: Any,
+    gallery_ids: Any,
+    removed: Any,
+    max_rank: int,
+    repeats: int,
+    randint: Callable[[int, Any], Any],
+) -> Iterator[Any]:
+    """CMC (max_rank,) of each query of the block that has a match, one gallery image per identity.
+
+    Draws are those of ``np.random.choice`` for one identity after another, in the order in which
+    identities first appear in the ranked list: torchreid's, given its random state.
+    """
+    orders = block.argsort(dim=1, stable=True).numpy(force=True)
+    for order, query_id, row_removed in zip(orders, query_ids, removed, strict=True):
+        ids = gallery_ids[order[~row_removed[order]]]
+        if not (ids == query_id).any():
+            continue
+        identities, firsts, group = np.unique(ids, return_index=True, return_inverse=True)
+        by_appearance = np.argsort(firsts)
+        places = np.argsort(group, kind="stable")  # in the ranked list, grouped by identity
+        counts = np.bincount(group)
+        starts = np.cumsum(counts) - counts
+        counts, starts = counts[by_appearance], starts[by_appearance]
+        own = int(np.flatnonzero(identities[by_appearance] == query_id)[0])
+        cmc = np.zeros(max_rank)
+        for _ in range(repeats):
+            drawn = places[starts + randint(0, counts)]
+            cmc[int((drawn < drawn[own]).sum()) :] += 1.0
+        yield cmc / repeats
+
+
+def _ids(name: str, value: Any, size: int, what: str, device: torch.device) -> torch.Tensor:
+    if _arrays.is_array(value):
+        value = _arrays.to_tensor(_OP, name, value)
+    _checks.tensor(_OP, name, value)
+    _checks.dtype(_OP, name, value, _INTEGERS)
+    _checks.shape(_OP, name, value, (size,), what)
+    ids: torch.Tensor = value.detach().to(device, torch.int64).contiguous()
+    return ids
+
+
+def evaluate_ranking(
+    distance_or_features: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    query_ids: torch.Tensor,
+    gallery_ids: torch.Tensor,
+    query_cameras: torch.Tensor | None = None,
+    gallery_cameras: torch.Tensor | None = None,
+    *,
+    metric: Literal["euclidean", "cosine"] = "euclidean",
+    protocol: Literal["market", "cuhk03"] = "market",
+    ap: Literal["hits", "trapezoid"] = "hits",
+    max_rank: int = 50,
+    junk_id: int | None = -1,
+    repeats: int = 10,
+    seed: int = 0,
+    per_query: bool = False,
+    progress: Callable[[str, int, int], object] | None = None,
+) -> RankingMetrics:
+    """Evaluate how a gallery is ranked for each query.
+
+    Gallery entries of equal distance are ranked by index, as by a stable sort. Removed before
+    ranking are gallery entries of the query's identity seen by the query's camera (where cameras
+    are given), and junk: entries whose identity is ``junk_id``. Distractors, identity 0 in
+    Market-1501, need no rule: they are no query's identity and count as wrong. A query without a
+    right match left is not valid and counts nowhere.
+
+    ``protocol="market"`` is the standard of the field. ``"cuhk03"`` differs in its CMC alone: for
+    each query one gallery image per identity is drawn, ``repeats`` times, and the results averaged.
+
+    Args:
+        distance_or_features: (Q, G) distances, any float dtype, smaller is closer; or a pair of
+            features (Q, d) and (G, d), from which distances are computed in blocks of queries (in
+            float32; float64 if both are) and the matrix never exists. Arrays give arrays back.
+        query_ids, gallery_ids: (Q,) and (G,) integer identities, tensors or arrays.
+        query_cameras, gallery_cameras: (Q,) and (G,) integer cameras, both or neither.
+        metric: of features, ``"euclidean"`` on the rows as given or ``"cosine"``.
+        protocol: ``"market"`` or ``"cuhk03"``.
+        ap: ``"hits"``, the mean of the precision at each right match, which torchreid and fast-reid
+            take; or ``"trapezoid"``, that of the Matlab code of 2017, which lies a few
+            points off.
+        max_rank: length of the CMC. Past the gallery's end it stays as it is.
+        junk_id: identity of junk, None for no junk.
+        repeats, seed: of ``"cuhk03"``; the draws are torchreid's after ``np.random.seed(seed)``.
+        per_query: return the metrics of each query too.
+        progress: called as ``progress("queries", rows_done, rows_total)``.
+
+    Returns:
+        :class:`RankingMetrics`. Given distances, the same bits for any number of threads and
+        any device; from features, distances are as exact as the device's matrix product.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range, a
+            distance that is NaN, a feature that is not finite (the message names the row), or no
+            valid query at all.
+    """
+    randint = np.random.RandomState(_checks.integer(_OP, "seed", seed, 0)).randint
+    return _evaluate(
+        distance_or_features,
+        (query_ids, gallery_ids, query_cameras, gallery_cameras),
+        metric,
+        protocol,
+        ap,
+        max_rank,
+        junk_id,
+        repeats,
+        per_query,
+        progress,
+        randint,
+    )
+
+
+def _evaluate(
+    distance_or_features: Any,
+    labels: tuple[Any, Any, Any, Any],
+    metric: str,
+    protocol: str,
+    ap: str,
+    max_rank: int,
+    junk_id: int | None,
+    repeats: int,
+    per_query: bool,
+    progress: Callable[[str, int, int], object] | None,
+    randint: Callable[[int, Any], Any],
+) -> RankingMetrics:
+    _checks.one_of(_OP, "metric", metric, ("euclidean", "cosine"))
+    _checks.one_of(_OP, "protocol", protocol, ("market", "cuhk03"))
+    _checks.one_of(_OP, "ap", ap, ("hits", "trapezoid"))
+    max_rank = _checks.integer(_OP, "max_rank", max_rank, 1)
+    repeats = _checks.integer(_OP, "repeats", repeats, 1)
+    pair = isinstance(distance_or_features, (tuple, list))
+    given = list(distance_or_features) if pair else [distance_or_features]
+    if pair and len(given) != 2:
+        raise ValueError(f"{_OP}: features must be a pair, query and gallery (got {len(given)})")
+    lead = given[0]
+    names = ("query", "gallery") if pair else ("distance",)
+    given = [
+        _arrays.to_tensor(_OP, name, value) if _arrays.is_array(value) else value
+        for name, value in zip(names, given, strict=True)
+    ]
+    distances: _FeatureDistances | _GivenDistances
+    if pair:
+        distances = _FeatureDistances(given[0], given[1], metric)
+    else:
+        distances = _GivenDistances(given[0])
+    with full_precision(distances.device):
+        result = _evaluate_blocks(
+            distances,
+            labels,
+            protocol,
+            ap,
+            max_rank,
+            junk_id,
+            repeats,
+            per_query,
+            progress,
+            randint,
+        )
+    if not _arrays.is_array(lead):
+        return result
+    arrays: RankingMetrics = _arrays.like(lead, result)
+    return arrays
+
+
+def _evaluate_blocks(
+    distances: _FeatureDistances | _GivenDistances,
+    labels: tuple[Any, Any, Any, Any],
+    protocol: str,
+    ap: str,
+    max_rank: int,
+    junk_id: int | None,
+    repeats: int,
+    per_query: bool,
+    progress: Callable[[str, int, int], object] | None,
+    randint: Callable[[int, Any], Any],
+) -> RankingMetrics:
+    device = distances.device
+    num_queries, num_gallery = distances.shape
+    one_each = ("one per query", "one per gallery entry")
+    query_ids = _ids("query_ids", labels[0], num_queries, one_each[0], device)
+    gallery_ids = _ids("gallery_ids", labels[1], num_gallery, one_each[1], device)
+    if (labels[2] is None) != (labels[3] is None):
+        raise ValueError(f"{_OP}: give cameras for both query and gallery or for neither")
+    query_cameras = gallery_cameras = None
+    kept = torch.arange(num_gallery, device=device)
+    if junk_id is not None:
+        kept = kept[gallery_ids != junk_id]
+    if labels[2] is not None:
+        query_cameras = _ids("query_cameras", labels[2], num_queries, one_each[0], device)
+        gallery_cameras = _ids("gallery_cameras", labels[3], num_gallery, one_each[1], device)
+        gallery_cameras = gallery_cameras[kept]
+    gallery_ids = gallery_ids[kept]
+    distances.keep(kept)
+
+    members, begin, offsets = _matches(query_ids, gallery_ids)
+    bounds = offsets.tolist()
+    ranks: list[torch.Tensor] = []
+    cmcs: list[Any] = []
+    step = max(_BLOCK_ENTRIES // max(num_gallery, 1), 64)
+    for start in range(0, num_queries, step):
+        stop = min(start + step, num_queries)
+        block = distances.block(start, stop)
+        cameras = None if query_cameras is None else query_cameras[start:stop]
+        part = offsets[start : stop + 1] - bounds[start]
+        total = bounds[stop] - bounds[start]
+        ranks.append(
+            _match_ranks(
+                block, members, begin[start:stop], part, total, cameras, gallery_cameras
+            ).cpu()
+        )
+        if protocol == "cuhk03":
+            removed = torch.zeros(block.shape, dtype=torch.bool, device=device)
+            if cameras is not None and gallery_cameras is not None:
+                removed = query_ids[start:stop, None] == gallery_ids
+                removed &= cameras[:, None] == gallery_cameras
+            ids = query_ids[start:stop].numpy(force=True), gallery_ids.numpy(force=True)
+            gone = removed.numpy(force=True)
+            cmcs += _single_shot_cmc(block, *ids, gone, max_rank, repeats, randint)
+        if progress is not None:
+            progress("queries", stop, num_queries)
+
+    all_ranks = torch.cat(ranks).numpy() if ranks else np.zeros(0, np.int64)
+    each = _per_query(all_ranks, np.asarray(bounds), ap)
+    valid = each.first_match > 0
+    num_valid = int(valid.sum())
+    if num_valid == 0:
+        raise ValueError(
+            f"{_OP}: no query has a right match in the gallery once entries of its own camera and "
+            f"junk are removed (got {num_queries} queries, {num_gallery} gallery entries)"
+        )
+    if protocol == "cuhk03":
+        cmc = np.sum(cmcs, axis=0) / num_valid
+    else:
+        cmc = _cmc_of_first_matches(each.first_match, max_rank)
+    # fsum rounds once, whatever the order.
+    return RankingMetrics(
+        torch.from_numpy(cmc).to(device),
+        math.fsum(each.average_precision[valid]) / num_valid,
+        math.fsum(each.inverse_negative_penalty[valid]) / num_valid,
+        num_valid,
+        *(torch.from_numpy(a).to(device) if per_query else None for a in each),
+    )
