@@ -57,6 +57,7 @@ class OnSharedBank:
         self.before: torch.Tensor | None = bank[self.touched]
 
     def __call__(self) -> torch.Tensor | None:
+        """Update once; the changed rows after the first call."""
         if self.before is None:
             self.update(*self.arguments)
             return None
