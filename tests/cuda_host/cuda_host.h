@@ -9,9 +9,8 @@
 // switches.
 //
 // What it checks, and reports as cuda_host::Error thrown out of DHCL_LAUNCH:
-//   - a barrier or warp operation that can never complete, and a __syncthreads() that the threads
-//   of
-//     a block reach at different source lines: the message says where how many threads wait;
+//   - a barrier or warp operation that can never complete, and a __syncthreads() that a block's
+//     threads reach at different source lines: the message says where how many threads wait;
 //   - a lane outside its own mask, a bad shuffle width, an impossible launch configuration;
 //   - DHCL_DEVICE_ASSERT, assert and __trap(). Other C++ exceptions pass through as they are.
 // Reads of what CUDA leaves undefined give the byte 0xCD: dynamic shared memory that the block has
