@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +39,8 @@ def ahead_of_time() -> dict[str, Any]:
             "DHCL_BUILD=aot builds against the torch you will run with: install torch, ninja and "
             "setuptools first and use `pip install --no-build-isolation`"
         ) from error
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        raise SystemExit(f"setuptools 77 or newer is needed (got {setuptools.__version__})")
     return build_module().setuptools_arguments(HERE)
 
 

@@ -116,15 +116,16 @@ template <typename BankT, typename FeatureT>
 void momentum_update(const MomentumParams& p) {
   const Groups groups = group_by_value(p.indices, p.batch);
   std::atomic<int64_t> skipped{0};
-  parallel_tasks(static_cast<int64_t>(groups.starts.size()) - 1, 4, [&](int64_t g) {
-    thread_local std::vector<float> scratch;
-    if (static_cast<int64_t>(scratch.size()) < 3 * p.dim) scratch.resize(3 * p.dim);
-    const int64_t* begin = groups.positions.data() + groups.starts[g];
-    const int64_t* end = groups.positions.data() + groups.starts[g + 1];
-    skipped += momentum_update_row(static_cast<BankT*>(p.bank) + p.indices[*begin] * p.dim,
-                                   static_cast<const FeatureT*>(p.features), begin, end, p,
-                                   scratch.data());
-  });
+  parallel_tasks(
+      static_cast<int64_t>(groups.starts.size()) - 1, 4, p.batch * p.dim, [&](int64_t g) {
+        thread_local std::vector<float> scratch;
+        if (static_cast<int64_t>(scratch.size()) < 3 * p.dim) scratch.resize(3 * p.dim);
+        const int64_t* begin = groups.positions.data() + groups.starts[g];
+        const int64_t* end = groups.positions.data() + groups.starts[g + 1];
+        skipped += momentum_update_row(static_cast<BankT*>(p.bank) + p.indices[*begin] * p.dim,
+                                       static_cast<const FeatureT*>(p.features), begin, end, p,
+                                       scratch.data());
+      });
   if (p.skipped != nullptr) *p.skipped += skipped;
 }
 
@@ -235,17 +236,24 @@ void segment_mean(const SegmentMeanParams& p) {
     for (const int64_t k : listed) place(k);
   }
   const int64_t slices = (p.dim + kGiantSlice - 1) / kGiantSlice;
-  parallel_tasks(static_cast<int64_t>(giant.size()) * slices, 1, [&](int64_t task) {
-    thread_local std::vector<A> scratch;
-    const int64_t first = task % slices * kGiantSlice;
-    mean_of_class<T, A>(p, giant[task / slices], first, std::min(kGiantSlice, p.dim - first),
-                        scratch);
-  });
-  parallel_tasks(static_cast<int64_t>(small.size()), 8, [&](int64_t task) {
-    thread_local std::vector<A> scratch;
-    mean_of_class<T, A>(p, small[task], 0, p.dim, scratch);
-    if (p.normalize) normalize_class<T, A>(p, small[task], scratch);
-  });
+  const auto members_of = [&p](const std::vector<int64_t>& classes) {
+    int64_t members = 0;
+    for (const int64_t k : classes) members += p.offsets[k + 1] - p.offsets[k];
+    return members;
+  };
+  parallel_tasks(static_cast<int64_t>(giant.size()) * slices, 1, members_of(giant) * p.dim,
+                 [&](int64_t task) {
+                   thread_local std::vector<A> scratch;
+                   const int64_t first = task % slices * kGiantSlice;
+                   mean_of_class<T, A>(p, giant[task / slices], first,
+                                       std::min(kGiantSlice, p.dim - first), scratch);
+                 });
+  parallel_tasks(static_cast<int64_t>(small.size()), 8, members_of(small) * p.dim,
+                 [&](int64_t task) {
+                   thread_local std::vector<A> scratch;
+                   mean_of_class<T, A>(p, small[task], 0, p.dim, scratch);
+                   if (p.normalize) normalize_class<T, A>(p, small[task], scratch);
+                 });
   if (p.normalize) {
     std::vector<A> scratch;
     for (const int64_t k : giant) normalize_class<T, A>(p, k, scratch);
@@ -276,7 +284,7 @@ void segment_mean_backward(const SegmentMeanBackwardParams& p) {
   const T* grad = static_cast<const T*>(p.grad);
   T* grad_rows = static_cast<T*>(p.grad_rows);
   const int64_t d = p.dim;
-  parallel_tasks(p.num_classes, 8, [&](int64_t k) {
+  parallel_tasks(p.num_classes, 8, p.num_rows * d, [&](int64_t k) {
     const int64_t begin = p.offsets[k];
     const int64_t end = p.offsets[k + 1];
     if (begin == end) return;

@@ -213,9 +213,11 @@ class Plan:
 
 
 def _cuda_obstacle(nvcc: Nvcc | None) -> str:
-    """Why the CUDA half can't be built here; empty if it can."""
+    """Why the CUDA half can't or shall not be built here; empty if it can."""
     import torch
 
+    if os.environ.get("DHCL_CUDA", "").lower() in {"0", "off"}:
+        return "DHCL_CUDA=off"
     if torch.version.cuda is None:
         kind = "ROCm" if torch.version.hip else "CPU"
         return f"torch {torch.__version__} is a {kind} build"

@@ -144,7 +144,11 @@ def load_once() -> bool:
 
 
 def status() -> Status:
-    """What runs in this process; loads (and builds, where needed) first."""
+    """What runs in this process; loads (and builds, where needed) first.
+
+    Call it up front where a first call in the middle would be in the way: before timing, before
+    capturing a CUDA graph, before forking workers.
+    """
     load_once()
     assert _status is not None
     return _status

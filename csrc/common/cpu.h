@@ -20,11 +20,15 @@
 
 namespace dhcl {
 
+// Elements of work below which waking another thread costs more than it saves.
+constexpr int64_t kParallelElements = 1 << 18;
+
 // Runs body(task) for every task in [0, tasks) on torch's threads; a thread that is done takes the
-// next block of tasks, so that tasks of uneven size keep all threads busy. The first exception is
-// thrown again here, since none may cross torch's C interface.
+// next block of tasks, so that tasks of uneven size keep all threads busy. elements is the whole
+// work, in elements touched: too little of it stays on this thread. The first exception is thrown
+// again here, since none may cross torch's C interface.
 template <typename Body>
-void parallel_tasks(int64_t tasks, int64_t block, const Body& body) {
+void parallel_tasks(int64_t tasks, int64_t block, int64_t elements, const Body& body) {
   if (tasks <= 0) return;
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
@@ -40,7 +44,7 @@ void parallel_tasks(int64_t tasks, int64_t block, const Body& body) {
     }
   };
   const int64_t threads = torch::stable::get_num_threads();
-  if (threads <= 1 || tasks <= block) {
+  if (threads <= 1 || tasks <= block || elements < kParallelElements) {
     work(0, 1);
   } else {
     torch::stable::parallel_for(0, threads, 1, work);

@@ -9,9 +9,8 @@
 // switches.
 //
 // What it checks, and reports as cuda_host::Error thrown out of DHCL_LAUNCH:
-//   - a barrier or warp operation that can never complete, and a __syncthreads() that the threads
-//   of
-//     a block reach at different source lines: the message says where how many threads wait;
+//   - a barrier or warp operation that can never complete, and a __syncthreads() that a block's
+//     threads reach at different source lines: the message says where how many threads wait;
 //   - a lane outside its own mask, a bad shuffle width, an impossible launch configuration;
 //   - DHCL_DEVICE_ASSERT, assert and __trap(). Other C++ exceptions pass through as they are.
 // Reads of what CUDA leaves undefined give the byte 0xCD: dynamic shared memory that the block has
@@ -1526,27 +1525,32 @@ inline float __ll2float_rn(long long v) { return static_cast<float>(v); }
 inline double __ll2double_rn(long long v) { return static_cast<double>(v); }
 inline float __double2float_rn(double v) { return static_cast<float>(v); }
 
-// Of mixed types the common one decides, as in CUDA's overloads: int and unsigned give unsigned.
-// For floats a NaN loses against a number.
-template <typename A, typename B,
-          typename = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value>>
-inline std::common_type_t<A, B> min(A a, B b) {
-  using C = std::common_type_t<A, B>;
-  const C x = static_cast<C>(a), y = static_cast<C>(b);
-  if constexpr (std::is_floating_point<C>::value) {
-    return std::fmin(x, y);
-  } else {
-    return y < x ? y : x;
+// CUDA's overloads and no others, so that a call which nvcc finds ambiguous is so here too. int
+// with unsigned compares as unsigned; for floats a NaN loses against a number.
+#define CUDA_HOST_MIN_MAX(result, a_type, b_type)                        \
+  inline result min(a_type a, b_type b) {                                \
+    const result x = static_cast<result>(a), y = static_cast<result>(b); \
+    return y < x ? y : x;                                                \
+  }                                                                      \
+  inline result max(a_type a, b_type b) {                                \
+    const result x = static_cast<result>(a), y = static_cast<result>(b); \
+    return x < y ? y : x;                                                \
   }
-}
-template <typename A, typename B,
-          typename = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value>>
-inline std::common_type_t<A, B> max(A a, B b) {
-  using C = std::common_type_t<A, B>;
-  const C x = static_cast<C>(a), y = static_cast<C>(b);
-  if constexpr (std::is_floating_point<C>::value) {
-    return std::fmax(x, y);
-  } else {
-    return x < y ? y : x;
-  }
-}
+#define CUDA_HOST_MIN_MAX_INTEGERS(type)                \
+  CUDA_HOST_MIN_MAX(type, type, type)                   \
+  CUDA_HOST_MIN_MAX(unsigned type, unsigned type, type) \
+  CUDA_HOST_MIN_MAX(unsigned type, type, unsigned type) \
+  CUDA_HOST_MIN_MAX(unsigned type, unsigned type, unsigned type)
+CUDA_HOST_MIN_MAX_INTEGERS(int)
+CUDA_HOST_MIN_MAX_INTEGERS(long)
+CUDA_HOST_MIN_MAX_INTEGERS(long long)
+#undef CUDA_HOST_MIN_MAX_INTEGERS
+#undef CUDA_HOST_MIN_MAX
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
+inline double min(float a, double b) { return std::fmin(static_cast<double>(a), b); }
+inline double min(double a, float b) { return std::fmin(a, static_cast<double>(b)); }
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
+inline double max(float a, double b) { return std::fmax(static_cast<double>(a), b); }
+inline double max(double a, float b) { return std::fmax(a, static_cast<double>(b)); }

@@ -295,7 +295,7 @@ __global__ void to_integers_kernel(const float* in, int64_t* out, int n) {
 __global__ void mixed_min_max_kernel(double* out) {
   out[0] = min(-1, 2u);
   out[1] = max(-1, 2u);
-  out[2] = static_cast<double>(min(int64_t{-5}, 3));
+  out[2] = static_cast<double>(min(int64_t{-5}, int64_t{3}));
   out[3] = min(NAN, 2.0f);
   out[4] = max(1.5f, 2.5);
   out[5] = fminf(NAN, 4.0f);
@@ -357,6 +357,7 @@ enum class Divergence {
   kDifferentLines,
   kBlockAgainstWarp,
   kDifferentMasks,
+  kOverlappingMasks,
   kDifferentOperations,
   kNotInMask,
   kBadWidth,
@@ -381,6 +382,9 @@ __global__ void diverge_kernel(Divergence how, int* live_objects) {
     case Divergence::kDifferentMasks:
       __syncwarp(i % 32 < 16 ? kFull : 0xffff0000u);
       __syncthreads();
+      break;
+    case Divergence::kOverlappingMasks:
+      __syncwarp(i % 2 ? kFull : 0x7fffffffu);
       break;
     case Divergence::kDifferentOperations:
       if (i % 2)
@@ -543,6 +547,7 @@ void diverge(const std::string& how, int threads, int* live_objects) {
                                                   {"lines", Divergence::kDifferentLines},
                                                   {"block_warp", Divergence::kBlockAgainstWarp},
                                                   {"masks", Divergence::kDifferentMasks},
+                                                  {"overlap", Divergence::kOverlappingMasks},
                                                   {"operations", Divergence::kDifferentOperations},
                                                   {"not_in_mask", Divergence::kNotInMask},
                                                   {"width", Divergence::kBadWidth},

@@ -583,6 +583,10 @@ DIVERGENCES = {
         "threads 0-15, 32-47)",
         "32 of 64 threads wait at __syncthreads",
     ],
+    "overlap": [
+        "32 of 64 threads wait at __syncwarp with mask 0xffffffff",
+        "32 of 64 threads wait at __syncwarp with mask 0x7fffffff",
+    ],
     "operations": [
         "wait at __ballot_sync with mask 0xffffffff",
         "wait at __any_sync with mask 0xffffffff",
