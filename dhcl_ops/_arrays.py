@@ -58,6 +58,13 @@ def _to_kind(value: Any, kind: str) -> Any:
     return value
 
 
+def like(given: object, value: Any) -> Any:
+    """The tensors in value as arrays of the kind of ``given``; unchanged where that is a tensor."""
+    if not is_array(given):
+        return value
+    return _to_kind(value, "cupy" if _is_cupy(given) else "numpy")
+
+
 def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Let a function's named tensor arguments be arrays too.
 

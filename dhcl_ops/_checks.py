@@ -58,6 +58,23 @@ def number(
     return float(value)
 
 
+def integer(op: str, name: str, value: int, low: int) -> int:
+    """Return the value as an int of at least ``low``; raise naming the rule otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} must be an integer (got {type(value).__name__})")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be >= {low} (got {value})")
+    return int(value)
+
+
+def one_of(op: str, name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless the value is one of these names."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        names = " or ".join(repr(a) for a in allowed)
+        raise ValueError(f"{op}: {name} must be {names} (got {value!r})")
+
+
 def indices_in_range(op: str, name: str, indices: torch.Tensor, size: int) -> None:
     """Raise ``IndexError`` naming the first index outside [0, size).
 
