@@ -18,7 +18,7 @@ from dhcl_ops.reranking import rerank_distances
 __all__ = ["compute_jaccard_distance", "re_ranking"]
 
 
-# ---- SpCL, Cluster Contrast and what derives from them ------------------------------------------------
+# ---- SpCL, Cluster Contrast and what derives from them ------------------------------------------
 
 
 def compute_jaccard_distance(
@@ -50,7 +50,7 @@ def compute_jaccard_distance(
     return distances
 
 
-# ---- torchreid, fast-reid and what derives from them ----------------------------------------------------
+# ---- torchreid, fast-reid and what derives from them --------------------------------------------
 
 
 def re_ranking(
@@ -66,6 +66,6 @@ def re_ranking(
     As there the distances given are squared inside. Exact ties between neighbours go to the lower
     index, and a row comes first in its own list.
     """
-    matrices = [torch.as_tensor(matrix) for matrix in (q_g_dist, q_q_dist, g_g_dist)]
-    distances: torch.Tensor = rerank_distances(*matrices, k1, k2, lambda_value)
+    q_g, q_q, g_g = (torch.as_tensor(matrix) for matrix in (q_g_dist, q_q_dist, g_g_dist))
+    distances: torch.Tensor = rerank_distances(q_g, q_q, g_g, k1, k2, lambda_value)
     return distances.numpy(force=True)

@@ -13,7 +13,7 @@ REGIMES = {
 
 
 def features_like(regime, n, d=64, *, per=20, seed=0):
-    """Unit rows (n, d): identities in a low-rank cloud, cameras, noise, and what the regime adds."""
+    """Unit rows (n, d): identities in a low-rank cloud, cameras, noise, and the regime's own."""
     settings = REGIMES[regime]
     r = np.random.default_rng(seed)
     identity = np.arange(n) // per
@@ -36,7 +36,7 @@ def features_like(regime, n, d=64, *, per=20, seed=0):
     return torch.from_numpy(rows.astype(np.float32))
 
 
-# ---- the definitions, row by row ------------------------------------------------------------------
+# ---- the definitions, row by row ----------------------------------------------------------------
 
 
 def mutual(ranks, i, width):

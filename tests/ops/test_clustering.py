@@ -1,4 +1,5 @@
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def sparse(dense, limit):
     return stages.csr_tensor(offsets, near.nonzero()[:, 1], dense[near])
 
 
-# ---- DBSCAN -----------------------------------------------------------------------------------------
+# ---- DBSCAN -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -83,7 +84,7 @@ def test_a_long_chain_and_a_border_between_two_clusters(implementation):
     n = 300
     dense = torch.ones(n, n)
     row = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(row[:-1], row[1:], strict=True):
+    for a, b in itertools.pairwise(row):
         dense[a, b] = dense[b, a] = 0.3
     dense.fill_diagonal_(0)
     dense[row[150], :] = dense[:, row[150]] = 1.0
@@ -110,7 +111,7 @@ def test_dbscan_for_any_thread_count_and_empty_graphs():
         (np.ones((3, 3)), (0.5,), TypeError, "graph must be a tensor"),
         (torch.ones(3, 3), (0.5,), TypeError, "graph must be a sparse CSR tensor .got strided"),
         (
-            torch.sparse_csr_tensor([0, 1, 1], [2], [0.5], (2, 3)),
+            torch.sparse_csr_tensor([0, 1, 1], [2], [0.5], (2, 3), check_invariants=True),
             (0.5,),
             ValueError,
             r"graph must be square .got shape \(2, 3\)",
@@ -126,7 +127,7 @@ def test_dbscan_refuses(graph, arguments, error, message):
         dbscan(graph, *arguments)
 
 
-# ---- self-paced choice --------------------------------------------------------------------------------
+# ---- self-paced choice --------------------------------------------------------------------------
 
 
 def spcl_choice(labels, tight, loose, threshold=None):
@@ -214,7 +215,7 @@ def test_self_paced_labels_refuse():
         self_paced_labels(labels, labels, labels, 1.5)
 
 
-# ---- cluster --------------------------------------------------------------------------------------------
+# ---- cluster ------------------------------------------------------------------------------------
 
 
 def test_cluster_is_the_stages_together():

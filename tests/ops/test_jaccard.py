@@ -42,7 +42,7 @@ def dense_of(rows):
     return out.numpy()
 
 
-# ---- values -----------------------------------------------------------------------------------------
+# ---- values -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -150,9 +150,7 @@ def test_permuting_the_rows_permutes_the_result(convention):
     order = torch.from_numpy(np.random.default_rng(1).permutation(250))
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(250)
-    moved = Neighbours(
-        found.similarities[order], inverse[found.indices[order]], found.uncertified
-    )
+    moved = Neighbours(found.similarities[order], inverse[found.indices[order]], found.uncertified)
     plain = jaccard_distance(x, 15, 4, convention=convention, ranks=found)
     permuted = jaccard_distance(x[order], 15, 4, convention=convention, ranks=moved)
     # Sums go by ascending column, and columns have moved: equal up to rounding.
@@ -174,7 +172,7 @@ def test_given_ranks_change_nothing():
     assert same_bits(as_int32, only)
 
 
-# ---- the compiled ops and their references ------------------------------------------------------------
+# ---- the compiled ops and their references ------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -270,7 +268,7 @@ def test_ranges_of_rows_do_not_show(monkeypatch):
     assert same_bits(jaccard_distance(x), dense)
 
 
-# ---- form of the result and borderline input ------------------------------------------------------------
+# ---- form of the result and borderline input ----------------------------------------------------
 
 
 def test_the_graph_is_a_csr_tensor():
@@ -366,7 +364,12 @@ def broken(row, value):
         (GOOD, {"k2": 0}, ValueError, "k2 must be >= 1 .got 0"),
         (GOOD, {"k1": 5, "k2": 6}, ValueError, "k2 must be at most k1 .got k1=5, k2=6"),
         (GOOD, {"convention": "zheng"}, ValueError, "convention must be 'spcl' or 'zhong'"),
-        (GOOD, {"ranks": torch.zeros(40, 3).long()}, ValueError, r"at least 30 columns .*\(40, 3\)"),
+        (
+            GOOD,
+            {"ranks": torch.zeros(40, 3).long()},
+            ValueError,
+            r"at least 30 columns .*\(40, 3\)",
+        ),
         (GOOD, {"ranks": torch.zeros(39, 30).long()}, ValueError, "ranks must have 40 rows"),
         (GOOD, {"ranks": torch.zeros(40, 30)}, TypeError, "ranks must be int64 or int32"),
         (GOOD, {"ranks": torch.full((40, 30), 40)}, ValueError, r"in \[0, 40\) .got 40"),
@@ -403,7 +406,7 @@ def test_ops_check_what_they_index_with():
             torch.ops.dhcl.inverted_index(offsets, columns, torch.ones(1), 0.5)
 
 
-# ---- progress and interruption --------------------------------------------------------------------------
+# ---- progress and interruption ------------------------------------------------------------------
 
 
 def test_progress_ends_each_stage_at_its_total():

@@ -112,21 +112,21 @@ def test_refusals(monkeypatch):
         with pytest.raises(error, match=message):
             rerank(*arguments)
     narrow = torch.nn.functional.normalize(gallery[:, :8])
-    with pytest.raises(ValueError, match="one width .got 64 and 8"):
+    with pytest.raises(ValueError, match=r"one width .got 64 and 8"):
         rerank(query, narrow)
-    with pytest.raises(ValueError, match="topk must be at most the gallery's 40 .got 41"):
+    with pytest.raises(ValueError, match=r"topk must be at most the gallery's 40 .got 41"):
         rerank(query, gallery, topk=41)
     with pytest.raises(ValueError, match=r"rerank_distances: q_q must have shape \(10, 10\)"):
         rerank_distances(q_g, g_g, q_q)
     q_g[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="q_g must be finite .got nan or inf in row 3"):
+    with pytest.raises(ValueError, match=r"q_g must be finite .got nan or inf in row 3"):
         rerank_distances(q_g, q_q, g_g)
     monkeypatch.setattr(reranking, "_available_bytes", lambda device: 10)
     with pytest.raises(MemoryError, match=r"10 x 40 needs .* GiB .*topk="):
         rerank(query, gallery)
 
 
-# ---- the names that scripts import today --------------------------------------------------------------
+# ---- the names that scripts import today --------------------------------------------------------
 
 
 def test_compute_jaccard_distance(capsys):
