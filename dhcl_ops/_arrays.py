@@ -58,9 +58,11 @@ def _to_kind(value: Any, kind: str) -> Any:
     return value
 
 
-def like(array: Any, result: Any) -> Any:
-    """The result, its tensors turned into arrays of this array's kind."""
-    return _to_kind(result, "cupy" if _is_cupy(array) else "numpy")
+def like(given: object, value: Any) -> Any:
+    """The tensors in value as arrays of the kind of ``given``; unchanged where that is a tensor."""
+    if not is_array(given):
+        return value
+    return _to_kind(value, "cupy" if _is_cupy(given) else "numpy")
 
 
 def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:

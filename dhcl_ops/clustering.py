@@ -1,0 +1,354 @@
+"""Pseudo-labels: DBSCAN over the sparse Jaccard graph, and SpCL's self-paced choice of clusters.
+
+DBSCAN is that of Ester et al. (KDD 1996) with the numbering of scikit-learn, label for label.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from dhcl_ops import _arrays, _checks
+from dhcl_ops._ops import define
+from dhcl_ops.jaccard import (
+    Convention,
+    Progress,
+    _Index,
+    _inverted_index,
+    as_tensors,
+    check_eps,
+    check_features,
+    encode,
+    join,
+)
+from dhcl_ops.knn import Neighbours
+
+__all__ = ["Clustering", "SelfPaced", "cluster", "dbscan", "self_paced_labels"]
+
+
+# ---- DBSCAN -------------------------------------------------------------------------------------
+
+
+def _dbscan_reference(
+    offsets: torch.Tensor,
+    columns: torch.Tensor,
+    values: torch.Tensor,
+    eps: float,
+    min_samples: int,
+) -> torch.Tensor:
+    n = len(offsets) - 1
+    limit = torch.tensor(eps, dtype=torch.float32, device=values.device)
+    rows = torch.arange(n, device=offsets.device).repeat_interleave(offsets.diff())
+    near = values <= limit
+    core = torch.zeros_like(offsets[:-1]).index_add(0, rows, near.long()) >= min_samples
+    near = near & core[columns]
+    # Each core row takes the smallest core row it can reach: neighbours' roots, then their roots.
+    inner = near & core[rows]
+    root = torch.arange(n, device=offsets.device)
+    while True:
+        lower = root.scatter_reduce(0, rows[inner], root[columns[inner]], "amin")
+        # What hangs below a root that has found a smaller one follows it.
+        lower = lower.scatter_reduce(0, root[core], lower[core], "amin")
+        lower = lower[lower]
+        if torch.equal(lower, root):
+            break
+        root = lower
+    is_root = core & (root == torch.arange(n, device=offsets.device))
+    number = is_root.long().cumsum(0) - 1
+    labels = torch.where(core, number[root], -1)
+    border = near & ~core[rows]
+    lowest = torch.full_like(labels, n).scatter_reduce(
+        0, rows[border], labels[columns[border]], "amin"
+    )
+    return torch.where(lowest < n, lowest, labels)
+
+
+def _dbscan_sample(device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(2)
+    distances = torch.rand(24, 24, generator=generator)
+    distances = torch.minimum(distances, distances.T).fill_diagonal_(0.0)
+    near = distances <= 0.1
+    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
+    columns = near.nonzero()[:, 1]
+    return offsets.to(device), columns.to(device), distances[near].to(device), 0.07, 3
+
+
+_dbscan = define(
+    "dbscan(Tensor offsets, Tensor columns, Tensor values, float eps, int min_samples) -> Tensor",
+    family="jaccard",
+    reference=_dbscan_reference,
+    fake=lambda offsets, columns, values, eps, min_samples: offsets.new_empty(offsets.shape[0] - 1),
+    sample=_dbscan_sample,
+)
+
+
+@torch.no_grad()
+def dbscan(graph: torch.Tensor, eps: float | Sequence[float], min_samples: int = 4) -> torch.Tensor:
+    """Cluster the rows of a sparse distance matrix; pairs it does not hold are too far apart.
+
+    Labels equal those of ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples,
+    metric="precomputed")`` on the dense matrix: a row is core if at least ``min_samples`` entries
+    of its line, its own included where that is at most eps, are at most eps (in float32); clusters
+    are numbered by their smallest core row; a border row belongs to the lowest-numbered cluster it
+    touches; -1 is for rows of none.
+
+    Args:
+        graph: (N, N) sparse CSR tensor, symmetric, columns ascending: what
+            :func:`dhcl_ops.jaccard_graph` returns, made with at least the largest eps.
+        eps: largest distance of neighbours, >= 0; or several of them.
+        min_samples: neighbours that make a row core, >= 1.
+
+    Returns:
+        (N,) int64 labels; (E, N) for a sequence of E eps.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, layout, dtype, shape or range.
+    """
+    op = "dbscan"
+    _checks.tensor(op, "graph", graph)
+    if graph.layout != torch.sparse_csr:
+        got = str(graph.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: graph must be a sparse CSR tensor (got {got})")
+    if graph.dim() != 2 or graph.shape[0] != graph.shape[1]:
+        raise ValueError(f"{op}: graph must be square (got shape {tuple(graph.shape)})")
+    _checks.dtype(op, "graph", graph, (torch.float32,))
+    min_samples = _checks.integer(op, "min_samples", min_samples, 1)
+    several = isinstance(eps, Sequence)
+    wanted = [
+        _checks.number(op, "eps", e, 0.0, rule="finite and >= 0")
+        for e in (eps if isinstance(eps, Sequence) else [eps])
+    ]
+    parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
+    labels: list[torch.Tensor] = [_dbscan(*parts, e, min_samples) for e in wanted]
+    if not several:
+        return labels[0]
+    return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])
+
+
+# ---- self-paced choice --------------------------------------------------------------------------
+
+
+class SelfPaced(NamedTuple):
+    """What :func:`self_paced_labels` returns.
+
+    ``labels`` (N,) int64: clusters that were kept, numbered anew without gaps in their old order;
+    -1 for rows that were in none or were taken out. ``threshold``: the limit of independence, to be
+    passed to later calls (None as long as there was no cluster of two rows or more).
+    ``independence`` and ``compactness`` (N,) float32: the intersection over union of each row's
+    cluster with its cluster of the loose and of the tight labels, 1 for unchanged.
+    """
+
+    labels: torch.Tensor
+    threshold: float | None
+    independence: torch.Tensor
+    compactness: torch.Tensor
+
+
+def _overlap(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each row's two clusters, both given without -1."""
+    _, pair, together = torch.unique(
+        labels * (int(others.max()) + 1) + others, return_inverse=True, return_counts=True
+    )
+    both = together[pair]
+    one, other = torch.bincount(labels)[labels], torch.bincount(others)[others]
+    overlap: torch.Tensor = both.float() / (one + other - both).float()
+    return overlap
+
+
+def _each_outlier_alone(labels: torch.Tensor) -> torch.Tensor:
+    outlier = labels < 0
+    return torch.where(outlier, labels.clamp(min=-1).amax() + outlier.cumsum(0), labels)
+
+
+@_arrays.takes_arrays("labels", "tight", "loose")
+@torch.no_grad()
+def self_paced_labels(
+    labels: torch.Tensor,
+    tight: torch.Tensor,
+    loose: torch.Tensor,
+    threshold: float | None = None,
+) -> SelfPaced:
+    """Keep the clusters that are independent and, of these, the rows that are compact.
+
+    SpCL's criterion (Ge et al., NeurIPS 2020, section 3.3, and its ``spcl_train_usl.py``), from
+    DBSCAN at eps and at a slightly smaller and larger one. With an outlier a cluster of its own, a
+    row's independence is the intersection over union of its cluster with its loose cluster, its
+    compactness that with its tight one. A cluster counts by its most independent and its most
+    compact row. A row stays in its cluster if 1 - independence of the cluster is at most the
+    threshold, and its own compactness is the cluster's best; otherwise it becomes an outlier.
+
+    The threshold is the 90th percentile of 1 - independence over the clusters of two rows or more
+    (of K ascending values the one at round(0.9 K), half to even, or the last). SpCL sets it once,
+    in the first epoch; pass the first result's on. Time and memory are O(N log N): overlaps are
+    counted, not read off N x N matrices.
+
+    Args:
+        labels, tight, loose: (N,) int64 labels with -1 for outliers. Arrays give arrays back.
+        threshold: limit of 1 - independence; by default computed here.
+
+    Returns:
+        :class:`SelfPaced`.
+    """
+    op = "self_paced_labels"
+    for name, value in (("labels", labels), ("tight", tight), ("loose", loose)):
+        _checks.tensor(op, name, value)
+        _checks.rank(op, name, value, 1)
+        _checks.dtype(op, name, value, (torch.int64,))
+        _checks.shape(op, name, value, tuple(labels.shape), "as labels")
+    _checks.same_device(op, labels=labels, tight=tight, loose=loose)
+    if threshold is not None:
+        threshold = _checks.number(op, "threshold", threshold, 0.0, 1.0, rule="in [0, 1]")
+    n = len(labels)
+    if n == 0:
+        nothing = torch.empty(0, device=labels.device)
+        return SelfPaced(labels.clone(), threshold, nothing, nothing.clone())
+    own = _each_outlier_alone(labels)
+    compactness = _overlap(own, _each_outlier_alone(tight))
+    independence = _overlap(own, _each_outlier_alone(loose))
+    # Distances, 0 for unchanged, in float32 like SpCL's; the smallest counts.
+    apart, spread = 1.0 - independence, 1.0 - compactness
+    count = int(own.max()) + 1
+    worst = torch.full((count,), torch.inf, device=labels.device)
+    cluster_apart = worst.scatter_reduce(0, own, apart, "amin")
+    cluster_spread = worst.scatter_reduce(0, own, spread, "amin")
+    if threshold is None:
+        several = torch.bincount(own, minlength=count) > 1
+        ordered = cluster_apart[several].sort().values
+        if len(ordered):
+            threshold = float(ordered[min(len(ordered) - 1, round(0.9 * len(ordered)))])
+    kept = labels >= 0
+    if threshold is not None:
+        kept &= (cluster_apart[own] <= threshold) & (spread <= cluster_spread[own])
+    # Those left out have no number; the others are numbered in their old order.
+    fresh = torch.full_like(labels, -1)
+    fresh[kept] = torch.unique(labels[kept], return_inverse=True)[1]
+    return SelfPaced(fresh, threshold, independence, compactness)
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustering:
+    """What :func:`cluster` returns.
+
+    Attributes:
+        labels: (N,) int64, -1 for outliers; an array if the features were one.
+        num_clusters: number of clusters.
+        num_outliers: number of rows labelled -1.
+        seconds: wall time of each stage, in seconds.
+        sizes: ``pairs``, the entries of the eps-graph; ``set_entries``, those of all expanded sets;
+            ``longest_column``, the most rows that share one element, and ``index_work``, the sum of
+            the squares of that (a plain inverted index would take as many additions): watch both
+            for hubs; ``uncertified_rows`` of the neighbour search.
+        threshold: limit of independence, with ``self_paced`` only; pass it to the next call.
+        graph: the eps-graph, for :func:`dbscan` at other, smaller eps.
+    """
+
+    labels: Any
+    num_clusters: int
+    num_outliers: int
+    seconds: dict[str, float]
+    sizes: dict[str, int]
+    threshold: float | None
+    graph: torch.Tensor = dataclasses.field(repr=False)
+
+
+class _Stages:
+    """Seconds between calls, by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._last = time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+@torch.no_grad()
+def cluster(
+    features: torch.Tensor,
+    *,
+    k1: int = 30,
+    k2: int = 6,
+    eps: float = 0.6,
+    min_samples: int = 4,
+    convention: Convention = "spcl",
+    ranks: Neighbours | torch.Tensor | None = None,
+    self_paced: bool = False,
+    eps_gap: float = 0.02,
+    threshold: float | None = None,
+    progress: Progress | None = None,
+) -> Clustering:
+    """Neighbours, Jaccard graph and DBSCAN: from features to pseudo-labels.
+
+    With ``self_paced`` DBSCAN runs at eps - eps_gap, eps and eps + eps_gap over one graph, and
+    :func:`self_paced_labels` chooses; ``threshold`` is what an earlier call returned.
+
+    Args:
+        features: (N, d) rows of norm 1; an array gives labels as an array of its kind.
+        k1, k2, eps, convention, ranks, progress: as in :func:`dhcl_ops.jaccard_graph`.
+        min_samples: as in :func:`dbscan`.
+        self_paced: leave out clusters and rows by SpCL's criterion.
+        eps_gap: distance of the tight and the loose eps from eps; all must lie in (0, 1).
+        threshold: limit of independence from an earlier call, with ``self_paced`` only.
+
+    Returns:
+        :class:`Clustering`.
+
+    Raises:
+        TypeError, ValueError: as :func:`dhcl_ops.jaccard_graph`.
+    """
+    op = "cluster"
+    given = features
+    features, ranks = as_tensors(op, features=features, ranks=ranks)
+    eps = check_eps(op, eps)
+    min_samples = _checks.integer(op, "min_samples", min_samples, 1)
+    largest = eps
+    if self_paced:
+        eps_gap = _checks.number(op, "eps_gap", eps_gap, 0.0, rule="finite and >= 0")
+        if not (eps - eps_gap > 0.0 and eps + eps_gap < 1.0):
+            raise ValueError(f"{op}: eps -/+ eps_gap must be in (0, 1) (got {eps} -/+ {eps_gap})")
+        largest = eps + eps_gap
+    elif threshold is not None:
+        raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
+    rows = check_features(op, "features", features)
+    timer = _Stages(rows.device)
+    encoded = encode(op, rows, k1, k2, convention, ranks, progress, timer)
+    index = _Index(*_inverted_index(*encoded.rows, largest))
+    timer("index")
+    graph = join(encoded.rows, index, largest, progress)
+    timer("pairs")
+    if self_paced:
+        tight, labels, loose = dbscan(graph, (eps - eps_gap, eps, eps + eps_gap), min_samples)
+        chosen = self_paced_labels(labels, tight, loose, threshold)
+        labels, threshold = chosen.labels, chosen.threshold
+    else:
+        labels = dbscan(graph, eps, min_samples)
+    timer("clusters")
+    lengths = index.list_offsets.diff()
+    sizes = {
+        "pairs": len(graph.values()),
+        "set_entries": len(encoded.rows.columns),
+        "longest_column": int(lengths.max()) if len(lengths) else 0,
+        "index_work": int((lengths * lengths).sum()),
+        "uncertified_rows": encoded.uncertified,
+    }
+    return Clustering(
+        labels=_arrays.like(given, labels),
+        num_clusters=int(labels.max()) + 1 if len(labels) else 0,
+        num_outliers=int((labels < 0).sum()),
+        seconds=timer.seconds,
+        sizes=sizes,
+        threshold=threshold,
+        graph=graph,
+    )
