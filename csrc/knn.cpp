@@ -127,11 +127,12 @@ void select_strip(const KnnSelectParams& p, int64_t first) {
 }
 
 void run_knn_select(const KnnSelectParams& p) {
+  const int64_t elements = p.tile_rows * p.tile_cols;
   if (p.mirror)
-    parallel_tasks((p.tile_cols + kStrip - 1) / kStrip, 1,
+    parallel_tasks((p.tile_cols + kStrip - 1) / kStrip, 1, elements,
                    [&](int64_t strip) { select_strip(p, strip * kStrip); });
   else
-    parallel_tasks(p.tile_rows, 16, [&](int64_t r) { select_row(p, r); });
+    parallel_tasks(p.tile_rows, 16, elements, [&](int64_t r) { select_row(p, r); });
 }
 
 // ---- scores -------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ DHCL_CLONES float dot(const float* x, const float* y, int64_t d) {
 }
 
 void run_knn_scores(const KnnScoresParams& p) {
-  parallel_tasks(p.num_rows, 8, [&](int64_t r) {
+  parallel_tasks(p.num_rows, 8, p.num_rows * p.num_candidates * p.dim, [&](int64_t r) {
     for (int64_t c = 0; c < p.num_candidates; ++c) {
       const int64_t j = p.candidates[r * p.num_candidates + c];
       check(j >= -1 && j < p.num_features, "knn_scores: candidates must be in [-1, ",

@@ -119,7 +119,7 @@ void run_match_ranks(const MatchRanksParams& p) {
     check(p.begin[q] >= 0 && p.offsets[q] <= p.offsets[q + 1] &&
               p.begin[q] + p.offsets[q + 1] - p.offsets[q] <= p.num_gallery,
           "match_ranks: the matches of query ", q, " lie outside members");
-  parallel_tasks(p.num_queries, 4, [&](int64_t q) {
+  parallel_tasks(p.num_queries, 4, p.num_queries * p.num_gallery, [&](int64_t q) {
     p.is_double ? ranks_of_query<double>(p, q) : ranks_of_query<float>(p, q);
   });
 }

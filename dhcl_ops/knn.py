@@ -92,8 +92,9 @@ def _select_reference(
 
 def _select_sample(device: torch.device) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
-    tile = torch.randn(5, 90, generator=generator).to(device)
-    return (*_new_state(5, 8, device), tile, 0, 0, 4, False, True)
+    # In order and fewer than are kept: beyond that, where candidates lie in a row is left open.
+    tile = torch.randn(5, 3, generator=generator).sort(dim=1, descending=True).values
+    return (*_new_state(5, 8, device), tile.to(device), 0, 7, 4, False, True)
 
 
 def _new_state(rows: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -317,11 +317,11 @@ def test_scores_compile_as_one_graph(device):
 
 
 def test_same_bits_twice_and_for_any_thread_count_and_tile(monkeypatch):
-    features = clustered(2500, 96)
-    features[40:90] = features[7]
+    features = clustered(1300, 96)
+    features[40:70] = features[7]
 
     def run():
-        found = knn(features, 20)
+        found = knn(features, 12)
         return torch.cat([found.similarities.view(torch.int32), found.indices.int()])
 
     checks.same_bits_twice(run, times=1)
