@@ -30,7 +30,7 @@ from dhcl_ops.knn import Neighbours
 __all__ = ["Clustering", "SelfPaced", "cluster", "dbscan", "self_paced_labels"]
 
 
-# ---- DBSCAN -----------------------------------------------------------------------------------------
+# ---- DBSCAN -------------------------------------------------------------------------------------
 
 
 def _dbscan_reference(
@@ -81,17 +81,13 @@ _dbscan = define(
     "dbscan(Tensor offsets, Tensor columns, Tensor values, float eps, int min_samples) -> Tensor",
     family="jaccard",
     reference=_dbscan_reference,
-    fake=lambda offsets, columns, values, eps, min_samples: offsets.new_empty(
-        offsets.shape[0] - 1
-    ),
+    fake=lambda offsets, columns, values, eps, min_samples: offsets.new_empty(offsets.shape[0] - 1),
     sample=_dbscan_sample,
 )
 
 
 @torch.no_grad()
-def dbscan(
-    graph: torch.Tensor, eps: float | Sequence[float], min_samples: int = 4
-) -> torch.Tensor:
+def dbscan(graph: torch.Tensor, eps: float | Sequence[float], min_samples: int = 4) -> torch.Tensor:
     """Cluster the rows of a sparse distance matrix; pairs it does not hold are too far apart.
 
     Labels equal those of ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples,
@@ -127,13 +123,13 @@ def dbscan(
         for e in (eps if isinstance(eps, Sequence) else [eps])
     ]
     parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
-    labels = [_dbscan(*parts, e, min_samples) for e in wanted]
+    labels: list[torch.Tensor] = [_dbscan(*parts, e, min_samples) for e in wanted]
     if not several:
         return labels[0]
     return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])
 
 
-# ---- self-paced choice --------------------------------------------------------------------------------
+# ---- self-paced choice --------------------------------------------------------------------------
 
 
 class SelfPaced(NamedTuple):
@@ -159,7 +155,8 @@ def _overlap(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     )
     both = together[pair]
     one, other = torch.bincount(labels)[labels], torch.bincount(others)[others]
-    return both.float() / (one + other - both).float()
+    overlap: torch.Tensor = both.float() / (one + other - both).float()
+    return overlap
 
 
 def _each_outlier_alone(labels: torch.Tensor) -> torch.Tensor:
@@ -232,7 +229,7 @@ def self_paced_labels(
     return SelfPaced(fresh, threshold, independence, compactness)
 
 
-# ---- all of it ------------------------------------------------------------------------------------------
+# ---- all of it ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _sums_in_order(x: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, t
     return distinct, total
 
 
-# ---- mutual neighbours ----------------------------------------------------------------------------
+# ---- mutual neighbours --------------------------------------------------------------------------
 
 
 def _reciprocal_positions_reference(ranks: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ _k_reciprocal = define(
 )
 
 
-# ---- weights --------------------------------------------------------------------------------------
+# ---- weights ------------------------------------------------------------------------------------
 
 
 def _pair_dots_reference(
@@ -247,7 +247,7 @@ _softmax_rows = define(
 )
 
 
-# ---- query expansion ------------------------------------------------------------------------------
+# ---- query expansion ----------------------------------------------------------------------------
 
 
 def _query_expand_reference(
@@ -291,7 +291,7 @@ _query_expand = define(
 )
 
 
-# ---- inverted index and join ------------------------------------------------------------------------
+# ---- inverted index and join --------------------------------------------------------------------
 
 
 class _Index(NamedTuple):
@@ -420,7 +420,7 @@ def _jaccard_join_reference(
     return lines, torch.cat(others).int(), torch.cat(distances)
 
 
-def _sample_index(device: torch.device) -> tuple[torch.Tensor, ...]:
+def _sample_index(device: torch.device) -> tuple[Any, ...]:
     weights = _sample_weights(device)
     return (*weights, *_inverted_index_reference(*weights, 0.6))
 
@@ -462,7 +462,7 @@ _mirror_csr = define(
     family="jaccard",
     reference=_mirror_csr_reference,
     fake=_mirror_csr_fake,
-    sample=lambda device: _jaccard_join_reference(*_sample_index(device), 0.6, 0, 15),
+    sample=lambda device: _jaccard_join_reference(*(*_sample_index(device), 0.6, 0, 15)),
 )
 
 
@@ -502,7 +502,7 @@ _jaccard_rows = define(
 )
 
 
-# ---- the stages together ----------------------------------------------------------------------------
+# ---- the stages together ------------------------------------------------------------------------
 
 
 def slices(
@@ -608,9 +608,7 @@ def feature_weights(
     for begin, end in slices(len(features), "weights", progress):
         lines = offsets[begin : end + 1]
         own = columns[int(lines[0]) : int(lines[-1])]
-        dots.append(
-            _pair_dots(features, lists.ranks, similarities, lines - lines[0], own, begin)
-        )
+        dots.append(_pair_dots(features, lists.ranks, similarities, lines - lines[0], own, begin))
     squares = 2.0 - 2.0 * (torch.cat(dots) if dots else features.new_empty(0))
     if scale is not None:
         squares = squares / scale.repeat_interleave(offsets.diff())
@@ -669,9 +667,7 @@ def neighbour_lists(
     if ranks.numel():
         low, high = int(ranks.min()), int(ranks.max())
         if low < 0 or high >= n:
-            raise ValueError(
-                f"{op}: ranks must be in [0, {n}) (got {low if low < 0 else high})"
-            )
+            raise ValueError(f"{op}: ranks must be in [0, {n}) (got {low if low < 0 else high})")
     return ranks.int().contiguous(), similarities, uncertified
 
 
@@ -718,9 +714,7 @@ def join(rows: Rows, index: _Index, eps: float, progress: Progress | None) -> to
     return csr_tensor(*_mirror_csr(*_join_lines(parts, rows.columns)))
 
 
-def csr_tensor(
-    offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
+def csr_tensor(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """A square sparse CSR tensor, without the notice that torch's sparse tensors are young."""
     import warnings
 

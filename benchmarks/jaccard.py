@@ -1,0 +1,166 @@
+"""Clustering and re-ranking against dense code: ``python -m benchmarks.jaccard``.
+
+Sizes are those of Market-1501 and MSMT17. Features are synthetic: identities of log-normal size in
+a low-rank cloud, with cameras and noise, which gives expanded sets as large as those of a trained
+model. Calls of several seconds run once; with ``--seconds 5`` their peak memory is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+import dhcl_ops
+from benchmarks.harness import Bench, Variant, add_arguments
+from dhcl_ops.knn import Neighbours, knn
+
+K1, K2, EPS = 30, 6, 0.6
+
+
+def identities(n: int, d: int, per: float, seed: int = 0) -> torch.Tensor:
+    """Unit rows (n, d) of about n / per identities, in random order."""
+    r = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = r.lognormal(np.log(per) - 0.32, 0.8, int(2 * n / per) + 10).astype(int) + 1
+    identity = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)[:n])
+    identity = identity[torch.randperm(n, generator=generator)]
+    rank = 48
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    centres, basis = normal(len(sizes), rank), normal(rank, d) / d**0.5
+    mean = torch.nn.functional.normalize(normal(d), dim=0)
+    cameras = 0.3 * normal(6, d) / d**0.5
+    out = torch.empty(n, d)
+    for begin in range(0, n, 8192):
+        own = identity[begin : begin + 8192]
+        codes = (centres[own] + 0.45 * normal(len(own), rank)) / rank**0.5
+        rows = codes @ basis + mean + 0.3 * normal(len(own), d) / d**0.5
+        rows += cameras[torch.randint(0, 6, (len(own),), generator=generator)]
+        out[begin : begin + 8192] = torch.nn.functional.normalize(rows)
+    return out
+
+
+def with_hub(found: Neighbours) -> Neighbours:
+    """The lists with one row forged into the head of every one of them."""
+    indices = found.indices.clone()
+    missing = ~(indices[:, :K2] == 0).any(1)
+    indices[missing, K2 - 1] = 0
+    return found._replace(indices=indices)
+
+
+def closeness_of_graph(graph: torch.Tensor) -> torch.Tensor:
+    """Per row, the sum of eps - J over the pairs within eps; it changes little where J does."""
+    rows = torch.arange(len(graph), device=graph.device)
+    rows = rows.repeat_interleave(graph.crow_indices().diff())
+    room = (EPS - graph.values()).double()
+    return torch.zeros(len(graph), dtype=torch.float64, device=graph.device).index_add(
+        0, rows, room
+    )
+
+
+def dense_closeness(features: torch.Tensor, found: Neighbours) -> torch.Tensor:
+    """The same from dense NumPy matrices, a row at a time, as published code does it."""
+    n, ranks = len(features), found.indices.numpy(force=True)
+    half = round(K1 / 2) + 1
+
+    def mutual(i: int, width: int) -> Any:
+        forward = ranks[i, :width]
+        return forward[(ranks[forward, :width] == i).any(axis=1)]
+
+    full, halves = [mutual(i, K1) for i in range(n)], [mutual(i, half) for i in range(n)]
+    weights = np.zeros((n, n), dtype=np.float32)
+    for i in range(n):
+        members = [full[i]]
+        for candidate in full[i]:
+            near = halves[candidate]
+            if len(np.intersect1d(near, full[i])) > 2 / 3 * len(near):
+                members.append(near)
+        columns = np.unique(np.concatenate(members))
+        squares = 2 - 2 * (features[i : i + 1] @ features[columns].T)
+        weights[i, columns] = torch.softmax(-squares, dim=1).numpy(force=True)[0]
+    expansion = np.zeros_like(weights)
+    for i in range(n):
+        expansion[i] = weights[ranks[i, :K2]].mean(axis=0)
+    rows_of = [np.nonzero(expansion[:, c])[0] for c in range(n)]
+    out = torch.zeros(n, dtype=torch.float64)
+    for i in range(n):
+        shared = np.zeros(n, dtype=np.float32)
+        for c in np.nonzero(expansion[i])[0]:
+            rows = rows_of[c]
+            shared[rows] += np.minimum(expansion[i, c], expansion[rows, c])
+        distance = np.maximum(1 - shared / (2 - shared), 0)
+        out[i] = float((EPS - distance[distance <= np.float32(EPS)].astype(np.float64)).sum())
+    return out.to(features.device)
+
+
+def ours(features: torch.Tensor, found: Neighbours, sizes: dict[str, int]) -> torch.Tensor:
+    """Everything after the neighbour search, DBSCAN included."""
+    result = dhcl_ops.cluster(features, k1=K1, k2=K2, eps=EPS, ranks=found)
+    sizes.update(result.sizes, clusters=result.num_clusters, outliers=result.num_outliers)
+    return closeness_of_graph(result.graph)
+
+
+def bench_clustering(
+    bench: Bench, name: str, n: int, d: int, per: float, *, dense: bool, hub: bool = False
+) -> None:
+    """All stages after the neighbour search."""
+    params = {"N": n, "d": d, "k1": K1, "k2": K2, "data": name}
+    if not bench.wanted("cluster", params):
+        return
+    features = identities(n, d, per).to(bench.device)
+    found = knn(features, K1)
+    if hub:
+        # Stored similarities would belong to other rows.
+        found = with_hub(found)
+        found = found._replace(similarities=_similarities(features, found.indices))
+    sizes: dict[str, int] = {}
+    variants = [Variant("dhcl", lambda: ours(features, found, sizes))]
+    if dense:
+        variants.append(Variant("dense NumPy", lambda: dense_closeness(features, found)))
+    bench.run_case("cluster", params, variants, baseline="dense NumPy" if dense else "dhcl")
+    print(f"{name}: {sizes}", file=sys.stderr)
+
+
+def _similarities(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    blocks = zip(features.split(1024), indices.split(1024), strict=True)
+    return torch.cat([torch.einsum("nd,nkd->nk", x, features[i]) for x, i in blocks])
+
+
+def bench_rerank(bench: Bench, q: int, g: int, d: int, topk: int) -> None:
+    """Ranked lists from features, neighbour search included."""
+    params = {"Q": q, "G": g, "d": d, "topk": topk}
+    if not bench.wanted("rerank", params):
+        return
+    features = identities(q + g, d, 30.0).to(bench.device)
+
+    def call() -> object:
+        return tuple(dhcl_ops.rerank(features[:q], features[q:], topk=topk))
+
+    bench.run_case("rerank", params, [Variant("dhcl", call)], baseline="dhcl")
+
+
+def main() -> None:
+    """Run the cases the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    bench = Bench(parser.parse_args())
+    print(dhcl_ops.status().line)
+    bench_clustering(bench, "identities", 3_000, 2048, 17.2, dense=True)
+    if not bench.quick:
+        bench_clustering(bench, "Market-1501", 12_936, 2048, 17.2, dense=True)
+        bench_clustering(bench, "MSMT17", 32_621, 768, 31.3, dense=False)
+        bench_clustering(bench, "identities", 20_000, 256, 20.0, dense=False)
+        bench_clustering(bench, "a hub in every list", 20_000, 256, 20.0, dense=False, hub=True)
+        bench_clustering(bench, "identities", 100_000, 256, 20.0, dense=False)
+        bench_rerank(bench, 11_659, 82_161, 256, 50)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

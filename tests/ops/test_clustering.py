@@ -1,0 +1,278 @@
+import collections
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import DBSCAN
+
+from dhcl_ops import cluster, dbscan, jaccard_distance, jaccard_graph, self_paced_labels
+from dhcl_ops import jaccard as stages
+from dhcl_ops.knn import knn
+from tests import checks
+from tests.checks import call, same_bits
+from tests.ops.jaccard_data import REGIMES, features_like
+
+EPS = [0.4, 0.5, 0.55, 0.58, 0.6, 0.7]
+
+
+def sklearn_labels(dense, eps, min_samples):
+    return DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(dense)
+
+
+def sparse(dense, limit):
+    near = dense <= limit
+    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
+    return stages.csr_tensor(offsets, near.nonzero()[:, 1], dense[near])
+
+
+# ---- DBSCAN -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("convention", ["spcl", "zhong"])
+def test_labels_equal_scikit_learn_on_the_dense_matrix(regime, convention):
+    x = features_like(regime, 500, seed=6)
+    ranks = knn(x, 31)
+    dense = jaccard_distance(x, convention=convention, ranks=ranks).numpy()
+    graph = jaccard_graph(x, eps=0.7, convention=convention, ranks=ranks)
+    for eps, got in zip(EPS, dbscan(graph, EPS), strict=True):
+        np.testing.assert_array_equal(got.numpy(), sklearn_labels(dense, eps, 4))
+        np.testing.assert_array_equal(dbscan(graph, eps).numpy(), got.numpy())
+
+
+@pytest.mark.parametrize("min_samples", [1, 2, 4, 10, 1000])
+def test_min_samples(implementation, min_samples):
+    x = features_like("moderate", 300)
+    dense = jaccard_distance(x).numpy()
+    graph = jaccard_graph(x)
+    parts = (graph.crow_indices(), graph.col_indices(), graph.values())
+    got = call(implementation, "dbscan", *parts, 0.6, min_samples)
+    np.testing.assert_array_equal(got.numpy(), sklearn_labels(dense, 0.6, min_samples))
+
+
+@st.composite
+def distance_matrices(draw):
+    """Random symmetric distances on a coarse grid, so that ties with eps and chains are common."""
+    n = draw(st.integers(1, 24))
+    seed = draw(st.integers(0, 2**32 - 1))
+    density = draw(st.sampled_from([0.02, 0.08, 0.2, 0.5]))
+    r = np.random.default_rng(seed)
+    dense = r.integers(1, 6, (n, n)).astype(np.float32) / 8
+    dense[r.random((n, n)) > density] = 1
+    dense = np.minimum(dense, dense.T)
+    # The diagonal is zero, small, or too large for a row to be its own neighbour.
+    np.fill_diagonal(dense, draw(st.sampled_from([0.0, 0.25, 1.0])))
+    return dense
+
+
+@settings(max_examples=150, deadline=None)
+@given(dense=distance_matrices(), eps=st.integers(1, 5), min_samples=st.integers(1, 6))
+def test_random_graphs(dense, eps, min_samples):
+    eps = eps / 8
+    expected = sklearn_labels(dense, eps, min_samples)
+    graph = sparse(torch.from_numpy(dense), 0.8)
+    parts = (graph.crow_indices(), graph.col_indices(), graph.values())
+    for implementation in ("compiled", "reference"):
+        got = call(implementation, "dbscan", *parts, eps, min_samples)
+        np.testing.assert_array_equal(got.numpy(), expected)
+
+
+def test_a_long_chain_and_a_border_between_two_clusters(implementation):
+    n = 300
+    dense = torch.ones(n, n)
+    row = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    for a, b in itertools.pairwise(row):
+        dense[a, b] = dense[b, a] = 0.3
+    dense.fill_diagonal_(0)
+    dense[row[150], :] = dense[:, row[150]] = 1.0
+    graph = sparse(dense, 0.5)
+    parts = (graph.crow_indices(), graph.col_indices(), graph.values())
+    for min_samples in (1, 2, 3):
+        got = call(implementation, "dbscan", *parts, 0.5, min_samples)
+        np.testing.assert_array_equal(got.numpy(), sklearn_labels(dense, 0.5, min_samples))
+
+
+def test_dbscan_for_any_thread_count_and_empty_graphs():
+    graph = jaccard_graph(features_like("moderate", 3000), ranks=None)
+    checks.for_any_thread_count(lambda: dbscan(graph, 0.6))
+    empty = sparse(torch.empty(0, 0), 0.5)
+    assert dbscan(empty, 0.5).shape == (0,)
+    assert dbscan(empty, []).shape == (0, 0)
+    alone = sparse(torch.ones(5, 5), 0.5)
+    assert dbscan(alone, 0.5, 1).tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize(
+    ("graph", "arguments", "error", "message"),
+    [
+        (np.ones((3, 3)), (0.5,), TypeError, "graph must be a tensor"),
+        (torch.ones(3, 3), (0.5,), TypeError, "graph must be a sparse CSR tensor .got strided"),
+        (
+            torch.sparse_csr_tensor([0, 1, 1], [2], [0.5], (2, 3), check_invariants=True),
+            (0.5,),
+            ValueError,
+            r"graph must be square .got shape \(2, 3\)",
+        ),
+        (sparse(torch.ones(3, 3).double(), 2), (0.5,), TypeError, "graph must be float32"),
+        (sparse(torch.ones(3, 3), 2), (-0.5,), ValueError, "eps must be finite and >= 0"),
+        (sparse(torch.ones(3, 3), 2), (float("nan"),), ValueError, "eps must be finite"),
+        (sparse(torch.ones(3, 3), 2), (0.5, 0), ValueError, "min_samples must be >= 1 .got 0"),
+    ],
+)
+def test_dbscan_refuses(graph, arguments, error, message):
+    with pytest.raises(error, match="dbscan: .*" + message):
+        dbscan(graph, *arguments)
+
+
+# ---- self-paced choice --------------------------------------------------------------------------
+
+
+def spcl_choice(labels, tight, loose, threshold=None):
+    """The choice of SpCL's training script, with its three N x N matrices."""
+
+    def alone(labels):
+        labels, fresh = labels.copy(), labels.max() + 1
+        for i in np.nonzero(labels < 0)[0]:
+            labels[i] = fresh
+            fresh += 1
+        return torch.from_numpy(labels)
+
+    own, tight, loose = alone(labels), alone(tight), alone(loose)
+    same = [(x[:, None] == x[None, :]).float() for x in (own, tight, loose)]
+    comp = 1 - torch.min(same[0], same[1]).sum(-1) / torch.max(same[0], same[1]).sum(-1)
+    indep = 1 - torch.min(same[0], same[2]).sum(-1) / torch.max(same[0], same[2]).sum(-1)
+    comps, indeps = collections.defaultdict(list), collections.defaultdict(list)
+    for c, i, label in zip(comp.tolist(), indep.tolist(), own.tolist(), strict=True):
+        comps[label].append(c)
+        indeps[label].append(i)
+    best_comp = {label: min(values) for label, values in comps.items()}
+    best_indep = {label: min(values) for label, values in indeps.items()}
+    if threshold is None:
+        ordered = np.sort([best_indep[k] for k in sorted(best_indep) if len(indeps[k]) > 1])
+        threshold = ordered[min(len(ordered) - 1, int(np.round(len(ordered) * 0.9)))]
+    kept = []
+    for i, label in enumerate(own.tolist()):
+        good = best_indep[label] <= threshold and comp[i].item() <= best_comp[label]
+        kept.append(label if good and labels[i] >= 0 else -1)
+    return np.array(kept), float(threshold)
+
+
+def compact(labels):
+    out = np.full_like(labels, -1)
+    out[labels >= 0] = np.unique(labels[labels >= 0], return_inverse=True)[1]
+    return out
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("gap", [0.02, 0.1])
+def test_self_paced_labels_are_spcl_s(regime, gap):
+    x = features_like(regime, 400, seed=8)
+    graph = jaccard_graph(x, eps=0.5 + gap)
+    tight, labels, loose = (t.numpy() for t in dbscan(graph, (0.5 - gap, 0.5, 0.5 + gap)))
+    expected, threshold = spcl_choice(labels, tight, loose)
+    got = self_paced_labels(*map(torch.from_numpy, (labels, tight, loose)))
+    np.testing.assert_array_equal(got.labels.numpy(), compact(expected))
+    assert got.threshold == threshold
+    for fixed in (0.0, 0.3, 1.0):
+        expected, _ = spcl_choice(labels, tight, loose, fixed)
+        again = self_paced_labels(*map(torch.from_numpy, (labels, tight, loose)), fixed)
+        np.testing.assert_array_equal(again.labels.numpy(), compact(expected))
+        assert again.threshold == fixed
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_self_paced_labels_of_random_partitions(n, seed):
+    r = np.random.default_rng(seed)
+    labels, tight, loose = (compact(r.integers(-1, 5, n)) for _ in range(3))
+    if not (np.bincount(labels[labels >= 0]) > 1).any():
+        return
+    expected, threshold = spcl_choice(labels, tight, loose)
+    got = self_paced_labels(labels, tight, loose)
+    np.testing.assert_array_equal(got.labels, compact(expected))
+    assert got.threshold == threshold
+
+
+def test_self_paced_labels_without_a_cluster():
+    nothing = torch.full((4,), -1)
+    got = self_paced_labels(nothing, nothing, nothing)
+    assert got.labels.tolist() == [-1] * 4
+    assert got.threshold is None
+    assert self_paced_labels(nothing[:0], nothing[:0], nothing[:0], 0.4).threshold == 0.4
+    assert got.independence.tolist() == [1.0] * 4
+
+
+def test_self_paced_labels_refuse():
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"tight must have shape \(3,\)"):
+        self_paced_labels(labels, labels[:2], labels)
+    with pytest.raises(TypeError, match="loose must be int64"):
+        self_paced_labels(labels, labels, labels.float())
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\]"):
+        self_paced_labels(labels, labels, labels, 1.5)
+
+
+# ---- cluster ------------------------------------------------------------------------------------
+
+
+def test_cluster_is_the_stages_together():
+    x = features_like("moderate", 400)
+    got = cluster(x)
+    graph = jaccard_graph(x)
+    labels = dbscan(graph, 0.6)
+    assert same_bits(got.labels, labels)
+    assert same_bits(got.graph.values(), graph.values())
+    assert got.num_clusters == len(set(labels.tolist()) - {-1})
+    assert got.num_outliers == (labels == -1).sum()
+    assert got.threshold is None
+    assert set(got.seconds) == {
+        "neighbours", "sets and weights", "query expansion", "index", "pairs", "clusters",
+    }  # fmt: skip
+    assert all(seconds >= 0 for seconds in got.seconds.values())
+    assert got.sizes["pairs"] == len(graph.values())
+    assert got.sizes["longest_column"] ** 2 <= got.sizes["index_work"]
+    assert got.sizes["set_entries"] > 0
+    assert got.sizes["uncertified_rows"] >= 0
+    assert "graph" not in repr(got)
+
+
+def test_cluster_with_self_paced_choice():
+    x = features_like("hard", 500)
+    first = cluster(x, eps=0.5, self_paced=True)
+    graph = jaccard_graph(x, eps=0.52)
+    tight, labels, loose = dbscan(graph, (0.48, 0.5, 0.52))
+    expected = self_paced_labels(labels, tight, loose)
+    assert same_bits(first.labels, expected.labels)
+    assert first.threshold == expected.threshold
+    again = cluster(x, eps=0.5, self_paced=True, threshold=first.threshold)
+    assert same_bits(again.labels, first.labels)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+@pytest.mark.parametrize("self_paced", [False, True])
+def test_cluster_of_a_few(n, self_paced):
+    got = cluster(features_like("clean", n, d=16), self_paced=self_paced)
+    assert got.labels.shape == (n,)
+    assert got.num_clusters == (1 if n == 5 else 0)
+
+
+def test_cluster_of_arrays():
+    x = features_like("clean", 100)
+    got = cluster(x.numpy(), k1=15)
+    assert isinstance(got.labels, np.ndarray)
+    np.testing.assert_array_equal(got.labels, cluster(x, k1=15).labels.numpy())
+
+
+def test_cluster_refuses():
+    x = features_like("clean", 30)
+    with pytest.raises(ValueError, match=r"cluster: eps must be in \(0, 1\)"):
+        cluster(x, eps=0.0)
+    with pytest.raises(ValueError, match=r"eps -/\+ eps_gap must be in \(0, 1\)"):
+        cluster(x, eps=0.99, self_paced=True)
+    with pytest.raises(ValueError, match="threshold goes with self_paced=True"):
+        cluster(x, threshold=0.3)
+    with pytest.raises(ValueError, match="cluster: features must have rows of norm 1"):
+        cluster(2 * x)
