@@ -314,6 +314,7 @@ void launch_rows(Kernel* kernel, WideKernel* wide_kernel, const Params& p, cudaS
     DHCL_LAUNCH(wide_kernel, dim3(static_cast<unsigned>(p.table.slices)), dim3(kRowThreads), 0,
                 stream, p);
   } else {
+    cudaMemsetAsync(p.lines.state, 0, 2 * sizeof(int64_t), stream);
     const size_t bytes = p.table.cells * (sizeof(int32_t) + sizeof(unsigned));
     DHCL_LAUNCH(kernel, dim3(static_cast<unsigned>(p.lines.rows)), dim3(kRowThreads), bytes, stream,
                 p);
@@ -492,8 +493,10 @@ __global__ void __launch_bounds__(kThreads)
     const int size = static_cast<int>(offsets[i + 1] - offsets[i]);
     most = size > most ? size : most;
   }
-  __syncwarp();
-  most = __reduce_max_sync(kFullWarp, most);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const int other = __shfl_xor_sync(kFullWarp, most, offset);
+    most = other > most ? other : most;
+  }
   if (lane_id() == 0)
     atomicMax(reinterpret_cast<unsigned long long*>(longest),
               static_cast<unsigned long long>(most));
@@ -703,11 +706,13 @@ __global__ void __launch_bounds__(kRowThreads) jaccard_join_kernel(const JoinPar
       const int64_t cell = base + lane_id();
       const bool survives = cell < cells.count && can_reach(cell);
       if (cell < cells.count && cells.keys[cell] >= 0 && !survives) cells.keys[cell] = kDropped;
+      const int32_t key = survives ? cells.keys[cell] : 0;
       unsigned survivors = __ballot_sync(kFullWarp, survives);
       while (survivors != 0) {
         const int lane = __ffs(static_cast<int>(survivors)) - 1;
         survivors &= survivors - 1;
-        const float distance = jaccard(shared_weight(p, i, cells.keys[base + lane]));
+        const int32_t j = __shfl_sync(kFullWarp, key, lane);
+        const float distance = jaccard(shared_weight(p, i, j));
         if (lane != lane_id()) continue;
         if (distance <= p.eps)
           cells.sums[cell] = __float_as_uint(distance);
@@ -788,8 +793,8 @@ __device__ __forceinline__ int64_t read(const int64_t* address) {
   return *static_cast<volatile const int64_t*>(address);
 }
 
-// The root as far as this thread can see, halving the path. Parents only ever become smaller and
-// stay in the tree, so whatever is overwritten here was no better.
+// The root as far as this thread can see, halving the path. What it writes is an ancestor, smaller
+// than the row, whatever other threads have done to the path meanwhile.
 __device__ __forceinline__ int64_t find_root(int64_t* parent, int64_t i) {
   int64_t above = read(parent + i);
   while (above != i) {
@@ -850,7 +855,6 @@ __global__ void __launch_bounds__(kThreads) dbscan_labels_kernel(const DbscanPar
         if (other < 0 || !(p.values[e] <= p.eps)) continue;
         lowest = p.number[other] < lowest ? p.number[other] : lowest;
       }
-      __syncwarp();
       for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         const long long other = __shfl_xor_sync(kFullWarp, static_cast<long long>(lowest), offset);
         lowest = other < lowest ? other : lowest;

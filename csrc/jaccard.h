@@ -57,7 +57,7 @@ struct LinesParams {
   int64_t* offsets;  // [rows + 1] the length of row r goes to r + 1
   int64_t* starts;   // [rows] where row r starts in the pool; -1 if it needs a wide table
   uint64_t* pool;    // [capacity] column << 32 | bits of the value; what goes beyond is not written
-  int64_t* state;    // [2], zero before: entries asked for; rows that need a wide table
+  int64_t* state;    // [2] entries asked for; rows that need a wide table
   int64_t capacity;
   int64_t begin;
   int64_t rows;

@@ -37,7 +37,7 @@ py::tuple make_lines(Params p, int64_t begin, int64_t end, int64_t capacity, int
   std::vector<int64_t> starts = scratch<int64_t>(rows);
   std::vector<uint64_t> pool;
   std::vector<int32_t> wide;
-  int64_t state[2];
+  int64_t state[2] = {0, 0};
   p.lines.offsets = offsets.mutable_data();
   p.lines.starts = starts.data();
   p.lines.state = state;
@@ -45,7 +45,6 @@ py::tuple make_lines(Params p, int64_t begin, int64_t end, int64_t capacity, int
   p.lines.rows = rows;
   p.table.cells = cells;
   for (;;) {
-    state[0] = state[1] = 0;
     pool = scratch<uint64_t>(capacity);
     p.lines.pool = pool.data();
     p.lines.capacity = capacity;
