@@ -828,6 +828,381 @@ Tensor dbscan_cpu(const Tensor& offsets_in, const Tensor& columns_in, const Tens
   return out;
 }
 
+// ---- CUDA
+// ------------------------------------------------------------------------------------------------
+
+#ifdef DHCL_CUDA
+Tensor int64s(const Tensor& like, int64_t n) {
+  return torch::stable::new_empty(like, {n}, ScalarType::Long);
+}
+int64_t* int64_out(const Tensor& t) { return t.mutable_data_ptr<int64_t>(); }
+// A pool is a tensor of int64, since torch has no arithmetic for uint64 to offer anyway.
+uint64_t* pool_out(const Tensor& t) { return reinterpret_cast<uint64_t*>(int64_out(t)); }
+
+// A CSR matrix, checked and contiguous.
+struct Matrix {
+  Matrix(const char* op, const Tensor& offsets_in, const Tensor& columns_in,
+         const Tensor& values_in) {
+    check_csr(op, offsets_in, columns_in);
+    check_float(op, "values", values_in);
+    offsets = torch::stable::contiguous(offsets_in);
+    columns = torch::stable::contiguous(columns_in);
+    values = torch::stable::contiguous(values_in);
+  }
+  int64_t rows() const { return offsets.size(0) - 1; }
+  int64_t nnz() const { return columns.size(0); }
+  Tensor offsets, columns, values;
+};
+
+void scan_on(const CudaScope& scope, const Tensor& values) {
+  const int64_t n = values.size(0) - 1;
+  const Tensor tiles = int64s(values, scan_tiles(n));
+  launch_scan({int64_out(values), int64_out(tiles), n}, scope.stream());
+  scope.check_launch();
+}
+
+// Makes rows [begin, end) of a CSR matrix; launch fills the lines of p.
+template <typename Params, typename Launch>
+std::tuple<Tensor, Tensor, Tensor> make_rows_cuda(const Tensor& like, Params p, int64_t begin,
+                                                  int64_t end, bool valued, const Launch& launch) {
+  // A first guess; rows have 20 to 100 entries.
+  constexpr int64_t kEntriesPerRow = 64;
+  // Memory for wide tables.
+  constexpr int64_t kWideBytes = int64_t{1} << 28;
+  const CudaScope scope(like);
+  const int64_t rows = end - begin;
+  const Tensor offsets = int64s(like, rows + 1), starts = int64s(like, rows);
+  const Tensor state = int64s(like, 2);
+  int64_t capacity = rows * kEntriesPerRow;
+  Tensor pool = int64s(like, capacity);
+  int64_t counts[2] = {0, 0};
+  while (rows > 0) {
+    p.lines = {int64_out(offsets),
+               int64_out(starts),
+               pool_out(pool),
+               int64_out(state),
+               capacity,
+               begin,
+               rows};
+    p.table = {nullptr, 0, kTableCells};
+    launch(p, scope.stream());
+    scope.check_launch();
+    scope.read_back(counts, int64_data(state), 2);
+    if (counts[1] > 0) {
+      p.table.slices = std::min(counts[1], std::max(kWideBytes / (8 * p.num_rows), int64_t{1}));
+      const Tensor wide =
+          torch::stable::new_empty(like, {p.table.slices * 2 * p.num_rows}, ScalarType::Int);
+      p.table.wide = wide.mutable_data_ptr<int32_t>();
+      launch(p, scope.stream());
+      scope.check_launch();
+      scope.read_back(counts, int64_data(state), 2);
+    }
+    if (counts[0] <= capacity) break;
+    capacity = counts[0];
+    pool = int64s(like, capacity);
+  }
+  scan_on(scope, offsets);
+  Tensor columns = torch::stable::new_empty(like, {counts[0]}, ScalarType::Int);
+  Tensor values =
+      torch::stable::new_empty(like, {valued ? counts[0] : int64_t{0}}, ScalarType::Float);
+  GatherParams g{};
+  g.offsets = int64_data(offsets);
+  g.starts = int64_data(starts);
+  g.pool = pool_out(pool);
+  g.columns = columns.mutable_data_ptr<int32_t>();
+  g.values = valued ? values.mutable_data_ptr<float>() : nullptr;
+  g.rows = rows;
+  launch_gather_lines(g, scope.stream());
+  scope.check_launch();
+  return {offsets, columns, values};
+}
+
+Tensor reciprocal_positions_cuda(const Tensor& ranks_in) {
+  constexpr const char* op = "reciprocal_positions";
+  check_ranks(op, ranks_in);
+  const Tensor ranks = torch::stable::contiguous(ranks_in);
+  const int64_t n = ranks.size(0), width = ranks.size(1);
+  check(width <= std::numeric_limits<int16_t>::max(), op, ": ranks must have at most 32767 columns",
+        " (got ", width, ")");
+  Tensor positions = torch::stable::new_empty(ranks, {n, width}, ScalarType::Short);
+  const CudaScope scope(ranks);
+  launch_reciprocal_positions({positions.mutable_data_ptr<int16_t>(), int32_data(ranks), n, width},
+                              scope.stream());
+  scope.check_launch();
+  return positions;
+}
+
+std::tuple<Tensor, Tensor> k_reciprocal_cuda(const Tensor& ranks_in, const Tensor& positions_in,
+                                             int64_t k, int64_t half, int64_t begin, int64_t end) {
+  constexpr const char* op = "k_reciprocal";
+  check_ranks(op, ranks_in);
+  check(positions_in.scalar_type() == ScalarType::Short && positions_in.dim() == 2 &&
+            positions_in.size(0) == ranks_in.size(0) && positions_in.size(1) == ranks_in.size(1),
+        op, ": positions must be int16, of the shape of ranks");
+  const Tensor ranks = torch::stable::contiguous(ranks_in);
+  const Tensor positions = torch::stable::contiguous(positions_in);
+  KReciprocalParams p{};
+  p.ranks = int32_data(ranks);
+  p.positions = positions.const_data_ptr<int16_t>();
+  p.num_rows = ranks.size(0);
+  p.width = ranks.size(1);
+  p.k = k;
+  p.half = half;
+  check(k <= p.width && half <= p.width, op, ": k and half must be at most ", p.width, " (got ", k,
+        " and ", half, ")");
+  check_range(op, begin, end, p.num_rows);
+  auto [offsets, columns, values] =
+      make_rows_cuda(ranks, p, begin, end, false, launch_k_reciprocal);
+  return {offsets, columns};
+}
+
+Tensor pair_dots_cuda(const Tensor& features_in, const Tensor& ranks_in,
+                      const std::optional<Tensor>& similarities_in, const Tensor& offsets_in,
+                      const Tensor& columns_in, int64_t begin) {
+  constexpr const char* op = "pair_dots";
+  check_rank(op, "features", features_in, 2);
+  check_float(op, "features", features_in);
+  check_ranks(op, ranks_in);
+  check_csr(op, offsets_in, columns_in);
+  const Tensor features = torch::stable::contiguous(features_in);
+  const Tensor ranks = torch::stable::contiguous(ranks_in);
+  const Tensor offsets = torch::stable::contiguous(offsets_in);
+  const Tensor columns = torch::stable::contiguous(columns_in);
+  std::optional<Tensor> similarities;
+  if (similarities_in.has_value()) {
+    check_float(op, "similarities", *similarities_in);
+    check(similarities_in->dim() == 2 && similarities_in->size(0) == ranks.size(0) &&
+              similarities_in->size(1) == ranks.size(1),
+          op, ": similarities must have the shape of ranks");
+    similarities = torch::stable::contiguous(*similarities_in);
+  }
+  PairDotsParams p{};
+  p.rows = offsets.size(0) - 1;
+  check_range(op, begin, begin + p.rows, features.size(0));
+  Tensor dots = torch::stable::new_empty(features, {columns.size(0)});
+  p.dots = dots.mutable_data_ptr<float>();
+  p.features = float_data(features);
+  p.ranks = int32_data(ranks);
+  p.similarities = similarities.has_value() ? float_data(*similarities) : nullptr;
+  p.offsets = int64_data(offsets);
+  p.columns = int32_data(columns);
+  p.num_rows = features.size(0);
+  p.dim = features.size(1);
+  p.width = ranks.size(1);
+  p.begin = begin;
+  const CudaScope scope(features);
+  launch_pair_dots(p, scope.stream());
+  scope.check_launch();
+  return dots;
+}
+
+Tensor softmax_rows_cuda(const Tensor& offsets_in, const Tensor& logits_in) {
+  constexpr const char* op = "softmax_rows";
+  check_rank(op, "offsets", offsets_in, 1);
+  check_int64(op, "offsets", offsets_in);
+  check_rank(op, "logits", logits_in, 1);
+  check_float(op, "logits", logits_in);
+  const Tensor offsets = torch::stable::contiguous(offsets_in);
+  const Tensor logits = torch::stable::contiguous(logits_in);
+  Tensor weights = torch::stable::new_empty(logits, {logits.size(0)});
+  const CudaScope scope(logits);
+  launch_softmax_rows({weights.mutable_data_ptr<float>(), float_data(logits), int64_data(offsets),
+                       offsets.size(0) - 1},
+                      scope.stream());
+  scope.check_launch();
+  return weights;
+}
+
+std::tuple<Tensor, Tensor, Tensor> query_expand_cuda(const Tensor& ranks_in, const Tensor& offsets,
+                                                     const Tensor& columns, const Tensor& values,
+                                                     int64_t k2, int64_t begin, int64_t end) {
+  constexpr const char* op = "query_expand";
+  check_ranks(op, ranks_in);
+  const Matrix v(op, offsets, columns, values);
+  const Tensor ranks = torch::stable::contiguous(ranks_in);
+  QueryExpandParams p{};
+  p.ranks = int32_data(ranks);
+  p.offsets = int64_data(v.offsets);
+  p.columns = int32_data(v.columns);
+  p.values = float_data(v.values);
+  p.num_rows = v.rows();
+  p.width = ranks.size(1);
+  p.k2 = k2;
+  check(k2 >= 1 && k2 <= p.width, op, ": k2 must be in [1, ", p.width, "] (got ", k2, ")");
+  check_range(op, begin, end, ranks.size(0));
+  return make_rows_cuda(ranks, p, begin, end, true, launch_query_expand);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inverted_index_cuda(
+    const Tensor& offsets, const Tensor& columns, const Tensor& values, double eps) {
+  const Matrix q("inverted_index", offsets, columns, values);
+  const int64_t n = q.rows(), nnz = q.nnz();
+  Tensor order = torch::stable::new_empty(q.columns, {nnz}, ScalarType::Int);
+  Tensor prefix = torch::stable::new_empty(q.columns, {n}, ScalarType::Int);
+  Tensor list_offsets = int64s(q.columns, n + 1), list_split = int64s(q.columns, n);
+  Tensor list_rows = torch::stable::new_empty(q.columns, {nnz}, ScalarType::Int);
+  Tensor list_values = torch::stable::new_empty(q.columns, {nnz}, ScalarType::Float);
+  const Tensor pool = int64s(q.columns, nnz), next = int64s(q.columns, n);
+  const Tensor tiles = int64s(q.columns, scan_tiles(n)), longest = int64s(q.columns, 1);
+  IndexParams p{};
+  p.order = order.mutable_data_ptr<int32_t>();
+  p.prefix = prefix.mutable_data_ptr<int32_t>();
+  p.list_offsets = int64_out(list_offsets);
+  p.list_split = int64_out(list_split);
+  p.list_rows = list_rows.mutable_data_ptr<int32_t>();
+  p.list_values = list_values.mutable_data_ptr<float>();
+  p.offsets = int64_data(q.offsets);
+  p.columns = int32_data(q.columns);
+  p.values = float_data(q.values);
+  p.pool = pool_out(pool);
+  p.next = int64_out(next);
+  p.tiles = int64_out(tiles);
+  p.longest = int64_out(longest);
+  p.num_rows = n;
+  p.nnz = nnz;
+  p.eps = static_cast<float>(eps);
+  const CudaScope scope(q.columns);
+  launch_inverted_index(p, scope.stream());
+  scope.check_launch();
+  return {order, prefix, list_offsets, list_split, list_rows, list_values};
+}
+
+std::tuple<Tensor, Tensor, Tensor> jaccard_join_cuda(
+    const Tensor& offsets, const Tensor& columns, const Tensor& values, const Tensor& order_in,
+    const Tensor& prefix_in, const Tensor& list_offsets_in, const Tensor& list_split_in,
+    const Tensor& list_rows_in, const Tensor& list_values_in, double eps, int64_t begin,
+    int64_t end) {
+  constexpr const char* op = "jaccard_join";
+  const Matrix q(op, offsets, columns, values);
+  check_int32(op, "order", order_in);
+  check_int32(op, "prefix", prefix_in);
+  check_int64(op, "list_offsets", list_offsets_in);
+  check_int64(op, "list_split", list_split_in);
+  check_int32(op, "list_rows", list_rows_in);
+  check_float(op, "list_values", list_values_in);
+  const Tensor order = torch::stable::contiguous(order_in);
+  const Tensor prefix = torch::stable::contiguous(prefix_in);
+  const Tensor list_offsets = torch::stable::contiguous(list_offsets_in);
+  const Tensor list_split = torch::stable::contiguous(list_split_in);
+  const Tensor list_rows = torch::stable::contiguous(list_rows_in);
+  const Tensor list_values = torch::stable::contiguous(list_values_in);
+  check_range(op, begin, end, q.rows());
+  const Tensor longest = int64s(q.columns, 1);
+  JoinParams p{};
+  p.offsets = int64_data(q.offsets);
+  p.columns = int32_data(q.columns);
+  p.values = float_data(q.values);
+  p.order = int32_data(order);
+  p.prefix = int32_data(prefix);
+  p.list_offsets = int64_data(list_offsets);
+  p.list_split = int64_data(list_split);
+  p.list_rows = int32_data(list_rows);
+  p.list_values = float_data(list_values);
+  p.longest = int64_out(longest);
+  p.num_rows = q.rows();
+  p.mean_row = q.rows() == 0 ? 0 : q.nnz() / q.rows() + 1;
+  p.eps = static_cast<float>(eps);
+  return make_rows_cuda(q.columns, p, begin, end, true, launch_jaccard_join);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mirror_csr_cuda(const Tensor& offsets, const Tensor& columns,
+                                                   const Tensor& values) {
+  const Matrix upper("mirror_csr", offsets, columns, values);
+  const int64_t n = upper.rows();
+  Tensor full_offsets = int64s(upper.offsets, n + 1);
+  const Tensor next = int64s(upper.offsets, n);
+  MirrorParams p{};
+  p.full_offsets = int64_out(full_offsets);
+  p.next = int64_out(next);
+  p.offsets = int64_data(upper.offsets);
+  p.columns = int32_data(upper.columns);
+  p.values = float_data(upper.values);
+  p.num_rows = n;
+  const CudaScope scope(upper.offsets);
+  launch_mirror_count(p, scope.stream());
+  scope.check_launch();
+  scan_on(scope, full_offsets);
+  int64_t nnz = 0;
+  scope.read_back(&nnz, int64_data(full_offsets) + n, 1);
+  const Tensor pool = int64s(upper.offsets, nnz);
+  p.pool = pool_out(pool);
+  launch_mirror_fill(p, scope.stream());
+  scope.check_launch();
+  Tensor full_columns = int64s(upper.offsets, nnz);
+  Tensor full_values = torch::stable::new_empty(upper.offsets, {nnz}, ScalarType::Float);
+  GatherParams g{};
+  g.offsets = g.starts = int64_data(full_offsets);
+  g.pool = p.pool;
+  g.columns64 = int64_out(full_columns);
+  g.values = full_values.mutable_data_ptr<float>();
+  g.rows = n;
+  launch_gather_lines(g, scope.stream());
+  scope.check_launch();
+  return {full_offsets, full_columns, full_values};
+}
+
+Tensor jaccard_rows_cuda(const Tensor& offsets, const Tensor& columns, const Tensor& values,
+                         const Tensor& list_offsets_in, const Tensor& list_rows_in,
+                         const Tensor& list_values_in, int64_t begin, int64_t end) {
+  constexpr const char* op = "jaccard_rows";
+  const Matrix q(op, offsets, columns, values);
+  check_int64(op, "list_offsets", list_offsets_in);
+  check_int32(op, "list_rows", list_rows_in);
+  check_float(op, "list_values", list_values_in);
+  const Tensor list_offsets = torch::stable::contiguous(list_offsets_in);
+  const Tensor list_rows = torch::stable::contiguous(list_rows_in);
+  const Tensor list_values = torch::stable::contiguous(list_values_in);
+  check_range(op, begin, end, q.rows());
+  Tensor distances = torch::stable::new_empty(q.values, {end - begin, q.rows()});
+  JaccardRowsParams p{};
+  p.distances = distances.mutable_data_ptr<float>();
+  p.offsets = int64_data(q.offsets);
+  p.columns = int32_data(q.columns);
+  p.values = float_data(q.values);
+  p.list_offsets = int64_data(list_offsets);
+  p.list_rows = int32_data(list_rows);
+  p.list_values = float_data(list_values);
+  p.num_rows = q.rows();
+  p.begin = begin;
+  p.rows = end - begin;
+  const CudaScope scope(q.values);
+  launch_jaccard_rows(p, scope.stream());
+  scope.check_launch();
+  return distances;
+}
+
+Tensor dbscan_cuda(const Tensor& offsets_in, const Tensor& columns_in, const Tensor& values_in,
+                   double eps, int64_t min_samples) {
+  constexpr const char* op = "dbscan";
+  check_rank(op, "offsets", offsets_in, 1);
+  check_int64(op, "offsets", offsets_in);
+  check_int64(op, "columns", columns_in);
+  check_float(op, "values", values_in);
+  const Tensor offsets = torch::stable::contiguous(offsets_in);
+  const Tensor columns = torch::stable::contiguous(columns_in);
+  const Tensor values = torch::stable::contiguous(values_in);
+  const int64_t n = offsets.size(0) - 1;
+  Tensor labels = int64s(offsets, n);
+  const Tensor parent = int64s(offsets, n), number = int64s(offsets, n + 1);
+  const Tensor tiles = int64s(offsets, scan_tiles(n));
+  DbscanParams p{};
+  p.labels = int64_out(labels);
+  p.parent = int64_out(parent);
+  p.number = int64_out(number);
+  p.tiles = int64_out(tiles);
+  p.offsets = int64_data(offsets);
+  p.columns = int64_data(columns);
+  p.values = float_data(values);
+  p.num_rows = n;
+  p.min_samples = min_samples;
+  p.eps = static_cast<float>(eps);
+  const CudaScope scope(offsets);
+  launch_dbscan(p, scope.stream());
+  scope.check_launch();
+  return labels;
+}
+#endif
+
 }  // namespace
 }  // namespace dhcl
 
@@ -843,3 +1218,18 @@ STABLE_TORCH_LIBRARY_IMPL(dhcl, CPU, m) {
   m.impl("jaccard_rows", TORCH_BOX(&dhcl::jaccard_rows_cpu));
   m.impl("dbscan", TORCH_BOX(&dhcl::dbscan_cpu));
 }
+
+#ifdef DHCL_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dhcl, CUDA, m) {
+  m.impl("reciprocal_positions", TORCH_BOX(&dhcl::reciprocal_positions_cuda));
+  m.impl("k_reciprocal", TORCH_BOX(&dhcl::k_reciprocal_cuda));
+  m.impl("pair_dots", TORCH_BOX(&dhcl::pair_dots_cuda));
+  m.impl("softmax_rows", TORCH_BOX(&dhcl::softmax_rows_cuda));
+  m.impl("query_expand", TORCH_BOX(&dhcl::query_expand_cuda));
+  m.impl("inverted_index", TORCH_BOX(&dhcl::inverted_index_cuda));
+  m.impl("jaccard_join", TORCH_BOX(&dhcl::jaccard_join_cuda));
+  m.impl("mirror_csr", TORCH_BOX(&dhcl::mirror_csr_cuda));
+  m.impl("jaccard_rows", TORCH_BOX(&dhcl::jaccard_rows_cuda));
+  m.impl("dbscan", TORCH_BOX(&dhcl::dbscan_cuda));
+}
+#endif

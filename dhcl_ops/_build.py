@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Op families; a stem names their files everywhere. A CUDA source is taken where there is one.
+# Op families with a CUDA source beside their C++ one; a stem names their files everywhere.
 FAMILIES = ("memory", "knn", "jaccard", "ranking")
 # The oldest torch whose stable ABI the library asks for (2.10); it then runs on every later one.
 TARGET_VERSION = "0x020a000000000000"
@@ -58,8 +58,7 @@ def sources(cuda: bool) -> list[Path]:
     folder = source_dir()
     files = [folder / f"{stem}.cpp" for stem in FAMILIES]
     if cuda:
-        kernels = [folder / f"{stem}.cu" for stem in FAMILIES]
-        files += [file for file in kernels if file.is_file()]
+        files += [folder / f"{stem}.cu" for stem in FAMILIES]
     return files
 
 

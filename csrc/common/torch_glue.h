@@ -59,6 +59,12 @@ class CudaScope {
   void* stream() const { return stream_; }
   // Call after a launch; raises what the launch itself reported, without synchronising.
   void check_launch() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+  // Copies numbers from the device and waits for them. Only for sizes that depend on data.
+  void read_back(int64_t* to, const int64_t* from, int64_t count) const {
+    const auto s = static_cast<cudaStream_t>(stream_);
+    STD_CUDA_CHECK(cudaMemcpyAsync(to, from, count * sizeof(int64_t), cudaMemcpyDeviceToHost, s));
+    STD_CUDA_CHECK(cudaStreamSynchronize(s));
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
