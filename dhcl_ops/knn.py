@@ -158,13 +158,18 @@ _scores = define(
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, no TF32 or bf16 inside fp32 products: the bound assumes their precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Not set_float32_matmul_precision: that raises where a backend was set on its own.
+    libraries: Any = torch.backends
+    backends = (libraries.cuda.matmul, libraries.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _gamma(terms: int, unit: float) -> float:

@@ -371,6 +371,21 @@ def test_lower_precision_of_products_elsewhere_does_not_reach_in(device):
     assert_is(found, (expected.similarities, expected.indices.cpu()))
 
 
+def test_precision_set_for_one_backend_stays(device):
+    """torch refuses its older functions once a backend's precision was set on its own."""
+    features = clustered(60, 50).to(device)
+    expected = knn(features, 9)
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "bf16"
+        found = knn(features, 9)
+        assert backend.fp32_precision == "bf16"
+    finally:
+        backend.fp32_precision = before
+    assert_is(found, (expected.similarities, expected.indices.cpu()))
+
+
 def test_arrays_in_arrays_out():
     features = clustered(40, 12)
     expected = knn(features, 5, queries=features[:7])
