@@ -398,12 +398,17 @@ def test_a_dense_matrix_that_does_not_fit(monkeypatch):
 
 
 def test_ops_check_what_they_index_with():
+    """Pointers must not leave their arrays; in PyTorch indexing itself looks."""
+    outside = torch.tensor([[0], [3], [1]], dtype=torch.int32)
+    if not _ops.OPS["reciprocal_positions"].compiled("cpu"):
+        with pytest.raises(IndexError):
+            torch.ops.dhcl.reciprocal_positions(outside)
+        return
     with pytest.raises(RuntimeError, match=r"ranks must be in \[0, 3\) \(got 3 in row 1\)"):
-        torch.ops.dhcl.reciprocal_positions(torch.tensor([[0], [3], [1]], dtype=torch.int32))
+        torch.ops.dhcl.reciprocal_positions(outside)
     offsets, columns = torch.tensor([0, 1]), torch.tensor([1], dtype=torch.int32)
-    if _ops.OPS["inverted_index"].compiled("cpu"):
-        with pytest.raises(RuntimeError, match=r"columns must be in \[0, 1\)"):
-            torch.ops.dhcl.inverted_index(offsets, columns, torch.ones(1), 0.5)
+    with pytest.raises(RuntimeError, match=r"columns must be in \[0, 1\)"):
+        torch.ops.dhcl.inverted_index(offsets, columns, torch.ones(1), 0.5)
 
 
 # ---- progress and interruption ------------------------------------------------------------------
