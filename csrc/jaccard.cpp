@@ -836,7 +836,7 @@ Tensor int64s(const Tensor& like, int64_t n) {
   return torch::stable::new_empty(like, {n}, ScalarType::Long);
 }
 int64_t* int64_out(const Tensor& t) { return t.mutable_data_ptr<int64_t>(); }
-// A pool is a tensor of int64, since torch has no arithmetic for uint64 to offer anyway.
+// A pool lies in a tensor of int64; its entries are bits, not numbers.
 uint64_t* pool_out(const Tensor& t) { return reinterpret_cast<uint64_t*>(int64_out(t)); }
 
 // A CSR matrix, checked and contiguous.
@@ -864,7 +864,8 @@ void scan_on(const CudaScope& scope, const Tensor& values) {
 // Makes rows [begin, end) of a CSR matrix; launch fills the lines of p.
 template <typename Params, typename Launch>
 std::tuple<Tensor, Tensor, Tensor> make_rows_cuda(const Tensor& like, Params p, int64_t begin,
-                                                  int64_t end, bool valued, const Launch& launch) {
+                                                  int64_t end, int64_t cells, bool valued,
+                                                  const Launch& launch) {
   // A first guess; rows have 20 to 100 entries.
   constexpr int64_t kEntriesPerRow = 64;
   // Memory for wide tables.
@@ -884,7 +885,7 @@ std::tuple<Tensor, Tensor, Tensor> make_rows_cuda(const Tensor& like, Params p, 
                capacity,
                begin,
                rows};
-    p.table = {nullptr, 0, kTableCells};
+    p.table = {nullptr, 0, cells};
     launch(p, scope.stream());
     scope.check_launch();
     scope.read_back(counts, int64_data(state), 2);
@@ -952,7 +953,7 @@ std::tuple<Tensor, Tensor> k_reciprocal_cuda(const Tensor& ranks_in, const Tenso
         " and ", half, ")");
   check_range(op, begin, end, p.num_rows);
   auto [offsets, columns, values] =
-      make_rows_cuda(ranks, p, begin, end, false, launch_k_reciprocal);
+      make_rows_cuda(ranks, p, begin, end, kSetCells, false, launch_k_reciprocal);
   return {offsets, columns};
 }
 
@@ -1030,7 +1031,7 @@ std::tuple<Tensor, Tensor, Tensor> query_expand_cuda(const Tensor& ranks_in, con
   p.k2 = k2;
   check(k2 >= 1 && k2 <= p.width, op, ": k2 must be in [1, ", p.width, "] (got ", k2, ")");
   check_range(op, begin, end, ranks.size(0));
-  return make_rows_cuda(ranks, p, begin, end, true, launch_query_expand);
+  return make_rows_cuda(ranks, p, begin, end, kSetCells, true, launch_query_expand);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inverted_index_cuda(
@@ -1102,7 +1103,7 @@ std::tuple<Tensor, Tensor, Tensor> jaccard_join_cuda(
   p.num_rows = q.rows();
   p.mean_row = q.rows() == 0 ? 0 : q.nnz() / q.rows() + 1;
   p.eps = static_cast<float>(eps);
-  return make_rows_cuda(q.columns, p, begin, end, true, launch_jaccard_join);
+  return make_rows_cuda(q.columns, p, begin, end, kTableCells, true, launch_jaccard_join);
 }
 
 std::tuple<Tensor, Tensor, Tensor> mirror_csr_cuda(const Tensor& offsets, const Tensor& columns,

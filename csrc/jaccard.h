@@ -67,6 +67,8 @@ struct LinesParams {
 // (kTableCells fit). A row that does not fit is left to a second launch, with a wide table in
 // global memory for each of `slices` blocks: one cell per column, which fits any row.
 constexpr int64_t kTableCells = 4096;
+// Sets of neighbours are small, and a smaller table lets more blocks run beside each other.
+constexpr int64_t kSetCells = 2048;
 struct TableParams {
   int32_t* wide;   // [slices, 2, N] scratch, or null for the first launch
   int64_t slices;  // blocks of the second launch

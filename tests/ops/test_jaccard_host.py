@@ -226,9 +226,9 @@ def test_a_hub_that_all_rows_hold(kernels):
 
 
 def random_sets(n, most, seed):
-    """Rows of random columns and weights that sum up to one."""
+    """Rows of random columns and weights that sum up to one; some are empty."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(1, most + 1, (n,), generator=generator)
+    sizes = torch.randint(0, most + 1, (n,), generator=generator)
     offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     columns, values = [], []
     for size in sizes.tolist():
@@ -270,6 +270,13 @@ def test_scan(host, n):
     assert same_bits(run(host, "scan", counts), expected)
 
 
+def graph_of(dense):
+    """The sparse graph of the distances below 1."""
+    near = dense < 1.0
+    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
+    return offsets, near.nonzero()[:, 1].contiguous(), dense[near]
+
+
 def random_graph(n, edges, seed):
     """A symmetric sparse graph with its diagonal, distances in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
@@ -277,9 +284,7 @@ def random_graph(n, edges, seed):
     pairs = torch.randint(0, n, (2, edges), generator=generator)
     dense[pairs[0], pairs[1]] = torch.rand(edges, generator=generator)
     dense = torch.minimum(dense, dense.T).fill_diagonal_(0.0)
-    near = dense < 1.0
-    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
-    return offsets, near.nonzero()[:, 1].contiguous(), dense[near]
+    return graph_of(dense)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -292,15 +297,25 @@ def test_dbscan_of_random_graphs(kernels, seed):
     assert {-1, 0, 1, 2} <= found
 
 
+@pytest.mark.parametrize("touched", [(7, 9), (3, 5), (6, 0)])
+def test_a_border_row_of_two_clusters_takes_the_lower(kernels, touched):
+    # The cluster of row 0 holds the lowest and the highest rows, so it comes last in row 8's line.
+    dense = torch.full((10, 10), 2.0).fill_diagonal_(0.0)
+    for members in ([0, 1, 2, 9], [4, 5, 6, 7], [8, touched[0]], [8, touched[1]]):
+        for a, b in itertools.permutations(members, 2):
+            dense[a, b] = 0.1
+    labels = check(kernels, "dbscan", *graph_of(dense), 0.5, 4)
+    expected = {(7, 9): 0, (3, 5): 1, (6, 0): 0}[touched]
+    assert labels.tolist() == [0, 0, 0, -1, 1, 1, 1, 1, expected, 0]
+
+
 def path_graph(order):
     """A path through the rows in the given order."""
     n = len(order)
     dense = torch.full((n, n), 2.0).fill_diagonal_(0.0)
     for a, b in itertools.pairwise(order):
         dense[a, b] = dense[b, a] = 0.1
-    near = dense < 1.0
-    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
-    return offsets, near.nonzero()[:, 1].contiguous(), dense[near]
+    return graph_of(dense)
 
 
 def test_dbscan_of_long_paths(kernels):
