@@ -649,7 +649,8 @@ def neighbour_lists(
         return found.indices.int(), found.similarities, int(found.uncertified)
     similarities, uncertified = None, 0
     if isinstance(ranks, tuple):
-        similarities, ranks = ranks[0], ranks[1]
+        pair: list[torch.Tensor] = as_tensors(op, similarities=ranks[0], indices=ranks[1])
+        similarities, ranks = pair
         _checks.tensor(op, "ranks.similarities", similarities)
     _checks.tensor(op, "ranks", ranks)
     _checks.rank(op, "ranks", ranks, 2)

@@ -331,8 +331,11 @@ def test_arrays():
     got = jaccard_distance(x.numpy(), 15, 4)
     assert isinstance(got, np.ndarray)
     np.testing.assert_array_equal(got, expected.numpy())
-    graph = jaccard_graph(x.numpy(), 15, 4, ranks=knn(x, 15).indices.numpy())
-    assert graph.layout == torch.sparse_csr
+    found = knn(x, 15)
+    as_arrays = Neighbours(*(t.numpy() for t in found))
+    for ranks in (as_arrays, as_arrays.indices):
+        graph = jaccard_graph(x.numpy(), 15, 4, ranks=ranks)
+        assert graph.layout == torch.sparse_csr
 
 
 def test_no_gradient_flows():
