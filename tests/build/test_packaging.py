@@ -61,16 +61,21 @@ def install(wheel, target):
 
 def kernel_files():
     folder = ROOT / "csrc"
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in {".cpp", ".cu",
-    ".h"}}
+    return {
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in {".cpp", ".cu", ".h"}
+    }
 
 
 def test_sdist_carries_sources_tests_and_benchmarks(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {f"csrc/{name}" for name in kernel_files()} <= names
-    for name in ("LICENSE", "tests/ops/test_memory.py", "benchmarks/memory.py",
-    "dhcl_ops/py.typed"):
+    for name in (
+        "LICENSE",
+        "tests/ops/test_memory.py",
+        "benchmarks/memory.py",
+        "dhcl_ops/py.typed",
+    ):
         assert name in names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".so")]
 
