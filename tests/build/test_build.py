@@ -389,8 +389,10 @@ def test_cpp_half_under_sanitizers(checkout, tmp_path):
     )
     chosen = "not compile and not opcheck and not host and not thread"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-        + [str(ROOT / "tests" / "ops")],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *("-k", chosen, str(ROOT / "tests" / "ops")),
+        ],
         cwd=ROOT,
         env=env,
         capture_output=True,
