@@ -309,6 +309,17 @@ def test_a_border_row_of_two_clusters_takes_the_lower(kernels, touched):
     assert labels.tolist() == [0, 0, 0, -1, 1, 1, 1, 1, expected, 0]
 
 
+def test_a_border_row_with_more_neighbours_than_lanes(kernels):
+    # Two of cluster 0, then 36 of cluster 1, so that the lanes which see 0 see 1 after it.
+    dense = torch.full((81, 81), 2.0)
+    for members in (range(40), range(40, 80), [0, 1, *range(40, 76), 80]):
+        rows = torch.tensor(list(members))
+        dense[rows[:, None], rows] = 0.1
+    dense[:2, 40:76] = dense[40:76, :2] = 2.0
+    labels = check(kernels, "dbscan", *graph_of(dense), 0.5, 40)
+    assert labels.tolist() == [0] * 40 + [1] * 40 + [0]
+
+
 def path_graph(order):
     """A path through the rows in the given order."""
     n = len(order)
