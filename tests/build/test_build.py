@@ -40,12 +40,16 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("csrc", "dhcl_ops"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_prebuilt*"))
+    keep_one_family(folder)
+    return folder
+
+
+def keep_one_family(folder):
     build = folder / "dhcl_ops" / "_build.py"
     text = build.read_text()
     families = f"FAMILIES = {_build.FAMILIES!r}".replace("'", '"')
     assert families in text
     build.write_text(text.replace(families, 'FAMILIES = ("memory",)'))
-    return folder
 
 
 def memory_ops(report):
@@ -382,6 +386,7 @@ def test_cpp_half_under_sanitizers(checkout, tmp_path):
     env = environment(
         tmp_path,
         CXX="g++",
+        DHCL_CUDA="off",
         DHCL_CXXFLAGS=flags,
         LD_PRELOAD=preload["LD_PRELOAD"],
         ASAN_OPTIONS=preload["ASAN_OPTIONS"],
