@@ -123,10 +123,22 @@ def dbscan(graph: torch.Tensor, eps: float | Sequence[float], min_samples: int =
         for e in (eps if isinstance(eps, Sequence) else [eps])
     ]
     parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
+    _check_ascending(op, parts[0], parts[1])
     labels: list[torch.Tensor] = [_dbscan(*parts, e, min_samples) for e in wanted]
     if not several:
         return labels[0]
     return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])
+
+
+def _check_ascending(op: str, offsets: torch.Tensor, columns: torch.Tensor) -> None:
+    """Refuse a graph whose columns do not ascend: edges would be missed without a word."""
+    falls = torch.nn.functional.pad(columns[1:] <= columns[:-1], (1, 0))
+    starts = offsets[:-1]
+    falls[starts[starts < len(columns)]] = False
+    if len(columns) and bool(falls.any()):
+        entry = falls.nonzero()[0]
+        row = int(torch.searchsorted(offsets, entry, right=True)) - 1
+        raise ValueError(f"{op}: columns must ascend within each row (got others in row {row})")
 
 
 # ---- self-paced choice --------------------------------------------------------------------------

@@ -276,3 +276,14 @@ def test_cluster_refuses():
         cluster(x, threshold=0.3)
     with pytest.raises(ValueError, match="cluster: features must have rows of norm 1"):
         cluster(2 * x)
+
+
+def test_dbscan_refuses_columns_that_do_not_ascend():
+    def graph(columns):
+        parts = torch.tensor([0, 2, 2, 4]), torch.tensor(columns), torch.zeros(4), (3, 3)
+        return torch.sparse_csr_tensor(*parts, check_invariants=False)
+
+    assert dbscan(graph([0, 2, 0, 2]), 0.5, 2).tolist() == [0, -1, 0]
+    for columns, row in (([2, 0, 0, 2], 0), ([0, 2, 2, 0], 2), ([0, 2, 0, 0], 2)):
+        with pytest.raises(ValueError, match=rf"dbscan: columns must ascend .* in row {row}\)"):
+            dbscan(graph(columns), 0.5, 2)
