@@ -7,6 +7,14 @@ if need be; without a compiler the same ops run in PyTorch. ``python -m dhcl_ops
 from dhcl_ops._library import Status, status
 from dhcl_ops._version import __version__
 from dhcl_ops.clustering import Clustering, SelfPaced, cluster, dbscan, self_paced_labels
+from dhcl_ops.contrastive import ContrastiveStats, debiased_contrastive_loss
+from dhcl_ops.hybrid import (
+    DHCLLoss,
+    HybridStats,
+    Suspects,
+    hybrid_contrastive_loss,
+    suspected_false_negatives,
+)
 from dhcl_ops.jaccard import jaccard_distance, jaccard_graph
 from dhcl_ops.knn import Neighbours, knn
 from dhcl_ops.memory import MemoryBank, momentum_update_, prototypes
@@ -15,16 +23,22 @@ from dhcl_ops.reranking import RankedLists, rerank, rerank_distances
 
 __all__ = [
     "Clustering",
+    "ContrastiveStats",
+    "DHCLLoss",
+    "HybridStats",
     "MemoryBank",
     "Neighbours",
     "RankedLists",
     "RankingMetrics",
     "SelfPaced",
     "Status",
+    "Suspects",
     "__version__",
     "cluster",
     "dbscan",
+    "debiased_contrastive_loss",
     "evaluate_ranking",
+    "hybrid_contrastive_loss",
     "jaccard_distance",
     "jaccard_graph",
     "knn",
@@ -34,4 +48,5 @@ __all__ = [
     "rerank_distances",
     "self_paced_labels",
     "status",
+    "suspected_false_negatives",
 ]

@@ -1,0 +1,280 @@
+"""The loss of DHCL-HNM over a memory bank: prototypes and instances in one.
+
+Mathematics: method.md in docs, section "Loss". Both terms are
+:func:`dhcl_ops.contrastive.debiased_contrastive_loss`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dhcl_ops import _checks
+from dhcl_ops.contrastive import ContrastiveStats, _integers, debiased_contrastive_loss
+from dhcl_ops.memory import MemoryBank
+
+__all__ = [
+    "DHCLLoss",
+    "HybridStats",
+    "Suspects",
+    "hybrid_contrastive_loss",
+    "suspected_false_negatives",
+]
+
+
+class Suspects(NamedTuple):
+    """Classes that a looser clustering puts together: suspected to be one identity."""
+
+    groups: torch.Tensor  # (K,) int64, equal for classes of one loose cluster
+    others: torch.Tensor  # (K,) int64, number of other classes in the group
+
+
+def suspected_false_negatives(memory: MemoryBank, loose_labels: torch.Tensor) -> Suspects:
+    """Group the classes of a bank by the loose cluster most of their members are in.
+
+    Args:
+        memory: a bank with labels.
+        loose_labels: (N,) int64 labels of a clustering at a larger eps (-1 un-clustered), such as
+            the second of ``dbscan(graph, [eps, eps + 0.02])``.
+
+    Raises:
+        TypeError, ValueError: labels of the wrong dtype, shape, device or range.
+    """
+    op = "suspected_false_negatives"
+    proto_of = memory.proto_of
+    loose = _integers(op, "loose_labels", loose_labels, len(proto_of), "one per training image")
+    _checks.same_device(op, memory=proto_of, loose_labels=loose)
+    classes = len(memory.prototypes)
+    lowest, highest = (int(x) for x in torch.aminmax(loose))
+    if lowest < -1:
+        raise ValueError(f"{op}: loose_labels must be >= -1 (got {lowest})")
+    base = highest + 1
+    # Of each class the loose cluster with most members wins, of equal ones the first.
+    clustered = loose >= 0
+    pairs, sizes = (proto_of * max(base, 1) + loose)[clustered].unique(return_counts=True)
+    best = torch.full((classes,), -1, dtype=torch.int64, device=loose.device)
+    if base > 0:
+        score = sizes * base + (base - 1 - pairs % base)
+        best.scatter_reduce_(0, pairs // base, score, "amax")
+    alone = torch.arange(classes, device=loose.device) + base
+    groups = torch.where(best >= 0, base - 1 - best % max(base, 1), alone)
+    members = torch.bincount(groups, minlength=1)
+    return Suspects(groups, members[groups] - 1)
+
+
+class HybridStats(NamedTuple):
+    """Parts of a hybrid loss: the two terms before weighting, and what each saw."""
+
+    prototype_loss: torch.Tensor | None  # ()
+    instance_loss: torch.Tensor | None  # ()
+    prototypes: ContrastiveStats | None
+    instances: ContrastiveStats | None
+
+
+def hybrid_contrastive_loss(
+    features: torch.Tensor,
+    memory: MemoryBank,
+    indices: torch.Tensor,
+    *,
+    instance_weight: float = 0.25,
+    prototype_weight: float = 1.0,
+    instance_positives: str = "self",
+    temperature: float = 0.05,
+    kappa: float = 0.0,
+    tau_plus: float | None = None,
+    beta: float = 0.0,
+    suspects: Suspects | None = None,
+    suspects_as: str = "exclude",
+    hardness_gradient: str = "stop",
+    reduction: str = "mean",
+    return_stats: bool = False,
+    precision: str = "exact",
+) -> Any:
+    """The loss of DHCL-HNM over a memory bank: a prototype term plus a weighted instance term.
+
+    The prototype term pulls an image to the prototype of its class and away from all others. The
+    instance term pulls it to its own bank row and away from the rows of other classes; rows of its
+    own class are neither. Both are :func:`debiased_contrastive_loss`. Variants, in the names of
+    method.md in docs: H1 is the default; H0 is ``instance_weight=0``, SpCL's unified loss where
+    ``kappa = beta = 0``; H2 is ``prototype_weight=0, instance_weight=1,
+    instance_positives="class"``, where all rows of the class are positives and ``e^r`` is the mean
+    over them.
+
+    Args:
+        features: (B, d) of norm 1.
+        memory: the bank, with labels.
+        indices: (B,) int64, the bank row of each feature.
+        instance_weight, prototype_weight: >= 0, not both 0. A term of weight 0 is not computed.
+        instance_positives: ``"self"`` or ``"class"``.
+        temperature, beta, hardness_gradient, reduction, precision: as in
+            :func:`debiased_contrastive_loss`.
+        kappa: expected number of false negatives among the K - 1 other prototypes. The instance
+            term takes the same share, kappa / (K - 1), of its own negatives.
+        tau_plus: that share itself, in place of kappa.
+        suspects: of :func:`suspected_false_negatives`.
+        suspects_as: ``"exclude"`` leaves suspected classes out of the negatives; ``"kappa"`` counts
+            them instead, each row's kappa being the number of other classes in its group, at most
+            half of the negatives.
+        return_stats: also return :class:`HybridStats`.
+
+    Returns:
+        The loss, () or (B,), or with ``return_stats`` the pair (loss, stats).
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`debiased_contrastive_loss`; RuntimeError for a
+            bank without labels.
+    """
+    op = "hybrid_contrastive_loss"
+    if not isinstance(memory, MemoryBank):
+        raise TypeError(f"{op}: memory must be a MemoryBank (got {type(memory).__name__})")
+    _checks.tensor(op, "features", features)
+    _checks.rank(op, "features", features, 2)
+    indices = _integers(op, "indices", indices, features.shape[0], "one per feature")
+    weights = [
+        _checks.number(op, name, value, 0.0, rule="finite and >= 0")
+        for name, value in (
+            ("prototype_weight", prototype_weight),
+            ("instance_weight", instance_weight),
+        )
+    ]
+    if not any(weights):
+        raise ValueError(f"{op}: prototype_weight and instance_weight must not both be 0")
+    _checks.one_of(op, "instance_positives", instance_positives, ("self", "class"))
+    _checks.one_of(op, "suspects_as", suspects_as, ("exclude", "kappa"))
+    if isinstance(kappa, torch.Tensor):
+        raise TypeError(f"{op}: kappa must be a number (got a tensor)")
+    if not torch.compiler.is_compiling():
+        _checks.indices_in_range(op, "indices", indices, len(memory.features))
+    proto_of, prototypes = memory.proto_of, memory.prototypes
+    labels = proto_of[indices]
+    others = max(len(prototypes) - 1, 1)
+    groups = None
+    debias: dict[str, Any] = {"kappa": kappa, "tau_plus": tau_plus}
+    shares = debias if tau_plus is not None else {"tau_plus": _share(op, kappa, others)}
+    if suspects is not None:
+        wanted = (len(prototypes),)
+        _checks.shape(op, "suspects.groups", suspects.groups, wanted, "one per prototype")
+        if suspects_as == "exclude":
+            groups = suspects.groups
+        elif kappa or tau_plus:
+            raise ValueError(
+                f'{op}: suspects_as="kappa" sets kappa itself '
+                f"(got kappa={kappa}, tau_plus={tau_plus} too)"
+            )
+        else:
+            counted = suspects.others[labels].double().clamp(max=others / 2)
+            debias, shares = {"kappa": counted}, {}
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "beta": beta,
+        "hardness_gradient": hardness_gradient,
+        "reduction": reduction,
+        "return_stats": True,
+        "precision": precision,
+    }
+    terms: list[torch.Tensor | None] = [None, None]
+    seen: list[ContrastiveStats | None] = [None, None]
+    if weights[0]:
+        exclude = None if groups is None else (groups[labels], groups)
+        terms[0], seen[0] = debiased_contrastive_loss(
+            features, prototypes, labels, exclude=exclude, **debias, **settings
+        )
+    if weights[1]:
+        row_groups, column_groups = labels, proto_of
+        if groups is not None:
+            row_groups, column_groups = groups[labels], groups[proto_of]
+        if not shares:
+            sizes = torch.bincount(proto_of, minlength=len(prototypes))
+            negatives = len(proto_of) - sizes[labels]
+            shares = {"kappa": debias["kappa"] / others * negatives}
+        of_class = instance_positives == "class"
+        terms[1], seen[1] = debiased_contrastive_loss(
+            features,
+            memory.features,
+            labels if of_class else indices,
+            proxy_labels=proto_of if of_class else None,
+            positives="mean",
+            exclude=None if of_class and groups is None else (row_groups, column_groups),
+            **shares,
+            **settings,
+        )
+    loss = sum(w * term for w, term in zip(weights, terms, strict=True) if term is not None)
+    if not return_stats:
+        return loss
+    means = [None if term is None else term.detach().mean() for term in terms]
+    return loss, HybridStats(means[0], means[1], seen[0], seen[1])
+
+
+def _share(op: str, kappa: float, others: int) -> float:
+    value = _checks.number(op, "kappa", kappa, 0.0, rule="finite and >= 0")
+    if value and value >= others:
+        raise ValueError(
+            f"{op}: kappa must be smaller than the number of other prototypes "
+            f"(got {value:g} and {others})"
+        )
+    return value / others
+
+
+class DHCLLoss(nn.Module):
+    """:func:`hybrid_contrastive_loss` as a module: settings once, then ``loss(features, memory,
+    indices)``.
+
+    ``suspects``, if any, are set once per epoch with :meth:`set_suspects`.
+    """
+
+    def __init__(
+        self,
+        *,
+        instance_weight: float = 0.25,
+        prototype_weight: float = 1.0,
+        instance_positives: str = "self",
+        temperature: float = 0.05,
+        kappa: float = 0.25,
+        beta: float = 0.1,
+        suspects_as: str = "exclude",
+        hardness_gradient: str = "stop",
+        precision: str = "exact",
+    ) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {
+            "instance_weight": instance_weight,
+            "prototype_weight": prototype_weight,
+            "instance_positives": instance_positives,
+            "temperature": temperature,
+            "kappa": kappa,
+            "beta": beta,
+            "suspects_as": suspects_as,
+            "hardness_gradient": hardness_gradient,
+            "precision": precision,
+        }
+        self._suspects: Suspects | None = None
+
+    def set_suspects(self, memory: MemoryBank, loose_labels: torch.Tensor | None) -> None:
+        """Take the loose labels (N,) of this epoch's clustering, or None for no suspects."""
+        self._suspects = None
+        if loose_labels is not None:
+            self._suspects = suspected_false_negatives(memory, loose_labels)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        memory: MemoryBank,
+        indices: torch.Tensor,
+        *,
+        return_stats: bool = False,
+    ) -> Any:
+        """Mean loss over the batch, or (loss, :class:`HybridStats`)."""
+        return hybrid_contrastive_loss(
+            features,
+            memory,
+            indices,
+            suspects=self._suspects,
+            return_stats=return_stats,
+            **self.settings,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
