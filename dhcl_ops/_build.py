@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 # Op families with a CUDA source beside their C++ one; a stem names their files everywhere.
-FAMILIES = ("memory", "knn", "jaccard", "ranking")
+FAMILIES = ("memory", "knn", "jaccard", "contrastive", "ranking")
 # The oldest torch whose stable ABI the library asks for (2.10); it then runs on every later one.
 TARGET_VERSION = "0x020a000000000000"
 NAME = "dhcl_ops_kernels"

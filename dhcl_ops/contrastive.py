@@ -397,14 +397,19 @@ class _Operands:
         return self._weights[: rows * columns].view(rows, columns)
 
     def read_out(
-        self, sums: torch.Tensor, factors: torch.Tensor, weights: torch.Tensor, chunk: torch.Tensor
-    ) -> None:
-        """Scale the running sums (B, d) by their rows' factors and add weights @ chunk."""
+        self,
+        sums: torch.Tensor | None,
+        factors: torch.Tensor,
+        weights: torch.Tensor,
+        chunk: torch.Tensor,
+    ) -> torch.Tensor:
+        """Running sums (B, d) times their rows' factors, plus weights @ chunk."""
         if self.narrow:
             part = torch.mm(weights, chunk, out_dtype=self.sums)
-            torch.addcmul(part, sums, factors[:, None], out=sums)
-        else:
-            sums.mul_(factors[:, None]).addmm_(weights, chunk)
+            return part if sums is None else torch.addcmul(part, sums, factors[:, None], out=sums)
+        if sums is None:
+            return torch.mm(weights, chunk)
+        return sums.mul_(factors[:, None]).addmm_(weights, chunk)
 
 
 def _forward_reference(
@@ -436,19 +441,19 @@ def _forward_reference(
             assert proxy_labels is not None
             most = int(torch.unique(proxy_labels, return_counts=True)[1].max())
             positives = torch.zeros(batch, most, dtype=torch.float64, device=device)
-        sums = factors = None
+        sums = factors = weights = None
         if one_pass:
-            sums = torch.zeros(batch, width, dtype=operands.sums, device=device)
             factors = torch.empty(batch, dtype=operands.sums, device=device)
         scale = 1.0 / temperature / operands.scale**2
         for start, products, chunk in operands.chunks():
-            weights = operands.weights(len(chunk)) if one_pass else None
+            if one_pass:
+                weights = operands.weights(len(chunk))
             _stream(
                 state, counts, positives, products, weights, factors,
                 *roles, start, scale, beta, operands.weight_scale,
             )  # fmt: skip
-            if sums is not None and factors is not None and weights is not None:
-                operands.read_out(sums, factors, weights, chunk)
+            if factors is not None and weights is not None:
+                sums = operands.read_out(sums, factors, weights, chunk)
         _refuse(state, counts, kappa, prior, proxies)
         loss, rows = _finish(
             state, counts, positives, kappa, prior, aggregation, temperature, beta, through
@@ -475,7 +480,9 @@ def _refuse(
     if state.is_cuda or len(state) == 0:
         return
     op = "debiased_contrastive_loss"
-    if not bool(state[:, _MASS].isfinite().all() & state[:, _POSITIVE_MASS].isfinite().all()):
+    # An infinite logit shows as the maximum, one that is NaN in the sums.
+    sums, tops = state[:, [_MASS, _POSITIVE_MASS]], state[:, [_MAX, _POSITIVE_MAX]]
+    if not bool(sums.isfinite().all() & (tops < math.inf).all()):
         wrong = (~proxies.isfinite().all(1)).nonzero()
         where = f"proxies must be finite (got one that is not at row {int(wrong[0])})"
         raise ValueError(f"{op}: {where if len(wrong) else 'similarities overflow float32'}")
@@ -813,7 +820,7 @@ def debiased_contrastive_loss(
         _checks.dtype(op, "kappa", kappa, _FLOATS)
         _checks.shape(op, "kappa", kappa, (batch,), "one per feature")
         tensors["kappa"] = kappa
-        expected = kappa.detach().double()
+        expected = kappa.detach().double().contiguous()
     else:
         share = _checks.number(op, "kappa", kappa, 0.0, rule="finite and >= 0")
         if proxy_labels is None and count > 1 and share >= count - 1:

@@ -1,0 +1,299 @@
+// CUDA kernels of the contrastive loss.
+//
+// The products come from a library's GEMM and the read-out goes to one. What is left reads a chunk
+// of products twice, the second time mostly from L2, and writes it once as weights: 4 + 4 + 4 + 2
+// bytes per product against the GEMMs' 4 d operations. One block owns one row of the chunk. Each
+// thread sums its own columns and a tree adds the threads, so no result depends on scheduling.
+#include "common/device.h"
+#include "contrastive.h"
+
+namespace dhcl {
+namespace {
+
+constexpr int kThreads = 512;
+
+__host__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+__device__ __forceinline__ T none() {
+  return static_cast<T>(-HUGE_VAL);
+}
+__device__ __forceinline__ float exp_of(float x) { return expf(x); }
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+// Adds one number per thread; every thread gets the sum.
+template <typename T>
+__device__ T block_sum(T value, T* shared) {
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  const T sum = shared[0];
+  __syncthreads();
+  return sum;
+}
+
+// The largest value and the smallest index that has it; -1 with -inf.
+template <typename T>
+__device__ void block_max(T& value, int64_t& index, T* values, int64_t* indices) {
+  values[threadIdx.x] = value;
+  indices[threadIdx.x] = index;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) {
+      const T other = values[threadIdx.x + half];
+      const int64_t at = indices[threadIdx.x + half];
+      if (other > values[threadIdx.x] ||
+          (other == values[threadIdx.x] && at < indices[threadIdx.x])) {
+        values[threadIdx.x] = other;
+        indices[threadIdx.x] = at;
+      }
+    }
+    __syncthreads();
+  }
+  value = values[0];
+  index = indices[0];
+  __syncthreads();
+}
+
+__device__ __forceinline__ bool is_positive(const ContrastiveRoles& roles, int64_t label,
+                                            int64_t column) {
+  return roles.proxy_labels != nullptr ? roles.proxy_labels[column] == label : column == label;
+}
+
+// Writes -inf over a row's listed columns, which no other thread reads before the barrier.
+template <typename T>
+__device__ void exclude_listed(const ContrastiveRoles& roles, int64_t row, int64_t label,
+                               int64_t start, int64_t n, T* x) {
+  for (int64_t e = threadIdx.x; e < roles.num_excluded; e += kThreads) {
+    const int64_t column = roles.excluded[row * roles.num_excluded + e];
+    if (column >= start && column < start + n && !is_positive(roles, label, column))
+      x[column - start] = none<T>();
+  }
+  __syncthreads();
+}
+
+// A row's positives in ascending order of columns, found by one warp.
+template <typename T>
+__device__ void list_positives(const ContrastiveStreamParams& p, int64_t row, int64_t label,
+                               const T* x) {
+  if (threadIdx.x >= kWarp) return;
+  const int lane = threadIdx.x;
+  int64_t filled = p.counts[row * kCountColumns + kPositives];
+  for (int64_t base = 0; base < p.num_cols; base += kWarp) {
+    const int64_t j = base + lane;
+    const bool found = j < p.num_cols && is_positive(p.roles, label, p.start + j);
+    const unsigned ballot = __ballot_sync(kFullWarp, found);
+    const int64_t slot = filled + __popc(ballot & ((1u << lane) - 1));
+    DHCL_DEVICE_ASSERT(!found || slot < p.num_slots,
+                       "contrastive: a row has more positives than %lld\n",
+                       static_cast<long long>(p.num_slots));
+    if (found)
+      p.positives[row * p.num_slots + slot] = static_cast<double>(x[j] * static_cast<T>(p.scale));
+    filled += __popc(ballot);
+  }
+}
+
+template <typename T, typename W>
+__global__ void __launch_bounds__(kThreads) contrastive_stream_kernel(ContrastiveStreamParams p) {
+  __shared__ T values[kThreads];
+  __shared__ int64_t indices[kThreads];
+  __shared__ double doubles[kThreads];
+  const int64_t row = blockIdx.x;
+  const int64_t n = p.num_cols;
+  T* x = static_cast<T*>(p.products) + row * n;
+  double* state = p.state + row * kStateColumns;
+  int64_t* counts = p.counts + row * kCountColumns;
+  const int64_t label = p.roles.labels[row];
+  const bool grouped = p.roles.row_groups != nullptr && p.roles.row_groups[row] >= 0;
+  const int64_t group = grouped ? p.roles.row_groups[row] : 0;
+  const T scale = static_cast<T>(p.scale);
+  exclude_listed(p.roles, row, label, p.start, n, x);
+  if (p.positives != nullptr) {
+    list_positives(p, row, label, x);
+    __syncthreads();
+  }
+
+  // What each thread saw: its negatives' largest, and its positives' log-sum-exp.
+  T top = none<T>();
+  int64_t where = INT64_MAX;
+  int64_t negatives = 0;
+  int64_t positives = 0;
+  double positive_max = none<double>();
+  double positive_mass = 0.0;
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
+    const int64_t column = p.start + j;
+    T s = x[j] * scale;
+    if (is_positive(p.roles, label, column)) {
+      const double r = static_cast<double>(s);
+      ++positives;
+      if (r > positive_max) {
+        positive_mass = positive_mass * exp(positive_max - r) + 1.0;
+        positive_max = r;
+      } else {
+        positive_mass += exp(r - positive_max);
+      }
+      s = none<T>();
+    } else if (grouped && p.roles.column_groups[column] == group) {
+      s = none<T>();
+    }
+    x[j] = s;
+    if (!(s == none<T>())) ++negatives;
+    if (s > top) {
+      top = s;
+      where = column;
+    }
+  }
+  block_max(top, where, values, indices);
+  positives = block_sum(positives, indices);
+  negatives = block_sum(negatives, indices);
+  if (positives > 0) {
+    int64_t unused = 0;
+    double largest = positive_max;
+    block_max(largest, unused, doubles, indices);
+    const double before = state[kPositiveMax];
+    const double shift = before > largest ? before : largest;
+    // A NaN logit leaves its thread's maximum at -inf and its sum NaN.
+    double mass = positive_mass == 0.0 ? 0.0 : positive_mass * exp(positive_max - shift);
+    if (positive_mass != positive_mass) mass = positive_mass;
+    mass = block_sum(mass, doubles);
+    if (threadIdx.x == 0) {
+      if (before > none<double>()) mass += state[kPositiveMass] * exp(before - shift);
+      state[kPositiveMass] = mass;
+      state[kPositiveMax] = shift;
+    }
+  }
+
+  const double before = state[kMax];
+  const double largest = static_cast<double>(top) > before ? static_cast<double>(top) : before;
+  const double shift = largest > none<double>() ? largest : 0.0;
+  const T base = static_cast<T>(shift);
+  const T sharp = static_cast<T>(1.0 + p.beta);
+  const T beta = static_cast<T>(p.beta);
+  W* weights = p.weights == nullptr ? nullptr : static_cast<W*>(p.weights) + row * n;
+  const T weight_scale = static_cast<T>(p.weight_scale);
+  T mass = 0;
+  T norm = 0;
+  T squares = 0;
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
+    const T distance = x[j] - base;
+    const T e = exp_of(sharp * distance);
+    mass += e;
+    squares += e * e;
+    if (p.beta > 0.0) norm += exp_of(beta * distance);
+    if (weights != nullptr) weights[j] = from_accumulator<W>(e * weight_scale);
+  }
+  const double mass_sum = block_sum(static_cast<double>(mass), doubles);
+  const double norm_sum = block_sum(static_cast<double>(norm), doubles);
+  const double squares_sum = block_sum(static_cast<double>(squares), doubles);
+  if (threadIdx.x == 0) {
+    const double factor = exp((1.0 + p.beta) * (before - shift));
+    counts[kPositives] += positives;
+    counts[kNegatives] += negatives;
+    if (static_cast<double>(top) > before) counts[kHardest] = where;
+    state[kMax] = largest;
+    state[kMass] = state[kMass] * factor + mass_sum;
+    state[kSquares] = state[kSquares] * factor * factor + squares_sum;
+    if (p.beta > 0.0)
+      state[kNorm] = state[kNorm] * exp(p.beta * (before - shift)) + norm_sum;
+    else
+      state[kNorm] = static_cast<double>(counts[kNegatives]);
+    if (p.factors != nullptr) static_cast<T*>(p.factors)[row] = static_cast<T>(factor);
+  }
+}
+
+__global__ void contrastive_finish_kernel(ContrastiveFinishParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= p.num_rows) return;
+  const int64_t* counts = p.counts + row * kCountColumns;
+  DHCL_DEVICE_ASSERT(counts[kPositives] > 0,
+                     "contrastive: every row needs a positive proxy (got none for batch position "
+                     "%lld: is its label in range?)\n",
+                     static_cast<long long>(row));
+  DHCL_DEVICE_ASSERT(
+      p.prior || counts[kNegatives] == 0 || p.kappa[row] < static_cast<double>(counts[kNegatives]),
+      "contrastive: kappa must be smaller than the number of negatives (got %g and %lld at batch "
+      "position %lld)\n",
+      p.kappa[row], static_cast<long long>(counts[kNegatives]), static_cast<long long>(row));
+  contrastive_finish_row(p, row);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) contrastive_slopes_kernel(ContrastiveSlopesParams p) {
+  const int64_t row = blockIdx.x;
+  const int64_t n = p.num_cols;
+  T* x = static_cast<T*>(p.products) + row * n;
+  const double* constants = p.rows + row * kRowColumns;
+  const int64_t* counts = p.counts + row * kCountColumns;
+  const int64_t label = p.roles.labels[row];
+  const bool grouped = p.roles.row_groups != nullptr && p.roles.row_groups[row] >= 0;
+  const int64_t group = grouped ? p.roles.row_groups[row] : 0;
+  const bool some = counts[kNegatives] > 0;
+  const double upstream = p.grad[row];
+  const T scale = static_cast<T>(p.scale);
+  const T base = some ? static_cast<T>(p.state[row * kStateColumns + kMax]) : T{0};
+  const T sharp = static_cast<T>(1.0 + p.beta);
+  const T beta = static_cast<T>(p.beta);
+  const T alpha = static_cast<T>(constants[kAlpha] * upstream);
+  const T gamma = static_cast<T>(constants[kGamma] * upstream);
+  exclude_listed(p.roles, row, label, p.start, n, x);
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
+    const int64_t column = p.start + j;
+    const T s = x[j] * scale;
+    T slope = 0;
+    if (!some) {
+    } else if (is_positive(p.roles, label, column)) {
+      const double pull =
+          contrastive_pull(static_cast<double>(s), constants, counts[kPositives], p.aggregation);
+      slope = static_cast<T>(-pull * upstream);
+    } else if (!(grouped && p.roles.column_groups[column] == group)) {
+      slope = alpha * exp_of(sharp * (s - base));
+      if (gamma != T{0}) slope += gamma * exp_of(beta * (s - base));
+    }
+    x[j] = slope;
+  }
+}
+
+template <typename T, typename W>
+void stream_as(const ContrastiveStreamParams& p, cudaStream_t stream) {
+  DHCL_LAUNCH((contrastive_stream_kernel<T, W>), dim3(static_cast<unsigned>(p.num_rows)),
+              dim3(kThreads), 0, stream, p);
+}
+
+}  // namespace
+
+void launch_contrastive_stream(const ContrastiveStreamParams& p, void* stream) {
+  if (p.num_rows == 0) return;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (p.dtype == ContrastiveDtype::kFloat64) return stream_as<double, double>(p, s);
+  if (p.weights == nullptr) return stream_as<float, float>(p, s);
+  switch (p.weight_dtype) {
+    case ContrastiveDtype::kFloat16:
+      return stream_as<float, __half>(p, s);
+    case ContrastiveDtype::kBFloat16:
+      return stream_as<float, __nv_bfloat16>(p, s);
+    default:
+      return stream_as<float, float>(p, s);
+  }
+}
+
+void launch_contrastive_finish(const ContrastiveFinishParams& p, void* stream) {
+  if (p.num_rows == 0) return;
+  constexpr int kRows = 64;
+  DHCL_LAUNCH(contrastive_finish_kernel, dim3(static_cast<unsigned>(ceil_div(p.num_rows, kRows))),
+              dim3(kRows), 0, static_cast<cudaStream_t>(stream), p);
+}
+
+void launch_contrastive_slopes(const ContrastiveSlopesParams& p, void* stream) {
+  if (p.num_rows == 0) return;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const dim3 grid(static_cast<unsigned>(p.num_rows));
+  if (p.dtype == ContrastiveDtype::kFloat64)
+    DHCL_LAUNCH(contrastive_slopes_kernel<double>, grid, dim3(kThreads), 0, s, p);
+  else
+    DHCL_LAUNCH(contrastive_slopes_kernel<float>, grid, dim3(kThreads), 0, s, p);
+}
+
+}  // namespace dhcl

@@ -1,0 +1,182 @@
+// The debiased, hardness-weighted contrastive loss: parameters and launchers of the kernels.
+//
+// For features f and proxies c, logits are s = f.c / temperature. A row's loss needs, over its
+// negatives and with m the largest of their logits,
+//
+//     mass = sum e^((1+beta)(s-m)),   norm = sum e^(beta(s-m)),
+//
+// and the logit r of its positives. Proxies come in chunks: a matrix product gives the chunk's
+// similarities, `stream` adds them to the rows' state and turns them into weights e^((1+beta)(s-m))
+// for the product that reads the gradient out; `finish` makes the loss of the state; `slopes`, for
+// a second pass, turns similarities into the derivatives of the loss. When m grows the sums shrink
+// by a factor, which is returned so that what was read out can follow.
+//
+// Logits are fp32 (fp64 for fp64 operands), a row's state is fp64. Sums within a chunk have a fixed
+// order per device, so results have the same bits twice for any number of threads. CPU and CUDA
+// differ by rounding: they take exponentials in different ways.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define DHCL_HOST_DEVICE __host__ __device__
+#else
+#define DHCL_HOST_DEVICE
+#endif
+
+namespace dhcl {
+
+enum class ContrastiveDtype : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
+enum class Aggregation : int32_t { kEach, kSum, kMean };
+
+// Columns of the state [B, 6], the counts [B, 3] and the coefficients [B, 9] of a row.
+enum StateColumn { kMax, kMass, kNorm, kSquares, kPositiveMax, kPositiveMass, kStateColumns };
+enum CountColumn { kNegatives, kPositives, kHardest, kCountColumns };
+enum RowColumn {
+  kAlpha,     // weight of e^((1+beta)(s-m)) in the slope of a negative
+  kGamma,     // weight of e^(beta(s-m)) in it
+  kSlope,     // -(derivative with respect to r)
+  kPositive,  // log of the sum of e^s over the positives
+  kLogMass,   // log R
+  kLogKappa,
+  kLogKeep,  // log(1 - kappa / M)
+  kFloor,    // log M - 1 / temperature
+  kClamped,
+  kRowColumns
+};
+
+// Which proxies are positive to a row, which are negative, and which are neither. A row's positive
+// is column labels[i], or with proxy_labels every column of that label. Equal groups >= 0 and
+// listed columns are neither, unless they are positive.
+struct ContrastiveRoles {
+  const int64_t* labels;         // [B]
+  const int64_t* proxy_labels;   // [>= start + n] or null
+  const int64_t* row_groups;     // [B] or null
+  const int64_t* column_groups;  // [>= start + n] or null
+  const int64_t* excluded;       // [B, E] or null, padded with -1
+  int64_t num_excluded;          // E
+};
+
+struct ContrastiveStreamParams {
+  double* state;      // [B, 6]
+  int64_t* counts;    // [B, 3]
+  double* positives;  // [B, P] or null: the positives' logits, in ascending order of columns
+  void* products;     // [B, n] similarities, float or double; overwritten
+  void* weights;      // [B, n] or null <- weight_scale e^((1+beta)(s-m)), 0 if not negative
+  void* factors;      // [B] or null <- e^((1+beta)(m_before - m)), in the products' dtype
+  ContrastiveRoles roles;
+  int64_t num_rows;   // B
+  int64_t num_cols;   // n
+  int64_t num_slots;  // P
+  int64_t start;      // column of the first product
+  double scale;       // s = scale * product
+  double beta;
+  double weight_scale;
+  ContrastiveDtype dtype;         // of products
+  ContrastiveDtype weight_dtype;  // of weights
+};
+
+struct ContrastiveFinishParams {
+  double* loss;             // [B]
+  double* rows;             // [B, 9]
+  const double* state;      // [B, 6]
+  const int64_t* counts;    // [B, 3]
+  const double* positives;  // [B, P], for kEach
+  const double* kappa;      // [B]; with prior it is kappa / M
+  int64_t num_rows;         // B
+  int64_t num_slots;        // P
+  double temperature;
+  double beta;
+  Aggregation aggregation;
+  bool prior;
+  bool through;
+};
+
+struct ContrastiveSlopesParams {
+  void* products;         // [B, n] in: similarities, out: grad[i] * d loss[i] / d s
+  const double* rows;     // [B, 9]
+  const double* state;    // [B, 6]
+  const int64_t* counts;  // [B, 3]
+  const double* grad;     // [B]
+  ContrastiveRoles roles;
+  int64_t num_rows;  // B
+  int64_t num_cols;  // n
+  int64_t start;
+  double scale;
+  double beta;
+  Aggregation aggregation;
+  ContrastiveDtype dtype;  // of products
+};
+
+// The loss for one positive logit r, the scale g of the negatives' slopes, and -(d loss / d r).
+struct ContrastiveTerm {
+  double loss;
+  double scale;
+  double slope;
+  double clamped;
+};
+
+DHCL_HOST_DEVICE inline ContrastiveTerm contrastive_term(double r, const double* row) {
+  const double gap = row[kLogKappa] + r - row[kLogMass];
+  const double debiased = gap >= 0.0 ? -HUGE_VAL : row[kLogMass] + log(-expm1(gap)) - row[kLogKeep];
+  const bool clamped = debiased <= row[kFloor];
+  const double x = (clamped ? row[kFloor] : debiased) - r;
+  ContrastiveTerm term;
+  term.loss = x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x));
+  term.scale = clamped ? 0.0 : exp(row[kLogMass] - row[kLogKeep] - r - term.loss);
+  term.slope = clamped ? 1.0 / (1.0 + exp(-x)) : term.scale;
+  term.clamped = clamped ? 1.0 : 0.0;
+  return term;
+}
+
+// Row i of `finish`. kappa must be smaller than the number of negatives.
+DHCL_HOST_DEVICE inline void contrastive_finish_row(const ContrastiveFinishParams& p, int64_t i) {
+  const double* state = p.state + i * kStateColumns;
+  const int64_t* counts = p.counts + i * kCountColumns;
+  double* row = p.rows + i * kRowColumns;
+  for (int c = 0; c < kRowColumns; ++c) row[c] = 0.0;
+  p.loss[i] = 0.0;
+  if (counts[kNegatives] == 0) return;
+  const double negatives = static_cast<double>(counts[kNegatives]);
+  const double kappa = p.prior ? p.kappa[i] * negatives : p.kappa[i];
+  row[kLogMass] = log(negatives) + state[kMax] + log(state[kMass] / state[kNorm]);
+  row[kLogKappa] = log(kappa);
+  row[kLogKeep] = log1p(-kappa / negatives);
+  row[kFloor] = log(negatives) - 1.0 / p.temperature;
+  row[kPositive] = state[kPositiveMax] + log(state[kPositiveMass]);
+  ContrastiveTerm sum{0.0, 0.0, 0.0, 0.0};
+  if (p.aggregation == Aggregation::kEach) {
+    const double share = 1.0 / static_cast<double>(counts[kPositives]);
+    for (int64_t k = 0; k < counts[kPositives]; ++k) {
+      const ContrastiveTerm term = contrastive_term(p.positives[i * p.num_slots + k], row);
+      sum.loss += term.loss * share;
+      sum.scale += term.scale * share;
+      sum.slope += term.slope * share;
+      sum.clamped += term.clamped * share;
+    }
+  } else {
+    const bool mean = p.aggregation == Aggregation::kMean;
+    const double number = mean ? static_cast<double>(counts[kPositives]) : 1.0;
+    sum = contrastive_term(row[kPositive] - log(number), row);
+  }
+  p.loss[i] = sum.loss;
+  row[kAlpha] = sum.scale * (p.through ? 1.0 + p.beta : 1.0) / state[kMass];
+  row[kGamma] = p.through ? -p.beta * sum.scale / state[kNorm] : 0.0;
+  row[kSlope] = sum.slope;
+  row[kClamped] = sum.clamped;
+}
+
+// -(d loss / d s) of a positive with logit s.
+DHCL_HOST_DEVICE inline double contrastive_pull(double s, const double* row, int64_t positives,
+                                                Aggregation aggregation) {
+  if (aggregation == Aggregation::kEach)
+    return contrastive_term(s, row).slope / static_cast<double>(positives);
+  return row[kSlope] * exp(s - row[kPositive]);
+}
+
+// The stream is a cudaStream_t; no launcher synchronises with the host.
+void launch_contrastive_stream(const ContrastiveStreamParams& p, void* stream);
+void launch_contrastive_finish(const ContrastiveFinishParams& p, void* stream);
+void launch_contrastive_slopes(const ContrastiveSlopesParams& p, void* stream);
+
+}  // namespace dhcl
