@@ -1,0 +1,223 @@
+"""csrc/contrastive.cu run on the host, one fiber per CUDA thread, against the PyTorch reference.
+
+Run again with DHCL_HOST_SANITIZE=1 under AddressSanitizer and UBSan by the last test here.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dhcl_ops import _build, _ops, debiased_contrastive_loss
+from dhcl_ops import contrastive as module
+from tests.checks import call, clones, same_bits
+from tests.cuda_host import build
+from tests.ops.test_contrastive import assert_kernels_agree, case, kernel_inputs, leaf
+
+SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+KERNELS = ("contrastive_stream_", "contrastive_finish", "contrastive_slopes_")
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+
+@pytest.fixture(scope="session")
+def host():
+    folder = _build.source_dir()
+    sources = [folder / "contrastive.cu", build.HERE / "contrastive_binding.cpp"]
+    return build.load("contrastive_host", sources, [folder], sanitize=SANITIZE)
+
+
+@pytest.fixture(params=["shuffle:1"] if SANITIZE else ["forward", "reverse", "shuffle:1"])
+def kernels(host, request):
+    """The order in which threads and blocks run must not show."""
+    host.set_schedule(request.param)
+    yield host
+    host.set_schedule("")
+
+
+def array(t):
+    if not isinstance(t, torch.Tensor):
+        return t
+    assert t.is_contiguous()
+    return (t.view(torch.int16) if t.element_size() == 2 else t).numpy()
+
+
+class Glue:
+    """The kernels under the names and signatures of the ops, as the CUDA glue calls them."""
+
+    def __init__(self, host):
+        self.host = host
+
+    def contrastive_stream_(self, *args):
+        state, counts, positives, products, weights, factors, *roles = args[:11]
+        weight_dtype = products.dtype if weights is None else weights.dtype
+        self.host.stream(
+            *map(array, (state, counts, positives, products, weights, factors)),
+            tuple(map(array, roles)), *args[11:],
+            DTYPES.index(products.dtype), DTYPES.index(weight_dtype),
+        )  # fmt: skip
+
+    def contrastive_finish(self, state, counts, positives, kappa, *options):
+        loss = torch.full((len(state),), 7.0, dtype=torch.float64)
+        rows = torch.full((len(state), 9), 7.0, dtype=torch.float64)
+        self.host.finish(*map(array, (loss, rows, state, counts, positives, kappa)), *options)
+        return loss, rows
+
+    def contrastive_slopes_(self, products, rows, state, counts, grad, *rest):
+        roles, options = rest[:5], rest[5:]
+        self.host.slopes(
+            *map(array, (products, rows, state, counts, grad.contiguous())),
+            tuple(map(array, roles)), *options, DTYPES.index(products.dtype),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["contrastive_stream_", "contrastive_finish", "contrastive_slopes_"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", range(3))
+def test_kernels_equal_their_reference(kernels, name, dtype, mode):
+    beta = 0.0 if mode == module._MEAN else 0.3
+    inputs = kernel_inputs(name, dtype, mode, beta, b=2, k=600)
+    ours, expected = clones(inputs), clones(inputs)
+    returned = getattr(Glue(kernels), name)(*ours) or ()
+    wanted = call("reference", name, *expected) or ()
+    assert_kernels_agree(ours + list(returned), expected + list(wanted), dtype)
+
+
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16])
+def test_weights_in_16_bits(host, weights):
+    inputs = kernel_inputs("contrastive_stream_", torch.float32, 1, 0.3, b=2, k=70, weights=weights)
+    inputs[-1] = module._WEIGHT_SCALE if weights == torch.float16 else 1.0
+    ours, expected = clones(inputs), clones(inputs)
+    Glue(host).contrastive_stream_(*ours)
+    call("reference", "contrastive_stream_", *expected)
+    got, wanted = ours.pop(4).double(), expected.pop(4).double()
+    assert wanted.max() > 1e-3
+    step = 2.0**-10 if weights == torch.float16 else 2.0**-7
+    assert ((got - wanted).abs() <= step * wanted.abs() + 6e-8).all()
+    assert_kernels_agree(ours, expected, torch.float32)
+
+
+@pytest.mark.parametrize("k", [1, 31, 513])
+def test_same_bits_in_every_order_of_threads(host, k):
+    seen = []
+    for schedule in ("forward", "reverse", "shuffle:1", "shuffle:2"):
+        host.set_schedule(schedule)
+        inputs = kernel_inputs("contrastive_stream_", torch.float32, 0, 0.3, b=2, k=k)
+        Glue(host).contrastive_stream_(*inputs)
+        seen.append([inputs[0], inputs[2], inputs[4], inputs[5]])
+    host.set_schedule("")
+    for other in seen[1:]:
+        assert all(same_bits(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["single", "each", "sum", "mean"])
+@pytest.mark.parametrize("gradient", ["stop", "through"])
+def test_the_whole_loss_on_these_kernels(host, monkeypatch, mode, gradient):
+    several = mode != "single"
+    f, c, labels, proxy_labels, *_ = case(5, 37, 10, several=several)
+    groups = (torch.arange(5) % 3, torch.arange(37) % 4)
+
+    def run():
+        x, y = leaf(f, "cpu"), leaf(c, "cpu")
+        loss = debiased_contrastive_loss(
+            x, y, labels, proxy_labels=proxy_labels, positives=mode if several else "each",
+            kappa=0.4, beta=0.2, hardness_gradient=gradient, exclude=groups, chunk_size=16,
+        )  # fmt: skip
+        loss.backward()
+        return loss.detach(), x.grad, y.grad
+
+    expected = run()
+    glue = Glue(host)
+    calls = []
+
+    def counted(name):
+        def kernel(*args):
+            calls.append(name)
+            return getattr(glue, name)(*args)
+
+        return kernel
+
+    for attribute, name in (
+        ("_stream", "contrastive_stream_"),
+        ("_finish", "contrastive_finish"),
+        ("_slopes", "contrastive_slopes_"),
+    ):
+        monkeypatch.setattr(module, attribute, counted(name))
+    got = run()
+    assert calls.count("contrastive_stream_") == 3
+    assert calls.count("contrastive_slopes_") == 3
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_what_the_kernels_assert(host):
+    glue = Glue(host)
+    inputs = kernel_inputs("contrastive_finish", torch.float32, 1, 0.3)
+    inputs[3] = inputs[3] + 1e6
+    with pytest.raises(RuntimeError, match="kappa must be smaller than the number of negatives"):
+        glue.contrastive_finish(*inputs)
+    inputs = kernel_inputs("contrastive_finish", torch.float32, 1, 0.3)
+    inputs[1][2, 1] = 0
+    with pytest.raises(RuntimeError, match="got none for batch position 2"):
+        glue.contrastive_finish(*inputs)
+    inputs = kernel_inputs("contrastive_stream_", torch.float32, 0, 0.3)
+    inputs[2] = inputs[2][:, :3].contiguous()
+    with pytest.raises(RuntimeError, match="more positives than 3"):
+        glue.contrastive_stream_(*inputs)
+
+
+def test_nan_is_passed_on(host):
+    for mode in range(3):
+        inputs = kernel_inputs("contrastive_stream_", torch.float32, mode, 0.3)
+        inputs[3][0] = float("nan")
+        Glue(host).contrastive_stream_(*inputs)
+        state, counts = inputs[:2]
+        assert state[0, module._MASS].isnan()
+        kappa = torch.zeros(len(state), dtype=torch.float64)
+        counts[:, 1].clamp_(min=1)
+        loss, _ = Glue(host).contrastive_finish(
+            state, counts, inputs[2], kappa, False, mode, 0.05, 0.3, False
+        )
+        assert loss[0].isnan()
+        assert not loss[1].isnan()
+
+
+def test_empty_launches(host):
+    inputs = kernel_inputs("contrastive_stream_", torch.float32, 1, 0.0)
+    empty = [
+        t[:0].contiguous() if isinstance(t, torch.Tensor) and len(t) == 7 else t for t in inputs
+    ]
+    Glue(host).contrastive_stream_(*empty)
+    loss, rows = Glue(host).contrastive_finish(
+        *empty[:2], None, torch.zeros(0, dtype=torch.float64), False, 1, 0.05, 0.0, False
+    )
+    assert loss.shape == (0,)
+    assert rows.shape == (0, 9)
+
+
+@pytest.mark.skipif(SANITIZE, reason="this is the run under the sanitizers")
+def test_all_of_this_under_address_and_undefined_behaviour_sanitizers():
+    try:
+        environment = build.sanitizer_env()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**environment, "DHCL_HOST_SANITIZE": "1", "DHCL_BUILD": "off"},
+        cwd=_build.source_dir().parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+
+
+def test_every_kernel_here_has_a_host_run():
+    ours = {n for n, op in _ops.OPS.items() if op.family == "contrastive" and not op.cuda_library}
+    assert ours == {"contrastive_stream_", "contrastive_finish", "contrastive_slopes_"}
