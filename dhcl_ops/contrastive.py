@@ -464,7 +464,7 @@ def _forward_reference(
             unit = operands.weight_scale * operands.scale * temperature
             sums *= (rows[:, _ALPHA, None] / unit).to(sums.dtype)
             pull = (rows[:, _SLOPE, None] / -temperature).to(sums.dtype)
-            sums.addcmul_(proxies[labels].to(sums.dtype), pull)
+            sums.addcmul_(proxies.index_select(0, labels).to(sums.dtype), pull)
             gradient = sums
         return loss, gradient, state, counts, rows
 
@@ -481,21 +481,23 @@ def _refuse(
         return
     op = "debiased_contrastive_loss"
     # An infinite logit shows as the maximum, one that is NaN in the sums.
-    sums, tops = state[:, [_MASS, _POSITIVE_MASS]], state[:, [_MAX, _POSITIVE_MAX]]
-    if not bool(sums.isfinite().all() & (tops < math.inf).all()):
+    total = float(state[:, _MASS].sum() + state[:, _POSITIVE_MASS].sum())
+    top = float(state[:, _MAX].max().maximum(state[:, _POSITIVE_MAX].max()))
+    if not (math.isfinite(total) and top < math.inf):
         wrong = (~proxies.isfinite().all(1)).nonzero()
         where = f"proxies must be finite (got one that is not at row {int(wrong[0])})"
         raise ValueError(f"{op}: {where if len(wrong) else 'similarities overflow float32'}")
-    without = (counts[:, _POSITIVES] == 0).nonzero()
-    if len(without):
+    if int(counts[:, _POSITIVES].min()) == 0:
+        without = (counts[:, _POSITIVES] == 0).nonzero()
         raise ValueError(
             f"{op}: every row needs a positive proxy (got none for batch position "
             f"{int(without[0])})"
         )
     if not prior:
         negatives = counts[:, _NEGATIVES]
-        wrong = ((kappa >= negatives) & (negatives > 0)).nonzero()
-        if len(wrong):
+        wrong = (kappa >= negatives) & (negatives > 0)
+        if bool(wrong.any()):
+            wrong = wrong.nonzero()
             row = int(wrong[0])
             raise ValueError(
                 f"{op}: kappa must be smaller than the number of negatives (got "
