@@ -32,6 +32,8 @@ def _cupy() -> str | None:
 def _implementation(op: _ops.Op, device_type: str, status: _library.Status) -> dict[str, str]:
     """Which code runs this op on a device, and why not a compiled kernel where it does not."""
     extension = {"cpu": "cpp", "cuda": "cu"}[device_type]
+    if op.composed:
+        return {"runs": op.composed, "why": "no kernel of its own"}
     if op.compiled(device_type):
         return {"runs": f"csrc/{op.family}.{extension}", "why": status.how}
     if device_type == "cuda" and op.cuda_library and status.how != "reference":

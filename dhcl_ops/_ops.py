@@ -23,7 +23,8 @@ class Op:
     """A declared op: its name, family (the stem of its files), reference and sample arguments.
 
     ``sample(device)`` returns arguments for one small call; the doctor's self-check and the tests
-    use it. ``cuda_library`` says what runs on CUDA where that is torch's own code rather than ours.
+    use it. ``cuda_library`` says what runs on CUDA where that is torch's own code rather than ours;
+    ``composed`` what an op without kernels of its own is made of, on every device.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Op:
     reference: Callable[..., Any]
     sample: Callable[[torch.device], tuple[Any, ...]]
     cuda_library: str = ""
+    composed: str = ""
 
     @property
     def overload(self) -> Any:
@@ -57,11 +59,12 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     cuda_library: str = "",
+    composed: str = "",
 ) -> Any:
     """Declare ``dhcl::<schema>`` and return its callable overload."""
     name = schema.split("(")[0]
     LIBRARY.define(schema)
-    op = Op(name, family, reference, sample, cuda_library)
+    op = Op(name, family, reference, sample, cuda_library, composed)
     OPS[name] = op
 
     def kernel(*args: Any) -> Any:

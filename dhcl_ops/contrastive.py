@@ -603,8 +603,6 @@ def _forward_fake(features: torch.Tensor, proxies: torch.Tensor, *args: Any) -> 
     )
 
 
-_STREAMED = "torch.mm around the ops contrastive_stream_ and contrastive_finish"
-
 _contrastive: Any = define(
     "contrastive(Tensor features, Tensor proxies, Tensor labels, Tensor? proxy_labels, "
     "Tensor? row_groups, Tensor? column_groups, Tensor? excluded, Tensor kappa, bool prior, "
@@ -616,7 +614,7 @@ _contrastive: Any = define(
     sample=_loss_sample,
     backward=_backward,
     setup_context=_setup_context,
-    cuda_library=_STREAMED,
+    composed="torch.mm around contrastive_stream_ and contrastive_finish",
 )
 
 
@@ -641,7 +639,7 @@ _contrastive_backward: Any = define(
     ),
     sample=_backward_sample,
     backward=_no_double_backward,
-    cuda_library="torch.mm around the op contrastive_slopes_",
+    composed="torch.mm around contrastive_slopes_",
 )
 
 _scale_rows: Any = define(
@@ -651,7 +649,7 @@ _scale_rows: Any = define(
     fake=lambda gradient, grad: torch.empty_like(gradient),
     sample=lambda device: (torch.ones(2, 3, device=device), torch.ones(2, device=device)),
     backward=_no_double_backward,
-    cuda_library="torch.mul",
+    composed="torch.mul",
 )
 
 

@@ -897,4 +897,4 @@ def test_the_compiled_library_is_what_was_tested():
     if _build.find_compiler() is None:
         pytest.skip("no C++ compiler")
     assert dhcl_ops.status().how in {"built", "prebuilt"}, dhcl_ops.status().line
-    assert all(op.compiled("cpu") for op in _ops.OPS.values())
+    assert all(op.compiled("cpu") for op in _ops.OPS.values() if not op.composed)
