@@ -97,7 +97,8 @@ __device__ void list_positives(const ContrastiveStreamParams& p, int64_t row, in
 }
 
 template <typename T, typename W>
-__global__ void __launch_bounds__(kThreads, 1) contrastive_stream_kernel(ContrastiveStreamParams p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    contrastive_stream_kernel(ContrastiveStreamParams p) {
   __shared__ T values[kThreads];
   __shared__ int64_t indices[kThreads];
   __shared__ double doubles[kThreads];
@@ -221,7 +222,8 @@ __global__ void contrastive_finish_kernel(ContrastiveFinishParams p) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) contrastive_slopes_kernel(ContrastiveSlopesParams p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    contrastive_slopes_kernel(ContrastiveSlopesParams p) {
   const int64_t row = blockIdx.x;
   const int64_t n = p.num_cols;
   T* x = static_cast<T*>(p.products) + row * n;
