@@ -193,7 +193,7 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """All options as YAML, in the order of the fields."""
         plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(plain, sort_keys=False)
+        return str(yaml.safe_dump(plain, sort_keys=False, default_flow_style=None))
 
 
 def _plain(value: Any) -> Any:
@@ -204,13 +204,41 @@ def _plain(value: Any) -> Any:
 
 # ---- rules --------------------------------------------------------------------------------------
 
-_POSITIVE = ("temperature", "lr", "k1", "k2", "min_samples", "classes_per_batch")
-_POSITIVE += ("images_per_class", "accumulate", "iterations", "epochs", "eval_batch", "lr_step")
-_POSITIVE += ("patience", "lr_gamma")
-_NOT_NEGATIVE = ("cache_gb", "workers", "seed", "samples_per_bn", "eps_gap", "prototype_weight")
-_NOT_NEGATIVE += ("instance_weight", "kappa", "beta", "warmup_epochs", "pad", "weight_decay")
-_NOT_NEGATIVE += ("lr_warmup", "eval_every", "checkpoint_minutes", "checkpoint_iterations")
-_SHARES = ("momentum", "flip", "erase", "color_jitter")
+_POSITIVE = [
+    "temperature",
+    "lr",
+    "k1",
+    "k2",
+    "min_samples",
+    "classes_per_batch",
+    "images_per_class",
+    "accumulate",
+    "iterations",
+    "epochs",
+    "eval_batch",
+    "lr_step",
+    "lr_gamma",
+    "patience",
+]
+_NOT_NEGATIVE = [
+    "cache_gb",
+    "workers",
+    "seed",
+    "samples_per_bn",
+    "eps_gap",
+    "prototype_weight",
+    "instance_weight",
+    "kappa",
+    "beta",
+    "warmup_epochs",
+    "pad",
+    "weight_decay",
+    "lr_warmup",
+    "eval_every",
+    "checkpoint_minutes",
+    "checkpoint_iterations",
+]
+_SHARES = ["momentum", "flip", "erase", "color_jitter"]
 
 
 def _out_of_range(c: TrainConfig) -> Iterable[str]:

@@ -12,13 +12,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyped]
-from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm import tqdm
 
 from dhcl.config import TrainConfig
 from dhcl.data import EvalImages, ImageList, eval_loader, eval_transform
+from dhcl.models import ReIDModel
 
 __all__ = ["Engine", "Interrupted", "Stop"]
 
@@ -111,13 +111,13 @@ class Engine:
         quiet = None if self.is_main else True
         return tqdm(items, what, total, initial=done, leave=False, disable=quiet)
 
-    def images(self, images: ImageList, model: nn.Module) -> EvalImages:
+    def images(self, images: ImageList, model: ReIDModel) -> EvalImages:
         """A data set of images as the model takes them."""
-        transform = eval_transform(self.config.image_size, model.mean, model.std)  # type: ignore
+        transform = eval_transform(self.config.image_size, model.mean, model.std)  # type: ignore[arg-type]
         return EvalImages(images, transform, cache_bytes=int(self.config.cache_gb * 2**30))
 
     @torch.no_grad()
-    def extract(self, model: nn.Module, images: EvalImages, what: str) -> torch.Tensor:
+    def extract(self, model: ReIDModel, images: EvalImages, what: str) -> torch.Tensor:
         """Features (N, d) float32 of all images, on every process, the model in evaluation mode."""
         share = math.ceil(len(images) / self.world_size)
         mine = list(range(len(images)))[self.rank * share : (self.rank + 1) * share]
@@ -127,7 +127,11 @@ class Engine:
             workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
         )
-        features = torch.zeros(share, model.dim, device=self.device)  # type: ignore[arg-type]
+        features = torch.zeros(share, model.dim, device=self.device)
+        if self.world_size > 1:
+            # Each process has batch-norm statistics of its own images; the first one's count.
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         was_training = model.training
         model.eval()
         start = 0

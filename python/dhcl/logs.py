@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dhcl.checkpoint import write_atomic
 
-__all__ = ["RunLog", "flat", "duration"]
+__all__ = ["RunLog", "duration", "flat"]
 
 
 class RunLog:

@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
 
 from dhcl.checkpoint import (
-    CheckpointError,
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
-from dhcl.config import TrainConfig
+from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import (
     ImageList,
     PKSampler,
@@ -341,7 +340,6 @@ class Trainer:
 
     def extract(self) -> torch.Tensor:
         """Features (N, d) of the training images."""
-        self._share_buffers()
         return self.engine.extract(self.model, self._plain_images, "extract")
 
     def calibrate(self) -> None:
@@ -413,7 +411,9 @@ class Trainer:
         requests = [self.engine.stop.requested, 0 < self.config.checkpoint_minutes <= minutes]
         parts = [loss, stats.prototype_loss, stats.instance_loss]
         parts += [s and s.clamped_fraction for s in (stats.prototypes, stats.instances)]
-        values = [torch.as_tensor(0.0 if p is None else p.detach(), device=loss.device) for p in parts]
+        values = [
+            torch.as_tensor(0.0 if p is None else p.detach(), device=loss.device) for p in parts
+        ]
         values += [loss.new_tensor(float(r)) for r in requests]
         reduced = self.engine.accelerator.reduce(torch.stack(values).float(), "mean").tolist()
         means, self._requests = reduced[: len(parts)], [r > 0 for r in reduced[len(parts) :]]
@@ -434,12 +434,6 @@ class Trainer:
             "may help."
         )
 
-    def _share_buffers(self) -> None:
-        """Give every process the first one's batch-norm statistics."""
-        if self.engine.world_size > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
-
     # ---- state ----------------------------------------------------------------------------------
 
     @property
@@ -454,7 +448,7 @@ class Trainer:
 
     def offer_best(self, metrics: dict[str, Any]) -> None:
         """Keep the model beside the last one if its mAP is the highest so far."""
-        if metrics["mAP"] <= self.at.best.get("mAP", -1.0):
+        if metrics.get("mAP", -1.0) <= self.at.best.get("mAP", -1.0):
             return
         self.at.best = {"epoch": self.at.epoch, **metrics}
         if self.engine.is_main:
@@ -490,9 +484,9 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("format") != _FORMAT:
-            raise CheckpointError(f"checkpoint: {self.checkpoint} is of another version of dhcl")
+            raise ConfigError(f"checkpoint: {self.checkpoint} is of another version of dhcl")
         if state["images"] != self._fingerprint():
-            raise CheckpointError(
+            raise ConfigError(
                 f"checkpoint: {self.checkpoint} was written with other training images; "
                 "to go on, the data must be as it was"
             )
