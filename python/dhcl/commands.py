@@ -20,16 +20,7 @@ from dhcl.runs import evaluate_run, train
 __all__ = ["COMMANDS", "train_options"]
 
 # What may differ when a run goes on: nothing that decides a bit of the result.
-_FREE = [
-    "root",
-    "workers",
-    "cache_gb",
-    "epochs",
-    "eval_every",
-    "rerank",
-    "checkpoint_minutes",
-    "checkpoint_iterations",
-]
+_FREE = "root workers cache_gb epochs eval_every rerank checkpoint_minutes checkpoint_iterations"
 
 
 # ---- train --------------------------------------------------------------------------------------
@@ -88,10 +79,10 @@ def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
     config = _parse(base, arguments)
     for field in dataclasses.fields(config):
         old, new = getattr(base, field.name), getattr(config, field.name)
-        if old != new and field.name not in _FREE:
+        if old != new and field.name not in _FREE.split():
             raise ConfigError(
                 f"{field.name} and resume: a run goes on with the options it began with "
-                f"(got {new}, was {old}); what may change: {', '.join(_FREE)}"
+                f"(got {new}, was {old}); what may change: {_FREE}"
             )
     if config.epochs != base.epochs and config.schedule == "cosine":
         raise ConfigError("epochs and resume: a cosine schedule depends on the epochs")

@@ -204,51 +204,25 @@ def _plain(value: Any) -> Any:
 
 # ---- rules --------------------------------------------------------------------------------------
 
-_POSITIVE = [
-    "temperature",
-    "lr",
-    "k1",
-    "k2",
-    "min_samples",
-    "classes_per_batch",
-    "images_per_class",
-    "accumulate",
-    "iterations",
-    "epochs",
-    "eval_batch",
-    "lr_step",
-    "lr_gamma",
-    "patience",
-]
-_NOT_NEGATIVE = [
-    "cache_gb",
-    "workers",
-    "seed",
-    "samples_per_bn",
-    "eps_gap",
-    "prototype_weight",
-    "instance_weight",
-    "kappa",
-    "beta",
-    "warmup_epochs",
-    "pad",
-    "weight_decay",
-    "lr_warmup",
-    "eval_every",
-    "checkpoint_minutes",
-    "checkpoint_iterations",
-]
-_SHARES = ["momentum", "flip", "erase", "color_jitter"]
+_POSITIVE = (
+    "temperature lr k1 k2 min_samples classes_per_batch images_per_class accumulate iterations "
+    "epochs eval_batch lr_step lr_gamma patience"
+)
+_NOT_NEGATIVE = (
+    "cache_gb workers seed samples_per_bn eps_gap prototype_weight instance_weight kappa beta "
+    "warmup_epochs pad weight_decay lr_warmup eval_every checkpoint_minutes checkpoint_iterations"
+)
+_SHARES = "momentum flip erase color_jitter"
 
 
 def _out_of_range(c: TrainConfig) -> Iterable[str]:
-    for name in _POSITIVE:
+    for name in _POSITIVE.split():
         if not getattr(c, name) > 0:
             yield f"{name}: must be greater than 0 (got {getattr(c, name)})"
-    for name in _NOT_NEGATIVE:
+    for name in _NOT_NEGATIVE.split():
         if not getattr(c, name) >= 0:
             yield f"{name}: must be at least 0 (got {getattr(c, name)})"
-    for name in _SHARES:
+    for name in _SHARES.split():
         if not 0 <= getattr(c, name) <= 1:
             yield f"{name}: must be in [0, 1] (got {getattr(c, name)})"
     if not 0 < c.eps < 1:

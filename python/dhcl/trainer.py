@@ -349,7 +349,11 @@ class Trainer:
         # No small rest: its statistics would count as much as a whole batch's.
         whole = len(order) - len(order) % config.eval_batch or len(order)
         part = Subset(self._plain_images, order[: min(whole, _CALIBRATION)].tolist())
-        loader = eval_loader(part, batch_size=config.eval_batch, workers=config.workers)
+        loader = eval_loader(
+            part,  # type: ignore[arg-type]
+            batch_size=config.eval_batch,
+            workers=config.workers,
+        )
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for pixels, _, cameras in self.engine.bar(loader, "calibrate", len(loader)):
@@ -411,10 +415,9 @@ class Trainer:
         requests = [self.engine.stop.requested, 0 < self.config.checkpoint_minutes <= minutes]
         parts = [loss, stats.prototype_loss, stats.instance_loss]
         parts += [s and s.clamped_fraction for s in (stats.prototypes, stats.instances)]
-        values = [
-            torch.as_tensor(0.0 if p is None else p.detach(), device=loss.device) for p in parts
-        ]
-        values += [loss.new_tensor(float(r)) for r in requests]
+        zero = loss.new_zeros(())
+        values = [zero if part is None else part.detach() for part in parts]
+        values += [zero + float(each) for each in requests]
         reduced = self.engine.accelerator.reduce(torch.stack(values).float(), "mean").tolist()
         means, self._requests = reduced[: len(parts)], [r > 0 for r in reduced[len(parts) :]]
         if not math.isfinite(means[0]):
