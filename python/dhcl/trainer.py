@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import Subset
 
 from dhcl.checkpoint import (
@@ -139,7 +139,7 @@ class Trainer:
         self._train_images = TrainImages(images, transform, config.seed, cache_bytes=cache)
         learned = [p for p in model.parameters() if p.requires_grad]
         adam = torch.optim.Adam(learned, config.lr, weight_decay=config.weight_decay)
-        torch.manual_seed(config.seed + engine.rank)  # dropout differs between processes
+        set_seed(config.seed + engine.rank)  # dropout differs between processes
         self._parallel, self.optimizer = engine.accelerator.prepare(model, adam)
         self.model: ReIDModel = engine.accelerator.unwrap_model(self._parallel)
         self.bank = self._new_bank(len(images))
