@@ -60,13 +60,15 @@ def _decode(data: bytes) -> torch.Tensor:
         return _decode_with_pillow(data)
     if image.dim() != 3:  # an animation
         return _decode_with_pillow(data)
-    return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, scale=True)
+    if image.dtype != torch.uint8:  # PNG with 16 bits
+        image = v2.functional.to_dtype(image, torch.uint8, scale=True)
+    return image
 
 
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as image:
         pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _reason(error: Exception) -> str:
