@@ -102,7 +102,7 @@ def test_sixteen_bits_become_eight(tmp_path):
     assert (got[0].flatten().int() - torch.arange(256)).abs().max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 def test_exif_orientation_is_applied(tmp_path, kind):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -424,6 +424,9 @@ def test_the_cache_can_be_sent_to_workers_that_are_not_forked(tmp_path):
     dataset = EvalImages(images, eval_transform(SIZE), cache_bytes=1 << 20)
     sent = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(sent[1][0], dataset[1][0])
+    moved = images.paths[1].rename(tmp_path / "moved")
+    assert torch.equal(sent[1][0], dataset[1][0])
+    moved.rename(images.paths[1])
     loader = torch.utils.data.DataLoader(
         dataset, num_workers=1, multiprocessing_context=multiprocessing.get_context("spawn")
     )

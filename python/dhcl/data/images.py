@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
@@ -37,10 +37,11 @@ Item: TypeAlias = tuple[torch.Tensor, int, int]
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """Decode a file, whole, turned upright as its EXIF says: (3, H, W) uint8, RGB.
+    """Decode a file, whole: (3, H, W) uint8, RGB, as Pillow gives it.
 
     torchvision decodes JPEG, PNG and WebP at about twice Pillow's speed; Pillow decodes the rest,
-    and what torchvision will not. Raises ``DataError`` with the path and the reason.
+    and what torchvision will not. JPEG, PNG and TIFF are turned upright as their EXIF says.
+    Raises ``DataError`` with the path and the reason.
     """
     try:
         return _decode(path.read_bytes())
@@ -67,7 +68,7 @@ def _decode(data: bytes) -> torch.Tensor:
 
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as image:
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
