@@ -445,10 +445,10 @@ def test_cache_arguments(tmp_path):
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):
-    images = images_in(tmp_path)
+    images = images_in(tmp_path, 3)
     images.paths[2].unlink()
     dataset = EvalImages(images, eval_transform(SIZE))
     with pytest.raises(DataError, match=images.paths[2].name):
         list(dataset)
     with pytest.raises(DataError, match=images.paths[2].name):
-        list(eval_loader(dataset, workers=1))
+        list(eval_loader(dataset))
