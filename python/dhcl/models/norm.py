@@ -91,10 +91,11 @@ class _ScaleShift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, scale = ctx.saved_tensors
+        grad = grad.to(scale.dtype)  # a product of two fp16 numbers overflows
         return (
             (grad * scale[:, :, None, None]).to(x.dtype),
-            (grad * x).sum((2, 3), dtype=scale.dtype),
-            grad.sum((2, 3), dtype=scale.dtype),
+            (grad * x).sum((2, 3)),
+            grad.sum((2, 3)),
         )
 
 
@@ -123,7 +124,7 @@ def _normalise(
     kind = torch.promote_types(x.dtype, torch.float32)
     scale, shift = scale.to(kind)[index], shift.to(kind)[index]
     if x.dim() == 2:
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+        return (x * scale + shift).to(x.dtype)
     return cast(torch.Tensor, _ScaleShift.apply(x, scale, shift))
 
 
