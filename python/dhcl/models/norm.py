@@ -423,6 +423,8 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tens
     values seen, per camera and together (of :class:`CameraBatchNorm`). Batches should be as large
     as memory allows, with at least :data:`MIN_IMAGES` images of each camera they hold; taking one
     camera at a time is fine where statistics are per camera, and wrong where they are not.
+    Where sets of images differ in more than the camera (view, season), calibrating on each before
+    extracting it removes that difference too; results then use each set as a whole, so say so.
     Parameters, the random state and the train/eval modes are left alone, dropout is off, and if
     anything raises, the old statistics are put back.
 
