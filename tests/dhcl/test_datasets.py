@@ -428,6 +428,10 @@ def test_names_that_are_not_text(tmp_path):
     data = load_data("folder", tmp_path, pattern="(?P<id>a)")
     assert len(data.train) == 2
     data.description.encode()
+    os.rename(path, os.fsencode(market(tmp_path / "named")) + b"/query/\xff.jpg")
+    with pytest.raises(DataError, match="must begin like") as caught:
+        load_data("market1501", tmp_path / "named")
+    str(caught.value).encode()
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,8 @@ def test_ghost_batch_norm_is_batch_norm_of_chunks(shape, batch, chunks):
         parts.append(plain(part))
         statistics.append((plain.running_mean.clone(), plain.running_var.clone()))
     torch.testing.assert_close(ghost(x), torch.cat(parts))
-    for name, values in zip(("running_mean", "running_var"), zip(*statistics), strict=True):  # noqa: B905
+    by_name = zip(*statistics, strict=True)
+    for name, values in zip(("running_mean", "running_var"), by_name, strict=True):
         torch.testing.assert_close(getattr(ghost, name), torch.stack(values).mean(0))
     plain.load_state_dict(ghost.state_dict())
     torch.testing.assert_close(ghost.eval()(x), plain.eval()(x))

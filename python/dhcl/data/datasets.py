@@ -165,7 +165,7 @@ def _msmt17(version: str, train: str, test: str) -> _Layout:
         ("msmt17", f"msmt17_{version.lower()}"),
         {
             f"{train}/": "0000/0000_000_01_0303morning_0008_0.jpg …",
-            f"{test}/": "",
+            f"{test}/": "V1 has train/ and test/, V2 mask_train_v2/ and mask_test_v2/",
             "list_train.txt": "a line is a path below the folder and an identity",
             "list_query.txt": "",
             "list_gallery.txt": "",

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
@@ -37,10 +37,11 @@ Item: TypeAlias = tuple[torch.Tensor, int, int]
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """Decode a file, whole, turned upright as its EXIF says: (3, H, W) uint8, RGB.
+    """Decode a file, whole: (3, H, W) uint8, RGB, as Pillow gives it.
 
     torchvision decodes JPEG, PNG and WebP at about twice Pillow's speed; Pillow decodes the rest,
-    and what torchvision will not. Raises ``DataError`` with the path and the reason.
+    and what torchvision will not. JPEG, PNG and TIFF are turned upright as their EXIF says.
+    Raises ``DataError`` with the path and the reason.
     """
     try:
         return _decode(path.read_bytes())
@@ -60,13 +61,15 @@ def _decode(data: bytes) -> torch.Tensor:
         return _decode_with_pillow(data)
     if image.dim() != 3:  # an animation
         return _decode_with_pillow(data)
-    return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, scale=True)
+    if image.dtype != torch.uint8:  # PNG with 16 bits
+        image = v2.functional.to_dtype(image, torch.uint8, scale=True)
+    return image
 
 
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as image:
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _reason(error: Exception) -> str:
@@ -171,6 +174,13 @@ def _problem(path: Path) -> str | None:
 # ---- transforms ---------------------------------------------------------------------------------
 
 
+class _Planar(nn.Module):
+    """Channel after channel: decoders mix them, and all that follows the resize is faster so."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.contiguous()
+
+
 class _Normalize(nn.Module):
     """uint8 (3, H, W) to float32, ``(x / 255 - mean) / std``, in two passes over the pixels."""
 
@@ -221,6 +231,7 @@ def train_transform(
     s = color_jitter
     steps = [
         _resize(size),
+        _Planar(),
         v2.RandomHorizontalFlip(flip) if flip else None,
         v2.RandomCrop(size, padding=pad) if pad else None,
         v2.ColorJitter(s, s, s, s / 4) if s else None,
@@ -237,7 +248,7 @@ def eval_transform(
 ) -> v2.Compose:
     """Resize to (H, W) and normalise: uint8 (3, h, w) to float32 (3, H, W)."""
     _check_size(size)
-    return v2.Compose([_resize(size), _Normalize(mean, std)])
+    return v2.Compose([_resize(size), _Planar(), _Normalize(mean, std)])
 
 
 def _check_size(size: tuple[int, int]) -> None:

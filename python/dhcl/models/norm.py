@@ -91,10 +91,11 @@ class _ScaleShift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, scale = ctx.saved_tensors
+        grad = grad.to(scale.dtype)  # a product of two fp16 numbers overflows
         return (
             (grad * scale[:, :, None, None]).to(x.dtype),
-            (grad * x).sum((2, 3), dtype=scale.dtype),
-            grad.sum((2, 3), dtype=scale.dtype),
+            (grad * x).sum((2, 3)),
+            grad.sum((2, 3)),
         )
 
 
@@ -123,7 +124,7 @@ def _normalise(
     kind = torch.promote_types(x.dtype, torch.float32)
     scale, shift = scale.to(kind)[index], shift.to(kind)[index]
     if x.dim() == 2:
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+        return (x * scale + shift).to(x.dtype)
     return cast(torch.Tensor, _ScaleShift.apply(x, scale, shift))
 
 
@@ -422,6 +423,8 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tens
     values seen, per camera and together (of :class:`CameraBatchNorm`). Batches should be as large
     as memory allows, with at least :data:`MIN_IMAGES` images of each camera they hold; taking one
     camera at a time is fine where statistics are per camera, and wrong where they are not.
+    Where sets of images differ in more than the camera (view, season), calibrating on each before
+    extracting it removes that difference too; results then use each set as a whole, so say so.
     Parameters, the random state and the train/eval modes are left alone, dropout is off, and if
     anything raises, the old statistics are put back.
 
