@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from dhcl.config import TrainConfig
@@ -122,7 +123,7 @@ class Engine:
         share = math.ceil(len(images) / self.world_size)
         mine = list(range(len(images)))[self.rank * share : (self.rank + 1) * share]
         loader = eval_loader(
-            torch.utils.data.Subset(images, mine),  # type: ignore[arg-type]
+            Subset(images, mine),
             batch_size=self.config.eval_batch,
             workers=self.config.workers,
             pin_memory=self.device.type == "cuda",

@@ -350,7 +350,7 @@ class Trainer:
         whole = len(order) - len(order) % config.eval_batch or len(order)
         part = Subset(self._plain_images, order[: min(whole, _CALIBRATION)].tolist())
         loader = eval_loader(
-            part,  # type: ignore[arg-type]
+            part,
             batch_size=config.eval_batch,
             workers=config.workers,
         )

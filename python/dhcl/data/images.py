@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import mmap
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -404,7 +405,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: EvalImages,
+    dataset: Dataset[Item],
     *,
     batch_size: int = 64,
     workers: int = 0,
@@ -415,14 +416,21 @@ def eval_loader(
     return _loader(dataset, workers, pin_memory, persistent, batch_size=batch_size)
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; without its workers no step could be finished."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(
-    dataset: _Images, workers: int, pin_memory: bool, persistent: bool, **batches: Any
+    dataset: Dataset[Item], workers: int, pin_memory: bool, persistent: bool, **batches: Any
 ) -> DataLoader[Item]:
     return DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=_leave_signals_to_the_trainer,
         # Its own, so that starting workers draws nothing from the random state of the training.
         generator=torch.Generator().manual_seed(0),
         **batches,
