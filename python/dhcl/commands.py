@@ -12,10 +12,13 @@ from typing import Any, Literal
 
 import tyro
 import yaml
+from tqdm import tqdm
 
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.engine import Interrupted
+from dhcl.demo import Demo, run_demo
 from dhcl.runs import evaluate_run, train
+from dhcl.synth import contact_sheet, render_dataset
 
 __all__ = ["COMMANDS", "train_options"]
 
@@ -170,7 +173,65 @@ def _eval(arguments: list[str]) -> None:
     evaluate_run(config, given.run, which=given.which, same_data=own)
 
 
+@dataclass(frozen=True)
+class _SynthArguments:
+    """Draw pedestrians in several cameras: a data set in Market-1501's layout."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder to make."""
+    ids: int = 200
+    """Pedestrians; half of them are for testing."""
+    cameras: int = 4
+    """Cameras, each with its colours, light, background, blur and viewpoint."""
+    images_per_camera: int = 4
+    """Mean number of images of a pedestrian in a camera."""
+    image_size: tuple[int, int] = (128, 64)
+    """Height and width in pixels."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    junk: int | None = None
+    """Boxes that miss most of a person, in the gallery."""
+    distractors: int | None = None
+    """Other people and empty boxes, in the gallery."""
+    workers: int = os.cpu_count() or 1
+    """Processes."""
+    overwrite: bool = False
+    """Replace an earlier output."""
+    sheet: Path | None = None
+    """Also write a contact sheet, a PNG."""
+
+
+def _synth(arguments: list[str]) -> None:
+    given = tyro.cli(_SynthArguments, prog="dhcl synth", args=arguments)
+    options = dataclasses.asdict(given)
+    out, sheet = options.pop("out"), options.pop("sheet")
+    with tqdm(desc="drawing pedestrians", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            summary = render_dataset(out, progress=show, **options)
+        except (TypeError, ValueError, FileExistsError) as error:
+            raise ConfigError(str(error)) from error
+    if sheet is not None:
+        contact_sheet(out / "bounding_box_train", sheet)
+    print(
+        f"{out}: {summary.train_images} images of {summary.train_ids} people to train on, "
+        f"{summary.query_images} queries, {summary.gallery_images} in the gallery\n"
+        f"train on it: dhcl train --data market1501 --root {out} --backbone small "
+        f"--image-size 64 32 --camera-bn"
+    )
+
+
+def _demo(arguments: list[str]) -> None:
+    run_demo(tyro.cli(Demo, prog="dhcl demo", args=arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "train": _train,
     "eval": _eval,
+    "synth": _synth,
+    "demo": _demo,
 }

@@ -20,12 +20,13 @@ from dhcl.trainer import Trainer
 __all__ = ["evaluate_run", "make_model", "open_data", "train"]
 
 
-def open_data(config: TrainConfig, engine: Engine) -> ReIDData:
+def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> ReIDData:
     """Load the data set, say what it holds, and check every image."""
     if config.root is None:
         raise ConfigError("root: where the images lie must be given (got None)")
     data = load_data(config.data, config.root, pattern=config.pattern)
-    engine.say(data.description)
+    if not quiet:
+        engine.say(data.description)
     found: list[Any] = [None]
     if engine.is_main:
         splits = {"train": data.train, "query": data.query, "gallery": data.gallery}
@@ -38,7 +39,8 @@ def open_data(config: TrainConfig, engine: Engine) -> ReIDData:
             splits, on_bad=config.on_bad, workers=max(config.workers, 2), progress=show
         )
         bar.close()
-        engine.say(str(report))
+        if not quiet or report.bad:
+            engine.say(str(report))
         found = [lists]
     broadcast_object_list(found)
     data = dataclasses.replace(data, **found[0])
@@ -66,12 +68,13 @@ def make_model(config: TrainConfig, cameras: int) -> ReIDModel:
         raise ConfigError(str(error)) from error
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train, evaluate the last epoch, and write everything to the run's folder.
 
     Args:
         config: checked options.
         resume: go on from the checkpoint in the folder, or from the start if there is none yet.
+        quiet: print neither options nor data, but the epochs.
 
     Returns:
         What is written to ``metrics.json``: ``last`` and, where evaluations were looked at along
@@ -88,11 +91,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any]:
             f"out: {config.run} holds a run already; go on with --resume {config.run}, or choose "
             "another --out"
         )
-    engine.say(config.to_yaml())
-    data = open_data(config, engine)
+    if not quiet:
+        engine.say(config.to_yaml())
+    data = open_data(config, engine, quiet=quiet)
     _check_batches(config, engine, data)
     model = make_model(config, data.train.num_cameras)
-    engine.say(f"model: {model.description}")
+    if not quiet:
+        engine.say(f"model: {model.description}")
     if engine.is_main:
         config.run.mkdir(parents=True, exist_ok=True)
         write_atomic(config.run / "config.yaml", config.to_yaml().encode())
@@ -110,7 +115,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any]:
         engine.say(f"trained: {trainer.checkpoint}. No identities to evaluate on.")
         return {}
     last = evaluator(trainer.model, reranked=config.rerank)
-    return _report(config, engine, trainer, last) if engine.is_main else {}
+    return _report(config, engine, trainer, last, quiet) if engine.is_main else {}
 
 
 def _check_batches(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
@@ -127,7 +132,7 @@ def _check_batches(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
 
 
 def _report(
-    config: TrainConfig, engine: Engine, trainer: Trainer, last: dict[str, Any]
+    config: TrainConfig, engine: Engine, trainer: Trainer, last: dict[str, Any], quiet: bool
 ) -> dict[str, Any]:
     """Write and print the last epoch's metrics, and the best ones beside them."""
     rows = {"last epoch": last}
@@ -141,7 +146,8 @@ def _report(
         results["best"] = {**best, "chosen_by": "test mAP: looked up, not a fair result"}
         rows[f"best, looked up by test mAP (epoch {best['epoch'] + 1})"] = best
     write_atomic(config.run / "metrics.json", json.dumps(results, indent=1).encode())
-    engine.say(f"{table(rows)}\nrun: {config.run}")
+    if not quiet:
+        engine.say(f"{table(rows)}\nrun: {config.run}")
     return results
 
 

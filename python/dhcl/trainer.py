@@ -110,6 +110,7 @@ class Trainer:
         images: what to train on; their identities are not looked at.
         observer: told the pseudo-labels and shown the model, for the log.
         resume: go on from the checkpoint in the run's folder.
+        log: write to the run's folder.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Trainer:
         observer: Observer | None = None,
         *,
         resume: bool = False,
+        log: bool = True,
     ) -> None:
         self.config, self.engine, self.observer = config, engine, observer
         self.at = Progress()
@@ -153,7 +155,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         size = 0 if state is None else state["log_size"]
-        self.log = RunLog(config.run, size) if engine.is_main else None
+        self.log = RunLog(config.run, size) if log and engine.is_main else None
 
     # ---- the algorithm --------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ MISTAKES = {
     "contradiction": (["--camera-bn", "--samples-per-bn", "16"], "samples_per_bn and camera_bn"),
     "no such option": (["--kapa", "1"], "--kappa"),
     "wrong value": (["--kappa", "many"], "--kappa"),
-    "wrong image size": (["--image-size", "2", "2"], "image_size"),
+    "wrong image size": (["--image-size", "2", "2"], "2 x 2"),
 }
 
 

@@ -24,6 +24,8 @@ _SERVER.set_forkserver_preload(["tests.dhcl.test_resume"])
 
 
 def _run(config, resume):
+    # As in the command: loaders fork their workers, which end with this process.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     train(config, resume=resume)
