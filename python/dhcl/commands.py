@@ -15,8 +15,8 @@ import yaml
 from tqdm import tqdm
 
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
-from dhcl.engine import Interrupted
 from dhcl.demo import Demo, run_demo
+from dhcl.engine import Interrupted
 from dhcl.runs import evaluate_run, train
 from dhcl.synth import contact_sheet, render_dataset
 

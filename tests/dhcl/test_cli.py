@@ -136,3 +136,36 @@ def test_doctor_lists_the_libraries():
     assert "dhcl::dbscan" in done.stdout
     assert "timm" in done.stdout
     assert "not installed" not in done.stdout.split("trainer")[-1]
+
+
+def test_synth_draws_and_refuses_to_replace(tmp_path, capsys):
+    small = ["--ids", "4", "--cameras", "2", "--images-per-camera", "2", "--image-size", "32", "16"]
+    out, sheet = tmp_path / "data", tmp_path / "sheet.png"
+    given = ["synth", str(out), *small, "--workers", "1", "--sheet", str(sheet)]
+    assert main(given) == 0
+    assert sheet.exists()
+    assert "dhcl train --data market1501" in capsys.readouterr().out
+    assert main(given) == 2
+    assert "pass overwrite" in capsys.readouterr().err
+    assert main([*given, "--overwrite"]) == 0
+    assert main(["synth", str(tmp_path / "other"), "--ids", "1"]) == 2
+    assert "ids must be" in capsys.readouterr().err
+
+
+def test_the_demo_ends_with_a_table_and_goes_on_where_it_was_stopped(tmp_path, capsys):
+    sizes = ["--ids", "8", "--cameras", "2", "--images-per-camera", "3", "--image-size", "32", "16"]
+    given = ["demo", "--out", str(tmp_path / "demo"), *sizes, "--epochs", "1", "--iterations", "2"]
+    assert main([*given, "--seeds", "0", "1"]) == 0
+    text = (tmp_path / "demo" / "results.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    for name in ("untrained", "spcl", "cluster-contrast", "dhcl, neither", "dhcl, both"):
+        assert f"| {name} |" in text
+    assert "±" in text
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
+    assert [len(metrics) for metrics in rows.values()] == [2] * 7
+    before = (tmp_path / "demo" / "runs" / "spcl-seed0" / "log.jsonl").stat().st_mtime_ns
+    assert main([*given, "--seeds", "0"]) == 0
+    after = (tmp_path / "demo" / "runs" / "spcl-seed0" / "log.jsonl").stat().st_mtime_ns
+    assert before == after
+    again = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
+    assert again["untrained"][0] == rows["untrained"][0]
