@@ -49,11 +49,12 @@ _COMMON: dict[str, Any] = {
     "calibrate": "epoch",
     "cluster_on": "extracted",
     "k1": 20,
-    "eps": 0.5,
+    "eps": 0.45,
     "classes_per_batch": 16,
     "images_per_class": 4,
-    "lr": 3.5e-4,
+    "lr": 7e-4,
     "pad": 3,
+    "erase": 0.2,
     "workers": 0,
     "cache_gb": 0.25,
     "eval_every": 0,
@@ -79,9 +80,9 @@ class Demo:
     """Mean number of images of a pedestrian in a camera."""
     image_size: tuple[int, int] = (64, 32)
     """Height and width of the images."""
-    epochs: int = 12
+    epochs: int = 18
     """Epochs of each training."""
-    iterations: int = 30
+    iterations: int = 20
     """Batches of an epoch."""
     data_seed: int = 0
     """Seed of the pedestrians."""
@@ -165,7 +166,7 @@ def _options(demo: Demo, root: Path, name: str, seed: int) -> TrainConfig:
         "image_size": demo.image_size,
         "epochs": demo.epochs,
         "iterations": demo.iterations,
-        "lr_step": max(demo.epochs * 2 // 3, 1),
+        "lr_step": max(demo.epochs * 3 // 4, 1),
     }
     if preset(base).warmup_epochs:
         common["warmup_epochs"] = demo.epochs // 4
