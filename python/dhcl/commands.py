@@ -1,0 +1,237 @@
+"""What the commands of ``dhcl`` take and do; needs the extra ``train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+from tqdm import tqdm
+
+from dhcl.config import ConfigError, TrainConfig, preset, with_changes
+from dhcl.demo import Demo, run_demo
+from dhcl.engine import Interrupted
+from dhcl.runs import evaluate_run, train
+from dhcl.synth import contact_sheet, render_dataset
+
+__all__ = ["COMMANDS", "train_options"]
+
+# What may differ when a run goes on: nothing that decides a bit of the result.
+_FREE = "root workers cache_gb epochs eval_every rerank checkpoint_minutes checkpoint_iterations"
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _First:
+    """What decides the defaults of all others."""
+
+    config: Path | None = None
+    resume: Path | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class _TrainArguments:
+    """Train a model on images without labels."""
+
+    config: Path | None = None
+    """YAML file with options; the command line goes before it."""
+    resume: Path | None = None
+    """Folder of a run to go on with, bit for bit."""
+    options: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
+
+
+def _train(arguments: list[str]) -> None:
+    config, resume = train_options(arguments)
+    try:
+        train(config, resume=resume)
+    except (Interrupted, KeyboardInterrupt, OSError, RuntimeError):
+        if os.environ.get("RANK", "0") == "0" and (config.run / "config.yaml").exists():
+            there = (config.run / "checkpoints" / "last.pt").exists()
+            what = "go on from the last checkpoint" if there else "no checkpoint yet; start again"
+            print(f"dhcl: {what} with: dhcl train --resume {config.run}", file=sys.stderr)
+        raise
+
+
+def train_options(arguments: list[str]) -> tuple[TrainConfig, bool]:
+    """Options from preset, file and command line, and whether a run is to go on."""
+    first, _ = tyro.cli(_First, args=arguments, return_unknown_args=True, add_help=False)
+    if first.resume is not None:
+        if first.config is not None:
+            raise ConfigError("config and resume: a run goes on with the options it began with")
+        return _resumed(first.resume, arguments).resolved(), True
+    chosen = first.preset
+    if chosen is None and first.config is not None:
+        chosen = _read_yaml(first.config).get("preset")
+    base = preset(chosen or "dhcl")
+    if first.config is not None:
+        base = _from_file(first.config, base)
+    return _parse(base, arguments).resolved(), False
+
+
+def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
+    base = dataclasses.replace(_from_file(run / "config.yaml", TrainConfig()), out=run)
+    config = _parse(base, arguments)
+    for field in dataclasses.fields(config):
+        old, new = getattr(base, field.name), getattr(config, field.name)
+        if old != new and field.name not in _FREE.split():
+            raise ConfigError(
+                f"{field.name} and resume: a run goes on with the options it began with "
+                f"(got {new}, was {old}); what may change: {_FREE}"
+            )
+    if config.epochs != base.epochs and config.schedule == "cosine":
+        raise ConfigError("epochs and resume: a cosine schedule depends on the epochs")
+    return config
+
+
+def _parse(base: TrainConfig, arguments: list[str]) -> TrainConfig:
+    """The options with those on a command line, which tyro reads and checks."""
+    default = _TrainArguments(options=base)
+    parsed = tyro.cli(_TrainArguments, prog="dhcl train", default=default, args=arguments)
+    given = {f.name: getattr(parsed.options, f.name) for f in dataclasses.fields(base)}
+    return with_changes(base, {k: v for k, v in given.items() if v != getattr(base, k)})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"config: {path} can't be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {path} must hold `option: value` lines")
+    return content
+
+
+def _from_file(path: Path, base: TrainConfig) -> TrainConfig:
+    """The options with those in a file, read as if they stood on a command line."""
+    content = _read_yaml(path)
+    try:
+        with_changes(base, content)  # refuses unknown names, with the nearest one
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    arguments: list[str] = []
+    for name, value in content.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(option if value else "--no-" + option[2:])
+        else:
+            values = value if isinstance(value, list) else [value]
+            arguments += [option, *(str(each) for each in values)]
+    try:
+        return _parse(base, arguments)
+    except SystemExit as error:
+        raise ConfigError(f"{path}: an option has a wrong value, see above") from error
+
+
+# ---- eval, synth, demo --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _EvalArguments:
+    """Evaluate the model of a run: mAP, CMC, mINP."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    data: str | None = None
+    """Another data set than the run's."""
+    root: Path | None = None
+    """Where it lies."""
+    pattern: str | None = None
+    """For a folder, as in training."""
+    which: Literal["last", "best"] = "last"
+    """The last epoch's model, or the one that looked best by test mAP."""
+    rerank: bool = False
+    """With k-reciprocal re-ranking too."""
+    workers: int = 4
+    """Processes that load images."""
+
+
+def _eval(arguments: list[str]) -> None:
+    given = tyro.cli(_EvalArguments, prog="dhcl eval", args=arguments)
+    config = _from_file(given.run / "config.yaml", TrainConfig())
+    own = given.data is None and given.root is None
+    if given.data is not None:
+        config = dataclasses.replace(config, data=given.data, pattern=given.pattern)
+    config = dataclasses.replace(
+        config,
+        root=given.root or config.root,
+        pattern=given.pattern or config.pattern,
+        rerank=given.rerank,
+        workers=given.workers,
+    )
+    config.validate()
+    evaluate_run(config, given.run, which=given.which, same_data=own)
+
+
+@dataclass(frozen=True)
+class _SynthArguments:
+    """Draw pedestrians in several cameras: a data set in Market-1501's layout."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder to make."""
+    ids: int = 200
+    """Pedestrians; half of them are for testing."""
+    cameras: int = 4
+    """Cameras, each with its colours, light, background, blur and viewpoint."""
+    images_per_camera: int = 4
+    """Mean number of images of a pedestrian in a camera."""
+    image_size: tuple[int, int] = (128, 64)
+    """Height and width in pixels."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    junk: int | None = None
+    """Boxes that miss most of a person, in the gallery."""
+    distractors: int | None = None
+    """Other people and empty boxes, in the gallery."""
+    workers: int = os.cpu_count() or 1
+    """Processes."""
+    overwrite: bool = False
+    """Replace an earlier output."""
+    sheet: Path | None = None
+    """Also write a contact sheet, a PNG."""
+
+
+def _synth(arguments: list[str]) -> None:
+    given = tyro.cli(_SynthArguments, prog="dhcl synth", args=arguments)
+    options = dataclasses.asdict(given)
+    out, sheet = options.pop("out"), options.pop("sheet")
+    with tqdm(desc="drawing pedestrians", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            summary = render_dataset(out, progress=show, **options)
+        except (TypeError, ValueError, FileExistsError) as error:
+            raise ConfigError(str(error)) from error
+    if sheet is not None:
+        contact_sheet(out / "bounding_box_train", sheet)
+    print(
+        f"{out}: {summary.train_images} images of {summary.train_ids} people to train on, "
+        f"{summary.query_images} queries, {summary.gallery_images} in the gallery\n"
+        f"train on it: dhcl train --data market1501 --root {out} --backbone small "
+        f"--image-size 64 32 --camera-bn"
+    )
+
+
+def _demo(arguments: list[str]) -> None:
+    run_demo(tyro.cli(Demo, prog="dhcl demo", args=arguments))
+
+
+COMMANDS: dict[str, Callable[[list[str]], object]] = {
+    "train": _train,
+    "eval": _eval,
+    "synth": _synth,
+    "demo": _demo,
+}

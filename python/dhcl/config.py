@@ -1,0 +1,332 @@
+"""Every option of a training run, in one dataclass, and the presets.
+
+Options come from a preset, then a YAML file, then the command line; what comes later wins. The
+file's keys are the field names below, the command line's are the same with dashes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+__all__ = ["PRESETS", "ConfigError", "Preset", "TrainConfig", "nearest", "preset", "with_changes"]
+
+Preset = Literal["dhcl", "spcl", "cluster-contrast"]
+
+
+class ConfigError(ValueError):
+    """An option that does not exist, has a wrong value or contradicts another."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run. Defaults are the preset ``dhcl``."""
+
+    # ---- data ----
+    data: str = "folder"
+    """Data set: market1501, dukemtmc, msmt17, cuhk03-np, personx, veri776, vehicleid, or folder."""
+    root: Path | None = None
+    """Where it lies."""
+    pattern: str | None = None
+    """For a folder: regular expression with groups named id and camera, searched in each path."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """What to do if images can't be read."""
+    cache_gb: float = 0.0
+    """Memory for decoded, resized images, per data split; 0 decodes every time."""
+    workers: int = 4
+    """Processes that load images; 0 loads in the main one. Results do not depend on it."""
+
+    # ---- run ----
+    out: Path | None = None
+    """Folder of the run; by default runs/DATA-PRESET-seedSEED."""
+    preset: Preset = "dhcl"
+    """Where the defaults of the method come from."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the network; features, memory and loss stay in fp32."""
+    deterministic: bool = False
+    """Refuse algorithms that give other bits each time (slower on a GPU; the CPU has none)."""
+
+    # ---- model ----
+    backbone: str = "resnet50"
+    """small, resnet50, resnet50_ibn_a, vit_small, ..., or timm:NAME."""
+    pretrained: bool = True
+    """Start from ImageNet weights where the backbone has some."""
+    weights: Path | None = None
+    """File of weights to start from instead; a checkpoint of another run will do."""
+    pooling: Literal["gem", "gem-halves", "avg", "avg-halves", "token"] | None = None
+    """By default what suits the backbone."""
+    image_size: tuple[int, int] = (256, 128)
+    """Height and width in pixels."""
+    samples_per_bn: int = 0
+    """Batch-norm statistics over so many images at a time (16 equals four GPUs at batch 64)."""
+    camera_bn: bool = False
+    """Batch-norm statistics per camera, in training, extraction and evaluation."""
+    calibrate: Literal["never", "start", "epoch"] = "never"
+    """Compute batch-norm statistics anew from training images: before the first epoch, or each."""
+
+    # ---- pseudo-labels ----
+    cluster_on: Literal["bank", "extracted"] = "bank"
+    """Cluster the memory bank, or features extracted anew each epoch, which then refill it."""
+    k1: int = 30
+    """Neighbours of the Jaccard distance."""
+    k2: int = 6
+    """Neighbours of its query expansion."""
+    eps: float = 0.6
+    """Largest Jaccard distance of neighbours in DBSCAN."""
+    min_samples: int = 4
+    """Neighbours that make an image the core of a cluster."""
+    eps_gap: float = 0.02
+    """How far the tighter and looser eps of the self-paced criterion and of suspects lie off."""
+    self_paced: bool = False
+    """Keep independent and compact clusters only (SpCL's criterion)."""
+    outliers: Literal["keep", "drop"] = "keep"
+    """Un-clustered images: classes of their own, or left out of the epoch."""
+    patience: int = 5
+    """With outliers dropped: stop after so many epochs on end without a cluster."""
+
+    # ---- memory ----
+    memory: Literal["instances", "clusters"] = "instances"
+    """A row per image with prototypes as their means, or a row per cluster."""
+    momentum: float = 0.2
+    """Share of the old row in an update."""
+    update: Literal["all", "hard"] = "all"
+    """Which images of a batch move a cluster's row: all in order, or the least similar one."""
+
+    # ---- loss ----
+    temperature: float = 0.05
+    """Divides similarities."""
+    prototype_weight: float = 1.0
+    """Weight of the loss over prototypes."""
+    instance_weight: float = 0.25
+    """Weight of the loss over instances, lambda."""
+    instance_positives: Literal["self", "class"] = "self"
+    """Positives of the instance loss: an image's own row, or all rows of its class."""
+    kappa: float = 0.25
+    """Debiasing: expected number of false negatives among the other prototypes; 0 is off."""
+    beta: float = 0.1
+    """Weight of hard negatives, on similarity / temperature; 0 is off."""
+    hardness: float | None = None
+    """The same on the similarity itself, beta / temperature; in place of beta."""
+    hardness_gradient: Literal["stop", "through"] = "stop"
+    """Treat the weights of hard negatives as constants, or differentiate them."""
+    suspects: Literal["off", "exclude", "kappa"] = "off"
+    """Classes that a looser clustering joins: leave them out of the negatives, or count them."""
+    warmup_epochs: int = 5
+    """Epochs at the beginning with kappa = beta = 0 and no suspects."""
+
+    # ---- batches ----
+    classes_per_batch: int = 16
+    """Classes in a batch, over all processes."""
+    images_per_class: int = 4
+    """Images of each."""
+    accumulate: int = 1
+    """Batches per optimiser step."""
+    iterations: int = 400
+    """Batches per epoch."""
+    epochs: int = 50
+    """Rounds of clustering and training."""
+    flip: float = 0.5
+    """Probability of mirroring an image."""
+    pad: int = 10
+    """Pixels of padding before a random crop."""
+    erase: float = 0.5
+    """Probability of erasing a rectangle."""
+    color_jitter: float = 0.0
+    """Strength of random brightness, contrast, saturation and hue."""
+
+    # ---- optimiser ----
+    lr: float = 3.5e-4
+    """Learning rate of Adam."""
+    weight_decay: float = 5e-4
+    """Weight decay, added to the gradient."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Course of the learning rate over the epochs."""
+    lr_step: int = 20
+    """Epochs between falls by lr_gamma."""
+    lr_gamma: float = 0.1
+    """Factor of a fall."""
+    lr_warmup: int = 0
+    """Epochs over which the learning rate rises to lr."""
+
+    # ---- evaluation and checkpoints ----
+    eval_every: int = 10
+    """Epochs between evaluations that are looked at, not used; 0 evaluates at the end only."""
+    eval_batch: int = 128
+    """Images per batch without gradients."""
+    rerank: bool = True
+    """Evaluate the last epoch with k-reciprocal re-ranking too."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints within an epoch; 0 writes them at its end only."""
+    checkpoint_iterations: int = 0
+    """Iterations between checkpoints within an epoch; 0 goes by minutes only."""
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run."""
+        name = f"{self.data.replace('/', '_')}-{self.preset}-seed{self.seed}"
+        return self.out or Path("runs") / name
+
+    def resolved(self) -> TrainConfig:
+        """With ``hardness`` turned into ``beta``, checked."""
+        config = self
+        if self.hardness is not None:
+            config = dataclasses.replace(self, beta=self.hardness * self.temperature, hardness=None)
+        config.validate()
+        return config
+
+    def validate(self) -> None:
+        """Raise :class:`ConfigError` that names every wrong value and contradiction."""
+        wrong = [*_out_of_range(self), *_contradictions(self)]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+    def to_yaml(self) -> str:
+        """All options as YAML, in the order of the fields."""
+        plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        return str(yaml.safe_dump(plain, sort_keys=False, default_flow_style=None))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ---- rules --------------------------------------------------------------------------------------
+
+_POSITIVE = (
+    "temperature lr k1 k2 min_samples classes_per_batch images_per_class accumulate iterations "
+    "epochs eval_batch lr_step lr_gamma patience"
+)
+_NOT_NEGATIVE = (
+    "cache_gb workers seed samples_per_bn eps_gap prototype_weight instance_weight kappa beta "
+    "warmup_epochs pad weight_decay lr_warmup eval_every checkpoint_minutes checkpoint_iterations"
+)
+_SHARES = "momentum flip erase color_jitter"
+
+
+def _out_of_range(c: TrainConfig) -> Iterable[str]:
+    for name in _POSITIVE.split():
+        if not getattr(c, name) > 0:
+            yield f"{name}: must be greater than 0 (got {getattr(c, name)})"
+    for name in _NOT_NEGATIVE.split():
+        if not getattr(c, name) >= 0:
+            yield f"{name}: must be at least 0 (got {getattr(c, name)})"
+    for name in _SHARES.split():
+        if not 0 <= getattr(c, name) <= 1:
+            yield f"{name}: must be in [0, 1] (got {getattr(c, name)})"
+    if not 0 < c.eps < 1:
+        yield f"eps: must be between 0 and 1 (got {c.eps})"
+    if c.images_per_class * c.classes_per_batch < 2:
+        yield "classes_per_batch, images_per_class: a batch must have at least 2 images"
+
+
+def _contradictions(c: TrainConfig) -> Iterable[str]:
+    clusters = c.memory == "clusters"
+    looks_around = c.self_paced or c.suspects != "off"
+    rules = {
+        "samples_per_bn and camera_bn: statistics are per chunk or per camera, choose one": (
+            c.samples_per_bn and c.camera_bn
+        ),
+        "pattern and data: a pattern is for data: folder": c.pattern and c.data != "folder",
+        "memory and cluster_on: a memory of clusters needs cluster_on: extracted": (
+            clusters and c.cluster_on == "bank"
+        ),
+        "memory and instance_weight: a memory of clusters has no instances, so the instance "
+        f"weight must be 0 (got {c.instance_weight})": clusters and c.instance_weight,
+        "memory and suspects: suspects need a memory of instances": (
+            clusters and c.suspects != "off"
+        ),
+        "update and memory: hard updates need a memory of clusters": (
+            c.update == "hard" and not clusters
+        ),
+        "outliers and memory: outliers can be dropped from a memory of clusters only": (
+            c.outliers == "drop" and not clusters
+        ),
+        f"k2 and k1: k2 must be at most k1 (got {c.k2} and {c.k1})": c.k2 > c.k1,
+        "prototype_weight and instance_weight: must not both be 0": (
+            not c.prototype_weight and not c.instance_weight
+        ),
+        f"suspects and kappa: suspects: kappa sets kappa itself (got kappa {c.kappa} too)": (
+            c.suspects == "kappa" and c.kappa
+        ),
+        f"eps and eps_gap: {c.eps} -/+ {c.eps_gap} must lie between 0 and 1": (
+            looks_around and not 0 < c.eps - c.eps_gap <= c.eps + c.eps_gap < 1
+        ),
+        f"iterations and accumulate: {c.iterations} batches must make whole steps of "
+        f"{c.accumulate}": c.accumulate > 0 and c.iterations % c.accumulate,
+        "precision and device: fp16 needs a GPU": c.precision == "fp16" and c.device == "cpu",
+    }
+    return [rule for rule, broken in rules.items() if broken]
+
+
+# ---- presets ------------------------------------------------------------------------------------
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dhcl": {},
+    # Ge et al., NeurIPS 2020.
+    "spcl": {
+        "self_paced": True,
+        "instance_weight": 0.0,
+        "kappa": 0.0,
+        "beta": 0.0,
+        "warmup_epochs": 0,
+    },
+    # Dai et al., ACCV 2022.
+    "cluster-contrast": {
+        "memory": "clusters",
+        "cluster_on": "extracted",
+        "outliers": "drop",
+        "momentum": 0.1,
+        "instance_weight": 0.0,
+        "kappa": 0.0,
+        "beta": 0.0,
+        "warmup_epochs": 0,
+        "images_per_class": 16,
+    },
+}
+"""What each preset changes of the defaults. Published recipes, each with its own batch."""
+
+
+def preset(name: str) -> TrainConfig:
+    """The options of a preset."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: {_unknown(name, PRESETS)}")
+    return with_changes(TrainConfig(), {"preset": name, **PRESETS[name]})
+
+
+def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """The options with some of them changed; of beta and hardness the one named here counts."""
+    names = [field.name for field in dataclasses.fields(config)]
+    for name in changes:
+        if name not in names:
+            raise ConfigError(f"option: {_unknown(name, names)}")
+    changes = dict(changes)
+    if "beta" in changes and changes.get("hardness") is not None:
+        raise ConfigError(
+            "beta and hardness: hardness is beta / temperature, give one of them "
+            f"(got {changes['beta']} and {changes['hardness']})"
+        )
+    if "beta" in changes:
+        changes["hardness"] = None
+    return dataclasses.replace(config, **changes)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` if one of the names is close, else nothing."""
+    close = difflib.get_close_matches(str(name), list(names), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _unknown(name: str, names: Iterable[str]) -> str:
+    return f"there is none called {str(name)!r}{nearest(name, names)}"

@@ -1,0 +1,35 @@
+"""Data sets on disk, images as tensors, and the sampler of training batches."""
+
+from dhcl.data.datasets import DATASETS, DataError, ImageList, ReIDData, load_data
+from dhcl.data.images import (
+    BadImage,
+    EvalImages,
+    ImageReport,
+    TrainImages,
+    check_images,
+    eval_loader,
+    eval_transform,
+    read_image,
+    train_loader,
+    train_transform,
+)
+from dhcl.data.sampler import PKSampler
+
+__all__ = [
+    "DATASETS",
+    "BadImage",
+    "DataError",
+    "EvalImages",
+    "ImageList",
+    "ImageReport",
+    "PKSampler",
+    "ReIDData",
+    "TrainImages",
+    "check_images",
+    "eval_loader",
+    "eval_transform",
+    "load_data",
+    "read_image",
+    "train_loader",
+    "train_transform",
+]

@@ -1,0 +1,222 @@
+"""``dhcl demo``: pedestrians are drawn, every preset and an ablation train on them, and compared.
+
+All trainings have the same data, model, batches, learning rate and number of epochs. Nothing is
+chosen by test scores: the last epoch counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dhcl.checkpoint import write_atomic
+from dhcl.config import ConfigError, TrainConfig, preset, with_changes
+from dhcl.engine import Engine
+from dhcl.evaluation import RANKS, Evaluator
+from dhcl.logs import duration
+from dhcl.runs import make_model, open_data, train
+from dhcl.synth import contact_sheet, render_dataset
+from dhcl.trainer import Trainer
+
+__all__ = ["METHODS", "Demo", "run_demo"]
+
+_UNTRAINED = "untrained"
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "spcl": ("spcl", {}),
+    "cluster-contrast": ("cluster-contrast", {}),
+    "dhcl, neither": ("dhcl", {"kappa": 0.0, "beta": 0.0}),
+    "dhcl, debiased": ("dhcl", {"beta": 0.0}),
+    "dhcl, hard negatives": ("dhcl", {"kappa": 0.0}),
+    "dhcl, both": ("dhcl", {}),
+}
+"""Rows of the table after the untrained network: preset and what is changed of it."""
+
+# The same for every method: a small network from scratch, its batches and its augmentation.
+_COMMON: dict[str, Any] = {
+    "data": "market1501",
+    "backbone": "small",
+    "camera_bn": True,
+    "calibrate": "epoch",
+    "cluster_on": "extracted",
+    "k1": 20,
+    "eps": 0.45,
+    "classes_per_batch": 16,
+    "images_per_class": 4,
+    "lr": 7e-4,
+    "pad": 3,
+    "erase": 0.2,
+    "workers": 0,
+    "cache_gb": 0.25,
+    "eval_every": 0,
+    "rerank": False,
+    "checkpoint_minutes": 0.0,
+    "device": "cpu",
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Draw pedestrians, train on them without labels, and compare methods in a table."""
+
+    out: Path = Path("dhcl-demo")
+    """Folder for the data, the runs and the table; a demo that was stopped goes on there."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the trainings; with several, the table has mean and spread."""
+    ids: int = 64
+    """Pedestrians; half of them are for testing."""
+    cameras: int = 3
+    """Cameras."""
+    images_per_camera: int = 8
+    """Mean number of images of a pedestrian in a camera."""
+    image_size: tuple[int, int] = (64, 32)
+    """Height and width of the images."""
+    epochs: int = 18
+    """Epochs of each training."""
+    iterations: int = 20
+    """Batches of an epoch."""
+    data_seed: int = 0
+    """Seed of the pedestrians."""
+
+
+def run_demo(demo: Demo) -> dict[str, Any]:
+    """Run it; the table is printed and written to ``results.md`` and ``results.json``.
+
+    Returns:
+        What is in ``results.json``: of each row a list of metrics, one per seed.
+    """
+    if not demo.seeds:
+        raise ConfigError("seeds: at least one is needed (got none)")
+    began = time.monotonic()
+    root = demo.out / "data"
+    if not root.exists():
+        draw(demo, root)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    total, done = (len(METHODS) + 1) * len(demo.seeds), 0
+    training = time.monotonic()
+    for seed in demo.seeds:
+        for name in (_UNTRAINED, *METHODS):
+            done += 1
+            left = ""
+            if done > 2:
+                # The untrained network takes no time to speak of.
+                each = (time.monotonic() - training) / (done - 2)
+                left = f", about {duration(each * (total - done + 1))} left"
+            tqdm.write(f"\n[{done}/{total}] {name}, seed {seed}{left}")
+            metrics = _one(demo, root, name, seed)
+            rows.setdefault(name, []).append(metrics)
+            tqdm.write(f"mAP {metrics['mAP']:.1%}, rank-1 {metrics['rank1']:.1%}")
+    results = {
+        "rows": rows,
+        "seeds": list(demo.seeds),
+        "minutes": (time.monotonic() - began) / 60,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}",
+    }
+    text = _table(demo, rows)
+    spent = duration(time.monotonic() - began)
+    write_atomic(demo.out / "results.json", json.dumps(results, indent=1).encode())
+    write_atomic(demo.out / "results.md", (text + "\n").encode())
+    tqdm.write(f"\n{text}\n\nIn {spent}; also in {demo.out / 'results.md'}")
+    return results
+
+
+def draw(demo: Demo, root: Path) -> None:
+    """Render the pedestrians, and a contact sheet to look at."""
+    with tqdm(desc="drawing pedestrians", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            summary = render_dataset(
+                root,
+                ids=demo.ids,
+                cameras=demo.cameras,
+                images_per_camera=demo.images_per_camera,
+                image_size=demo.image_size,
+                seed=demo.data_seed,
+                workers=os.cpu_count() or 1,
+                progress=show,
+            )
+        except (TypeError, ValueError, FileExistsError) as error:
+            raise ConfigError(str(error)) from error
+    sheet = contact_sheet(root / "bounding_box_train", demo.out / "people.png")
+    tqdm.write(f"drawn: {summary.train_images} images of {summary.train_ids} people; see {sheet}")
+
+
+def _options(demo: Demo, root: Path, name: str, seed: int) -> TrainConfig:
+    base, changes = METHODS.get(name, ("dhcl", {}))
+    folder = name.replace(", ", "-").replace(" ", "-")
+    common = {
+        **_COMMON,
+        "root": root,
+        "out": demo.out / "runs" / f"{folder}-seed{seed}",
+        "seed": seed,
+        "image_size": demo.image_size,
+        "epochs": demo.epochs,
+        "iterations": demo.iterations,
+        "lr_step": max(demo.epochs * 3 // 4, 1),
+    }
+    if preset(base).warmup_epochs:
+        common["warmup_epochs"] = demo.epochs // 4
+    return with_changes(preset(base), {**common, **changes}).resolved()
+
+
+def _one(demo: Demo, root: Path, name: str, seed: int) -> dict[str, Any]:
+    """Metrics of one row: of the last epoch, or of a run that is finished already."""
+    config = _options(demo, root, name, seed)
+    if name == _UNTRAINED:
+        return _untrained(config)
+    finished = config.run / "metrics.json"
+    if finished.exists():
+        metrics: dict[str, Any] = json.loads(finished.read_text())["last"]
+        return metrics
+    resume = (config.run / "config.yaml").exists()
+    last: dict[str, Any] = train(config, resume=resume, quiet=True)["last"]
+    return last
+
+
+def _untrained(config: TrainConfig) -> dict[str, Any]:
+    """The network as every method finds it, with batch-norm statistics of the training images."""
+    engine = Engine(config)
+    data = open_data(config, engine, quiet=True)
+    model = make_model(config, data.train.num_cameras)
+    trainer = Trainer(config, engine, model, data.unlabeled, log=False)
+    trainer.calibrate()
+    return Evaluator(engine, data, model)(model)
+
+
+def _table(demo: Demo, rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean, and with several seeds the standard deviation, in percent."""
+    columns = {"mAP": "mAP", **{f"rank{k}": f"rank-{k}" for k in RANKS}, "mINP": "mINP"}
+
+    def cell(values: list[float]) -> str:
+        mean = f"{100 * statistics.fmean(values):.1f}"
+        return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+    lines = [
+        f"| method | {' | '.join(columns.values())} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
+    for name, metrics in rows.items():
+        cells = [cell([each[column] for each in metrics]) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    seeds = ", ".join(map(str, demo.seeds))
+    note = (
+        f"Last epoch of {demo.epochs} x {demo.iterations} batches of 64, small network from "
+        f"scratch at {demo.image_size[0]} x {demo.image_size[1]}, {demo.ids} drawn people (half "
+        f"for testing), {demo.cameras} cameras; seeds {seeds}. Every method clusters features "
+        "extracted anew, as a memory is stale after so few steps."
+    )
+    return "\n".join([*lines, "", note])

@@ -1,0 +1,149 @@
+"""What a run stands on: processes and devices (by Accelerate), signals, progress bars, features."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from dhcl.config import TrainConfig
+from dhcl.data import EvalImages, ImageList, eval_loader, eval_transform
+from dhcl.models import ReIDModel
+
+__all__ = ["Engine", "Interrupted", "Stop"]
+
+# Other processes wait while the first one clusters.
+_PATIENCE = datetime.timedelta(hours=3)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, by Ctrl-C or SIGTERM; a checkpoint has been written."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class Stop:
+    """A context in which the first Ctrl-C or SIGTERM is a request, and the second one raises."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = number
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if there was a request: where nothing would be lost."""
+        if self.requested:
+            raise Interrupted(self.requested)
+
+
+class Engine:
+    """Processes, device and precision, and how images become features on them."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        if config.deterministic:
+            # Read by cuBLAS when it starts.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        self.accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            gradient_accumulation_steps=config.accumulate,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
+        self.stop = Stop()
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print, once."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def bar(self, items: Iterable[Any], what: str, total: int, done: int = 0) -> Any:
+        """The items with a progress bar, if someone looks at it."""
+        quiet = None if self.is_main else True
+        return tqdm(items, what, total, initial=done, leave=False, disable=quiet)
+
+    def images(self, images: ImageList, model: ReIDModel) -> EvalImages:
+        """A data set of images as the model takes them."""
+        transform = eval_transform(self.config.image_size, model.mean, model.std)  # type: ignore[arg-type]
+        return EvalImages(images, transform, cache_bytes=int(self.config.cache_gb * 2**30))
+
+    @torch.no_grad()
+    def extract(self, model: ReIDModel, images: EvalImages, what: str) -> torch.Tensor:
+        """Features (N, d) float32 of all images, on every process, the model in evaluation mode."""
+        share = math.ceil(len(images) / self.world_size)
+        mine = list(range(len(images)))[self.rank * share : (self.rank + 1) * share]
+        loader = eval_loader(
+            Subset(images, mine),
+            batch_size=self.config.eval_batch,
+            workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        features = torch.zeros(share, model.dim, device=self.device)
+        if self.world_size > 1:
+            # Each process has batch-norm statistics of its own images; the first one's count.
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        was_training = model.training
+        model.eval()
+        start = 0
+        try:
+            for pixels, _, cameras in self.bar(loader, what, len(loader)):
+                self.stop.check()
+                pixels = pixels.to(self.device, non_blocking=True)
+                batch = model(pixels, cameras.to(self.device))
+                features[start : start + len(batch)] = batch
+                start += len(batch)
+        finally:
+            model.train(was_training)
+        gathered: torch.Tensor = self.accelerator.gather(features)
+        return gathered[: len(images)]

@@ -1,0 +1,128 @@
+"""How good a model is: mAP, CMC and mINP, with and without re-ranking; and pseudo-labels' ARI.
+
+The only module of training that looks at identities.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.metrics import (
+    adjusted_rand_score,
+    normalized_mutual_info_score,
+)
+
+from dhcl.data import EvalImages, ReIDData
+from dhcl.engine import Engine
+from dhcl.models import ReIDModel
+from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
+
+if TYPE_CHECKING:
+    from dhcl.trainer import Trainer
+
+__all__ = ["Evaluator", "IdentityObserver", "table"]
+
+RANKS = (1, 5, 10)
+
+
+class Evaluator:
+    """Evaluates models on the query and gallery of a data set.
+
+    Args:
+        engine: processes and device.
+        data: with identities in query and gallery.
+        model: tells how images are normalised.
+        same_cameras: the cameras are those the model was trained on. Otherwise statistics per
+            camera, where the model has them, are not used; ranking always goes by the cameras.
+    """
+
+    def __init__(
+        self, engine: Engine, data: ReIDData, model: ReIDModel, *, same_cameras: bool = True
+    ) -> None:
+        self._engine, self._data = engine, data
+        self._sets: list[EvalImages] = []
+        for images in (data.query, data.gallery):
+            shown = images
+            if not same_cameras:
+                shown = type(images)(images.paths, images.ids, np.full(len(images), -1))
+            self._sets.append(engine.images(shown, model))
+
+    def __call__(self, model: ReIDModel, *, reranked: bool = False) -> dict[str, Any]:
+        """``mAP``, ``mINP``, ``rank1``, ``rank5``, ``rank10`` in [0, 1] and ``queries``.
+
+        With ``reranked`` there is a dictionary of the same under ``"reranked"``. To be called on
+        every process; the first one alone gets metrics.
+        """
+        query, gallery = (
+            self._engine.extract(model, images, name)
+            for images, name in zip(self._sets, ("query", "gallery"), strict=True)
+        )
+        if not self._engine.is_main:
+            return {}
+        metrics: dict[str, Any] = _named(self._rank((query, gallery)))
+        if reranked:
+            try:
+                metrics["reranked"] = _named(self._rank(rerank(query, gallery)))
+            except MemoryError as error:
+                self._engine.say(f"warning: no re-ranking, {error}")
+        return metrics
+
+    def _rank(self, what: Any) -> RankingMetrics:
+        query, gallery = self._data.query, self._data.gallery
+        # Unknown cameras must not be taken for one camera.
+        cameras = [
+            torch.from_numpy(np.where(images.cameras < 0, unknown, images.cameras))
+            for images, unknown in ((query, -1), (gallery, -2))
+        ]
+        ids = [torch.from_numpy(images.ids) for images in (query, gallery)]
+        return evaluate_ranking(what, *ids, *cameras, max_rank=max(RANKS))
+
+
+def _named(metrics: RankingMetrics) -> dict[str, Any]:
+    ranks = {f"rank{k}": float(metrics.cmc[k - 1]) for k in RANKS}
+    return {"mAP": metrics.mAP, **ranks, "mINP": metrics.mINP, "queries": metrics.num_valid}
+
+
+class IdentityObserver:
+    """Looks at a training for the log. What it sees goes nowhere else."""
+
+    def __init__(self, data: ReIDData, evaluator: Evaluator | None) -> None:
+        self._ids = data.train.ids
+        self._evaluator = evaluator
+
+    def clustering(self, labels: torch.Tensor) -> dict[str, float]:
+        """Adjusted Rand index and normalised mutual information of pseudo-labels (N,).
+
+        Un-clustered images count as clusters of one; images without a known identity do not count.
+        """
+        known = self._ids >= 0
+        if not known.any():
+            return {}
+        found = labels.numpy().copy()
+        alone = found < 0
+        found[alone] = found.max() + 1 + np.arange(alone.sum())
+        ids, found = self._ids[known], found[known]
+        return {
+            "ari": float(adjusted_rand_score(ids, found)),
+            "nmi": float(normalized_mutual_info_score(ids, found)),
+        }
+
+    def ranking(self, trainer: Trainer) -> dict[str, float]:
+        """Metrics of the model as it is; empty without identities to test on."""
+        return self._evaluator(trainer.model) if self._evaluator else {}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Metrics by name, in percent, as a Markdown table."""
+    columns = ("mAP", *(f"rank{k}" for k in RANKS), "mINP")
+    width = max(len(name) for name in rows)
+    lines = [
+        f"| {'':<{width}} | " + " | ".join(f"{c:>6}" for c in columns) + " |",
+        f"|{'-' * (width + 2)}|" + "|".join("-------:" for _ in columns) + "|",
+    ]
+    for name, row in rows.items():
+        cells = " | ".join(f"{100 * row[c]:6.1f}" for c in columns)
+        lines.append(f"| {name:<{width}} | {cells} |")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""A run from its options to its results: data, model, training, evaluation, and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from dhcl.checkpoint import load_checkpoint, write_atomic
+from dhcl.config import ConfigError, TrainConfig
+from dhcl.data import ReIDData, check_images, load_data
+from dhcl.engine import Engine
+from dhcl.evaluation import Evaluator, IdentityObserver, table
+from dhcl.models import ReIDModel, UnavailableWeights, build_model
+from dhcl.trainer import Trainer
+
+__all__ = ["evaluate_run", "make_model", "open_data", "train"]
+
+
+def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> ReIDData:
+    """Load the data set, say what it holds, and check every image."""
+    if config.root is None:
+        raise ConfigError("root: where the images lie must be given (got None)")
+    data = load_data(config.data, config.root, pattern=config.pattern)
+    if not quiet:
+        engine.say(data.description)
+    found: list[Any] = [None]
+    if engine.is_main:
+        splits = {"train": data.train, "query": data.query, "gallery": data.gallery}
+        bar = engine.bar((), "check images", sum(map(len, splits.values())))
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        lists, report = check_images(
+            splits, on_bad=config.on_bad, workers=max(config.workers, 2), progress=show
+        )
+        bar.close()
+        if not quiet or report.bad:
+            engine.say(str(report))
+        found = [lists]
+    broadcast_object_list(found)
+    data = dataclasses.replace(data, **found[0])
+    if len(data.train) < 2:
+        raise ConfigError(f"root: at least 2 images to train on are needed (got {len(data.train)})")
+    return data
+
+
+def make_model(config: TrainConfig, cameras: int) -> ReIDModel:
+    """The model of these options, the same on every process."""
+    if config.camera_bn and cameras < 1:
+        raise ConfigError("camera_bn: the cameras of the training images must be known")
+    try:
+        return build_model(
+            config.backbone,
+            pretrained=config.pretrained,
+            weights=config.weights,
+            pooling=config.pooling,
+            image_size=config.image_size,
+            samples_per_bn=config.samples_per_bn,
+            num_cameras=cameras if config.camera_bn else 0,
+            seed=config.seed,
+        )
+    except (ValueError, FileNotFoundError, UnavailableWeights) as error:
+        raise ConfigError(str(error)) from error
+
+
+def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train, evaluate the last epoch, and write everything to the run's folder.
+
+    Args:
+        config: checked options.
+        resume: go on from the checkpoint in the folder, or from the start if there is none yet.
+        quiet: print neither options nor data, but the epochs.
+
+    Returns:
+        What is written to ``metrics.json``: ``last`` and, where evaluations were looked at along
+        the way, ``best``. Empty without identities to evaluate on, and on all processes but one.
+
+    Raises:
+        ConfigError, DataError: wrong options or data. Else as :meth:`dhcl.trainer.Trainer.fit`.
+    """
+    engine = Engine(config)
+    started = (config.run / "config.yaml").exists()
+    engine.accelerator.wait_for_everyone()
+    if started and not resume:
+        raise ConfigError(
+            f"out: {config.run} holds a run already; go on with --resume {config.run}, or choose "
+            "another --out"
+        )
+    if not quiet:
+        engine.say(config.to_yaml())
+    data = open_data(config, engine, quiet=quiet)
+    _check_batches(config, engine, data)
+    model = make_model(config, data.train.num_cameras)
+    if not quiet:
+        engine.say(f"model: {model.description}")
+    if engine.is_main:
+        config.run.mkdir(parents=True, exist_ok=True)
+        write_atomic(config.run / "config.yaml", config.to_yaml().encode())
+    evaluator = Evaluator(engine, data, model) if data.can_evaluate else None
+    observer = IdentityObserver(data, evaluator)
+    go_on = resume and (config.run / "checkpoints" / "last.pt").exists()
+    trainer = Trainer(config, engine, model, data.unlabeled, observer, resume=go_on)
+    if go_on:
+        at = trainer.at
+        engine.say(f"goes on in epoch {at.epoch + 1} after {at.iteration} iterations")
+    trainer.fit()
+    if trainer.log:
+        trainer.log.close()
+    if evaluator is None:
+        engine.say(f"trained: {trainer.checkpoint}. No identities to evaluate on.")
+        return {}
+    last = evaluator(trainer.model, reranked=config.rerank)
+    return _report(config, engine, trainer, last, quiet) if engine.is_main else {}
+
+
+def _check_batches(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
+    if config.classes_per_batch % engine.world_size:
+        raise ConfigError(
+            f"classes_per_batch: must be a multiple of the {engine.world_size} processes "
+            f"(got {config.classes_per_batch})"
+        )
+    if data.train.num_cameras > 1 and not config.camera_bn:
+        engine.say(
+            f"hint: {data.train.num_cameras} cameras are known; if their pictures differ much, "
+            "--camera-bn may help a lot"
+        )
+
+
+def _report(
+    config: TrainConfig, engine: Engine, trainer: Trainer, last: dict[str, Any], quiet: bool
+) -> dict[str, Any]:
+    """Write and print the last epoch's metrics, and the best ones beside them."""
+    rows = {"last epoch": last}
+    results: dict[str, Any] = {"last": {"epoch": config.epochs - 1, **last}}
+    if "reranked" in last:
+        rows["last epoch, re-ranked"] = last["reranked"]
+    best = trainer.at.best
+    if best:
+        if best["mAP"] <= last["mAP"]:
+            best = results["last"]
+        results["best"] = {**best, "chosen_by": "test mAP: looked up, not a fair result"}
+        rows[f"best, looked up by test mAP (epoch {best['epoch'] + 1})"] = best
+    write_atomic(config.run / "metrics.json", json.dumps(results, indent=1).encode())
+    if not quiet:
+        engine.say(f"{table(rows)}\nrun: {config.run}")
+    return results
+
+
+def evaluate_run(
+    config: TrainConfig, run: Path, *, which: str = "last", same_data: bool = True
+) -> dict[str, Any]:
+    """Evaluate a model of a run, on its own data or other.
+
+    Args:
+        config: the run's options, with data set, root and pattern of what to evaluate on.
+        run: its folder.
+        which: ``last`` or ``best`` (by test mAP along the way).
+        same_data: whether the cameras are those of the training.
+    """
+    engine = Engine(config)
+    file = run / "checkpoints" / f"{which}.pt"
+    if not file.exists():
+        raise ConfigError(f"run: there is no checkpoint {file}")
+    state = load_checkpoint(file)["model"]
+    table_of_cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
+    # All weights are in the checkpoint.
+    config = dataclasses.replace(config, pretrained=False, weights=None)
+    model = make_model(config, len(table_of_cameras))
+    model.load_state_dict(state)
+    model.to(engine.device)
+    data = open_data(config, engine)
+    if not data.can_evaluate:
+        raise ConfigError(f"root: {config.root} has no queries with their identity in a gallery")
+    metrics = Evaluator(engine, data, model, same_cameras=same_data)(model, reranked=config.rerank)
+    if engine.is_main:
+        rows = {which: metrics}
+        if "reranked" in metrics:
+            rows[f"{which}, re-ranked"] = metrics["reranked"]
+        engine.say(table(rows))
+    return metrics

@@ -1,0 +1,10 @@
+"""Rendered pedestrians: a data set for those who have none, made on the spot.
+
+:func:`render_dataset` writes it in the layout of Market-1501, :func:`contact_sheet` shows it.
+"""
+
+from __future__ import annotations
+
+from dhcl.synth.dataset import SynthSummary, contact_sheet, render_crop, render_dataset
+
+__all__ = ["SynthSummary", "contact_sheet", "render_crop", "render_dataset"]

@@ -1,0 +1,554 @@
+"""The training loop: extract, remember, cluster, learn; and its state, so that it can go on.
+
+Mathematics: method.md in docs. An epoch clusters the memory bank into pseudo-labels, then takes
+steps with the hybrid loss over the bank, which each batch updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import broadcast_object_list, set_seed
+from torch.utils.data import Subset
+
+from dhcl.checkpoint import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from dhcl.config import ConfigError, TrainConfig
+from dhcl.data import (
+    ImageList,
+    PKSampler,
+    TrainImages,
+    eval_loader,
+    train_loader,
+    train_transform,
+)
+from dhcl.engine import Engine, Interrupted
+from dhcl.logs import RunLog, duration
+from dhcl.models import ReIDModel, calibrate
+from dhcl_ops import (
+    MemoryBank,
+    cluster,
+    dbscan,
+    hybrid_contrastive_loss,
+    prototypes,
+    self_paced_labels,
+    suspected_false_negatives,
+)
+
+__all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "learning_rate"]
+
+_FORMAT = 1
+# Averages over an epoch's steps, in the order of the list in Trainer.step.
+_AVERAGES = ("loss", "prototype_loss", "instance_loss", "clamped", "instance_clamped")
+# Images that batch-norm statistics are computed from.
+_CALIBRATION = 8192
+
+
+class Diverged(RuntimeError):
+    """A loss or weight that is not finite."""
+
+
+class NoClusters(RuntimeError):
+    """No cluster for as many epochs as the patience allows."""
+
+
+class Observer(Protocol):
+    """Someone who knows identities and looks at the training, without telling it anything."""
+
+    def clustering(self, labels: torch.Tensor) -> dict[str, float]:
+        """Compare pseudo-labels (N,) with identities."""
+
+    def ranking(self, trainer: Trainer) -> dict[str, float]:
+        """Evaluate the model; called on every process."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where the run is, in plain values; all of it is in the checkpoint."""
+
+    epoch: int = 0
+    iteration: int = 0
+    threshold: float | None = None  # of the self-paced criterion, set once
+    barren: int = 0  # epochs on end without a cluster
+    totals: list[float] = dataclasses.field(default_factory=list)
+    entry: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the log, this epoch's
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0  # of all epochs so far
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """The learning rate of an epoch: a rise, then steps, half a cosine or a constant."""
+    if epoch < config.lr_warmup:
+        return config.lr * (epoch + 1) / (config.lr_warmup + 1)
+    if config.schedule == "step":
+        return config.lr * config.lr_gamma ** (epoch // config.lr_step)
+    if config.schedule == "cosine":
+        done = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr
+
+
+class Trainer:
+    """Trains a model on images without labels.
+
+    Args:
+        config: checked options.
+        engine: processes and device.
+        model: on the CPU; the same on every process.
+        images: what to train on; their identities are not looked at.
+        observer: told the pseudo-labels and shown the model, for the log.
+        resume: go on from the checkpoint in the run's folder.
+        log: write to the run's folder.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        model: ReIDModel,
+        images: ImageList,
+        observer: Observer | None = None,
+        *,
+        resume: bool = False,
+        log: bool = True,
+    ) -> None:
+        self.config, self.engine, self.observer = config, engine, observer
+        self.at = Progress()
+        self._images = images
+        self._plain_images = engine.images(images, model)
+        transform = train_transform(
+            config.image_size,
+            flip=config.flip,
+            pad=config.pad,
+            erase=config.erase,
+            color_jitter=config.color_jitter,
+            mean=model.mean,  # type: ignore[arg-type]
+            std=model.std,  # type: ignore[arg-type]
+        )
+        cache = int(config.cache_gb * 2**30)
+        self._train_images = TrainImages(images, transform, config.seed, cache_bytes=cache)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.Adam(learned, config.lr, weight_decay=config.weight_decay)
+        set_seed(config.seed + engine.rank)  # dropout differs between processes
+        self._parallel, self.optimizer = engine.accelerator.prepare(model, adam)
+        self.model: ReIDModel = engine.accelerator.unwrap_model(self._parallel)
+        self.bank = self._new_bank(len(images))
+        self.rows = torch.arange(len(images), device=engine.device)  # bank row of each image, or -1
+        self.labels = torch.full((len(images),), -1)  # cluster of each image, -1 for outliers
+        self.loose: torch.Tensor | None = None  # clusters at the looser eps, for suspects
+        self._requests = [False, False]  # to stop, and to write a checkpoint
+        self._saved_at = time.monotonic()
+        self._mark = time.perf_counter()
+        state = load_checkpoint(self.checkpoint) if resume else None
+        if state is not None:
+            self._restore(state)
+        size = 0 if state is None else state["log_size"]
+        self.log = RunLog(config.run, size) if log and engine.is_main else None
+
+    # ---- the algorithm --------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            Interrupted: by Ctrl-C or SIGTERM, with a checkpoint written.
+            Diverged: a loss that is not finite; the last checkpoint is from before.
+            NoClusters: none for ``patience`` epochs on end, with outliers dropped.
+            CheckpointError: one could not be written; the last one is whole.
+        """
+        with self.engine.stop:
+            while self.at.epoch < self.config.epochs:
+                self._mark = time.perf_counter()
+                if not self.at.entry:
+                    features = self.recall()
+                    labels = self.cluster(features)
+                    self.remember(features, labels)
+                for images, indices, cameras in self.batches():
+                    self.step(images, indices, cameras)
+                    self.at.iteration += 1
+                    self._save_if_due()
+                self.finish_epoch()
+
+    def recall(self) -> torch.Tensor:
+        """The features to cluster: the bank's, or extracted anew."""
+        config = self.config
+        self.at.entry = {"epoch": self.at.epoch, "seconds": {}}
+        self.at.totals = [0.0] * len(_AVERAGES)
+        if config.calibrate == "epoch" or (config.calibrate == "start" and self.at.epoch == 0):
+            self.calibrate()
+        if config.cluster_on == "bank" and self.at.epoch > 0:
+            return self.bank.features
+        features = self.extract()
+        self._lap("extract")
+        return features
+
+    def cluster(self, features: torch.Tensor) -> torch.Tensor:
+        """Pseudo-labels (N,): Jaccard distance and DBSCAN, the same on every process."""
+        config = self.config
+        found: list[Any] = [None]
+        if self.engine.is_main:
+            looser = config.self_paced or config.suspects != "off"
+            gap = config.eps_gap if looser else 0.0
+            result = cluster(
+                features,
+                k1=config.k1,
+                k2=config.k2,
+                eps=config.eps + gap,
+                min_samples=config.min_samples,
+                progress=lambda *_: self.engine.stop.check(),
+            )
+            labels, loose = result.labels, result.labels
+            if looser:
+                labels = dbscan(result.graph, config.eps, config.min_samples)
+            if config.self_paced:
+                tight = dbscan(result.graph, config.eps - gap, config.min_samples)
+                chosen = self_paced_labels(labels, tight, loose, self.at.threshold)
+                labels, self.at.threshold = chosen.labels, chosen.threshold
+            seconds = dict(result.seconds)
+            stages = {"neighbours": seconds.pop("neighbours"), "dbscan": seconds.pop("clusters")}
+            stages["jaccard"] = sum(seconds.values())
+            found = [(labels.cpu(), loose.cpu(), self.at.threshold, stages)]
+        broadcast_object_list(found)
+        self.labels, self.loose, self.at.threshold, stages = found[0]
+        self.at.entry["seconds"].update(stages)
+        self._mark = time.perf_counter()
+        return self.labels.to(self.engine.device)
+
+    def remember(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Fill the memory and give each image its row: of its own, or of its cluster."""
+        config, entry = self.config, self.at.entry
+        clusters, outliers = int(labels.max()) + 1, int((labels < 0).sum())
+        dropped = config.outliers == "drop" and clusters > 0
+        self.at.barren = 0 if clusters else self.at.barren + 1
+        if not clusters:
+            self._without_clusters()
+        if config.memory == "instances":
+            if features is not self.bank.features:
+                self.bank.init(features)
+            self.bank.set_labels(labels)
+        else:
+            alone = labels.new_full(labels.shape, -1)
+            if not dropped:
+                alone = clusters - 1 + (labels < 0).cumsum(0)
+            self.rows = torch.where(labels < 0, alone, labels)
+            count = int(self.rows.max()) + 1
+            self.bank = self._new_bank(count)
+            self.bank.init(prototypes(features, self.rows, count))
+            self.bank.set_labels(torch.arange(count, device=labels.device))
+        self._set_epoch_up()
+        entry.update(clusters=clusters, outliers=outliers, dropped=dropped)
+        entry.update(lr=learning_rate(config, self.at.epoch), kappa=self.kappa, beta=self.beta)
+        if self.observer:
+            entry["observed"] = {"observed_only": True, **self.observer.clustering(self.labels)}
+
+    def step(self, images: torch.Tensor, indices: torch.Tensor, cameras: torch.Tensor) -> None:
+        """One batch: loss, gradient, optimiser, memory."""
+        config, accelerator = self.config, self.engine.accelerator
+        with accelerator.accumulate(self._parallel):
+            features = self._parallel(images, cameras)
+            rows = self.rows[indices]
+            if not bool(features.isfinite().all()):
+                self._diverged("features are")
+            loss, stats = hybrid_contrastive_loss(
+                features,
+                self.bank,
+                rows,
+                prototype_weight=config.prototype_weight,
+                instance_weight=config.instance_weight,
+                instance_positives=config.instance_positives,
+                temperature=config.temperature,
+                kappa=self.kappa,
+                beta=self.beta,
+                suspects=self.suspects,
+                suspects_as="kappa" if config.suspects == "kappa" else "exclude",
+                hardness_gradient=config.hardness_gradient,
+                return_stats=True,
+            )
+            self._note(loss, stats)
+            accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        # In the order of the ranks, so that every process makes the same memory.
+        features, rows = accelerator.gather((features.detach(), rows))
+        if config.update == "hard":
+            chosen = least_similar(features, rows, self.bank)
+            features, rows = features[chosen], rows[chosen]
+        self.bank.update_(features, rows)
+
+    def finish_epoch(self) -> None:
+        """Write the epoch's entry in the log and its checkpoint."""
+        at, entry = self.at, self.at.entry
+        self._lap("train")
+        entry.update(zip(_AVERAGES, (t / self.config.iterations for t in at.totals), strict=True))
+        entry["skipped_updates"] = int(self.bank.skipped)
+        every = self.config.eval_every
+        is_last = at.epoch + 1 == self.config.epochs
+        if self.observer and every and (at.epoch + 1) % every == 0 and not is_last:
+            metrics = self.observer.ranking(self)
+            entry.setdefault("observed", {"observed_only": True}).update(metrics)
+            self.offer_best(metrics)
+            self._lap("evaluate")
+        at.seconds += sum(entry["seconds"].values())
+        self.engine.say(self._line(entry))
+        if self.log:
+            self.log.add(entry)
+        at.epoch, at.iteration, at.entry = at.epoch + 1, 0, {}
+        self.save()
+
+    # ---- its parts ------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What is left of this epoch's batches, this process's share of each."""
+        config, device = self.config, self.engine.device
+        sampler = PKSampler(
+            self.labels,
+            self._images.cameras,
+            classes_per_batch=config.classes_per_batch,
+            images_per_class=config.images_per_class,
+            iterations=config.iterations,
+            seed=config.seed,
+            outliers=not self.at.entry["dropped"],
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+        )
+        sampler.set_epoch(self.at.epoch)
+        sampler.start(self.at.iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.at.entry["lr"]
+        loader = train_loader(
+            self._train_images,
+            sampler,
+            workers=config.workers,
+            pin_memory=device.type == "cuda",
+            persistent=False,
+        )
+        self._parallel.train()
+        name = f"epoch {self.at.epoch + 1}/{config.epochs}"
+        bar = self.engine.bar(loader, name, config.iterations, self.at.iteration)
+        for batch in bar:
+            yield tuple(t.to(device, non_blocking=True) for t in batch)  # type: ignore[misc]
+
+    def extract(self) -> torch.Tensor:
+        """Features (N, d) of the training images."""
+        return self.engine.extract(self.model, self._plain_images, "extract")
+
+    def calibrate(self) -> None:
+        """Compute batch-norm statistics from training images, the same on every process."""
+        config = self.config
+        order = torch.randperm(len(self._images), generator=torch.Generator().manual_seed(0))
+        # No small rest: its statistics would count as much as a whole batch's.
+        whole = len(order) - len(order) % config.eval_batch or len(order)
+        part = Subset(self._plain_images, order[: min(whole, _CALIBRATION)].tolist())
+        loader = eval_loader(
+            part,
+            batch_size=config.eval_batch,
+            workers=config.workers,
+        )
+
+        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for pixels, _, cameras in self.engine.bar(loader, "calibrate", len(loader)):
+                self.engine.stop.check()
+                yield pixels.to(self.engine.device), cameras.to(self.engine.device)
+
+        calibrate(self.model, batches())
+
+    def _new_bank(self, rows: int) -> MemoryBank:
+        momentum, device = self.config.momentum, self.engine.device
+        return MemoryBank(rows, self.model.dim, momentum=momentum, device=device)
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        """The epoch in a line."""
+        done, config = self.at.epoch + 1, self.config
+        left = self.at.seconds / done * (config.epochs - done)
+        parts = [
+            f"epoch {done}/{config.epochs}:",
+            f"{entry['clusters']} clusters, {entry['outliers']} outliers,",
+            f"loss {entry['loss']:.3f}, clamped {entry['clamped']:.0%}, lr {entry['lr']:.2g},",
+            f"{duration(sum(entry['seconds'].values()))}, {duration(left)} left",
+        ]
+        seen = {k: v for k, v in entry.get("observed", {}).items() if k in ("mAP", "rank1", "ari")}
+        if seen:
+            shown = ", ".join(f"{name} {value:.1%}" for name, value in seen.items())
+            parts.append(f"(looked at, not used: {shown})")
+        return " ".join(parts)
+
+    def _set_epoch_up(self) -> None:
+        """What follows from the memory, the labels and the epoch."""
+        config = self.config
+        others = max(len(self.bank.prototypes) - 1, 1)
+        warm = self.at.epoch >= config.warmup_epochs
+        # With very few classes no more than half of the negatives can be false.
+        self.kappa = min(config.kappa, others / 2) if warm else 0.0
+        self.beta = config.beta if warm else 0.0
+        self.suspects = None
+        if warm and config.suspects != "off" and self.loose is not None:
+            loose = self.loose.to(self.engine.device)
+            self.suspects = suspected_false_negatives(self.bank, loose)
+
+    def _without_clusters(self) -> None:
+        config, at = self.config, self.at
+        where = f"epoch {at.epoch + 1}: no clusters, all {len(self._images)} images are outliers"
+        hint = f"a larger eps than {config.eps} or fewer min_samples than {config.min_samples}"
+        if config.outliers == "drop" and at.barren >= config.patience:
+            raise NoClusters(
+                f"{where}, for {at.barren} epochs on end, and they are to be dropped; try {hint}, "
+                "better weights to start from, or outliers: keep"
+            )
+        self.engine.say(f"warning: {where}; each is a class of its own now. Try {hint}.")
+
+    def _note(self, loss: torch.Tensor, stats: Any) -> None:
+        """Add this step to the epoch's averages, and agree with the other processes to go on.
+
+        The one place in a step that waits for the device.
+        """
+        minutes = (time.monotonic() - self._saved_at) / 60
+        requests = [self.engine.stop.requested, 0 < self.config.checkpoint_minutes <= minutes]
+        parts = [loss, stats.prototype_loss, stats.instance_loss]
+        parts += [s and s.clamped_fraction for s in (stats.prototypes, stats.instances)]
+        zero = loss.new_zeros(())
+        values = [zero if part is None else part.detach() for part in parts]
+        values += [zero + float(each) for each in requests]
+        reduced = self.engine.accelerator.reduce(torch.stack(values).float(), "mean").tolist()
+        means, self._requests = reduced[: len(parts)], [r > 0 for r in reduced[len(parts) :]]
+        if not math.isfinite(means[0]):
+            self._diverged("the loss is")
+        self.at.totals = [a + b for a, b in zip(self.at.totals, means, strict=True)]
+
+    def _diverged(self, what: str) -> None:
+        at = self.at
+        kept = (
+            f"The last checkpoint is from before: {self.checkpoint}"
+            if self.checkpoint.exists()
+            else "There is no checkpoint yet"
+        )
+        raise Diverged(
+            f"{what} not finite in epoch {at.epoch + 1}, iteration {at.iteration + 1} "
+            f"(lr {at.entry['lr']:g}). {kept}. A lower lr, an lr_warmup, or precision: fp32 "
+            "may help."
+        )
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that the run goes on from."""
+        return self.config.run / "checkpoints" / "last.pt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The model that looked best at evaluations along the way."""
+        return self.config.run / "checkpoints" / "best.pt"
+
+    def offer_best(self, metrics: dict[str, Any]) -> None:
+        """Keep the model beside the last one if its mAP is the highest so far."""
+        if metrics.get("mAP", -1.0) <= self.at.best.get("mAP", -1.0):
+            return
+        self.at.best = {"epoch": self.at.epoch, **metrics}
+        if self.engine.is_main:
+            model = {"model": self.model.state_dict(), "metrics": self.at.best}
+            save_checkpoint(self.best_checkpoint, model)
+
+    def save(self) -> None:
+        """Write everything the run needs to go on, bit for bit."""
+        self._check_weights()
+        self._saved_at = time.monotonic()
+        states = [random_state()]
+        if self.engine.world_size > 1:
+            states = [{}] * self.engine.world_size
+            torch.distributed.all_gather_object(states, random_state())
+        if not self.engine.is_main or self.log is None:
+            return
+        accelerator = self.engine.accelerator
+        state = {
+            "format": _FORMAT,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "bank": self.bank.state_dict(),
+            "rows": self.rows,
+            "labels": self.labels,
+            "loose": self.loose,
+            "progress": dataclasses.asdict(self.at),
+            "random": states,
+            "images": self._fingerprint(),
+            "log_size": self.log.size,
+        }
+        save_checkpoint(self.checkpoint, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state.get("format") != _FORMAT:
+            raise ConfigError(f"checkpoint: {self.checkpoint} is of another version of dhcl")
+        if state["images"] != self._fingerprint():
+            raise ConfigError(
+                f"checkpoint: {self.checkpoint} was written with other training images; "
+                "to go on, the data must be as it was"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.engine.accelerator.scaler.load_state_dict(state["scaler"])
+        self.bank = self._new_bank(len(state["bank"]["features"]))
+        self.bank.load_state_dict(state["bank"])
+        self.rows = state["rows"].to(self.engine.device)
+        self.labels, self.loose = state["labels"], state["loose"]
+        self.at = Progress(**state["progress"])
+        if self.at.entry:
+            self._set_epoch_up()
+        if len(state["random"]) == self.engine.world_size:
+            set_random_state(state["random"][self.engine.rank])
+        else:
+            self.engine.say(
+                f"warning: the run had {len(state['random'])} processes and goes on with "
+                f"{self.engine.world_size}: not bit for bit"
+            )
+
+    def _save_if_due(self) -> None:
+        """Between optimiser steps, write a checkpoint if it is time, or if asked to stop."""
+        config, iteration = self.config, self.at.iteration
+        if iteration == config.iterations or not self.engine.accelerator.sync_gradients:
+            return  # the end of the epoch writes one anyway
+        every = config.checkpoint_iterations
+        if any(self._requests) or (every and iteration % every == 0):
+            self._lap("train")
+            self.save()
+        if self._requests[0]:
+            raise Interrupted(self.engine.stop.requested or signal.SIGTERM)
+
+    def _lap(self, stage: str) -> None:
+        """Book the time since the last lap."""
+        now = time.perf_counter()
+        seconds = self.at.entry["seconds"]
+        seconds[stage] = seconds.get(stage, 0.0) + now - self._mark
+        self._mark = now
+
+    def _check_weights(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            self._diverged("weights are")
+
+    def _fingerprint(self) -> str:
+        text = "\n".join(
+            f"{path.name} {camera}"
+            for path, camera in zip(self._images.paths, self._images.cameras, strict=True)
+        )
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def least_similar(features: torch.Tensor, rows: torch.Tensor, bank: MemoryBank) -> torch.Tensor:
+    """Positions in the batch, one per distinct row: the feature least similar to that row."""
+    similarity = (features * bank.features[rows]).sum(1)
+    order = similarity.argsort(stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    first = rows[order].diff(prepend=rows.new_full((1,), -1)) != 0
+    return order[first]

@@ -1,0 +1,171 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from dhcl.cli import main
+
+from tests.dhcl.toy import command_line, options, write_images
+
+
+def command(name, config):
+    return [sys.executable, "-m", "dhcl", name, *command_line(config)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
+
+
+def test_train_then_eval(pictures, tmp_path, capsys):
+    config = options(pictures, tmp_path / "run", epochs=1)
+    assert main(["train", *command_line(config)]) == 0
+    out = capsys.readouterr().out
+    assert "kappa: 0.25" in out  # the options are printed
+    assert "| last epoch |" in out
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert main(["eval", str(tmp_path / "run"), "--rerank", "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert f"{100 * stored['last']['mAP']:6.1f}" in out
+    assert "re-ranked" in out
+    other = [
+        "--data",
+        "folder",
+        "--root",
+        str(pictures),
+        "--pattern",
+        r"(?P<id>\d+)_c(?P<camera>\d)",
+    ]
+    assert main(["eval", str(tmp_path / "run"), "--workers", "0", *other]) == 0
+
+
+def test_resume_takes_what_decides_nothing_only(pictures, tmp_path, capsys):
+    config = options(pictures, tmp_path / "run", epochs=1)
+    assert main(["train", *command_line(config)]) == 0
+    again = ["train", "--resume", str(tmp_path / "run")]
+    assert main([*again, "--epochs", "2", "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert main([*again, "--lr", "1"]) == 2
+    assert "lr and resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path / "none")]) == 2
+    assert "can't be read" in capsys.readouterr().err
+
+
+MISTAKES = {
+    "no root": ([], "root: where the images lie must be given"),
+    "no folder": (["--root", "/nowhere/at/all"], "root must be a folder"),
+    "no such data": (["--root", ".", "--data", "market1502"], "market1501"),
+    "no such backbone": (["--backbone", "resnet51"], "resnet5"),
+    "no weights": (["--weights", "/none.pth"], "/none.pth"),
+    "contradiction": (["--camera-bn", "--samples-per-bn", "16"], "samples_per_bn and camera_bn"),
+    "no such option": (["--kapa", "1"], "--kappa"),
+    "wrong value": (["--kappa", "many"], "--kappa"),
+    "wrong image size": (["--image-size", "2", "2"], "2 x 2"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_message_and_status_2(mistake, pictures, tmp_path, capsys):
+    extra, message = MISTAKES[mistake]
+    root = [] if mistake in ("no root", "no folder", "no such data") else ["--root", str(pictures)]
+    small = ["--backbone", "small", "--image-size", "32", "16"]
+    given = [*small, "--data", "market1501", "--out", str(tmp_path / "run"), *root, *extra]
+    assert main(["train", *given]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images_are_refused_or_skipped(pictures, tmp_path, capsys):
+    root = write_images(tmp_path / "pictures", people=4)
+    bad = root / "bounding_box_train" / "0001_c1s1_000000_00.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    config = options(root, tmp_path / "run", epochs=1)
+    assert main(["train", *command_line(config)]) == 2
+    assert bad.name in capsys.readouterr().err
+    skipping = options(root, tmp_path / "run", epochs=1, on_bad="skip")
+    assert main(["train", *command_line(skipping)]) == 0
+    assert bad.name in capsys.readouterr().out
+
+
+def test_commands_and_their_help(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "doctor" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+    for name in ("train", "eval", "synth", "demo"):
+        assert main([name, "--help"]) == 0
+        assert f"dhcl {name}" in capsys.readouterr().out
+
+
+def test_eval_of_what_is_no_run(tmp_path, capsys):
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "config.yaml can't be read" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_package_imports_and_says_what_to_install(tmp_path):
+    """In a process that can't find torchvision, tyro and the like."""
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torchvision", "timm", "tyro", "accelerate", "yaml", "sklearn"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import dhcl
+from dhcl.cli import main
+print(dhcl.__version__, main(["train", "--root", "x"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(" 2\n")
+    assert "pip install 'dhcl[train]'" in done.stderr
+
+
+def test_doctor_lists_the_libraries():
+    environment = {**os.environ, "DHCL_BUILD": "off"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dhcl", "doctor"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert "dhcl::dbscan" in done.stdout
+    assert "timm" in done.stdout
+    assert "not installed" not in done.stdout.split("trainer")[-1]
+
+
+def test_synth_draws_and_refuses_to_replace(tmp_path, capsys):
+    small = ["--ids", "4", "--cameras", "2", "--images-per-camera", "2", "--image-size", "32", "16"]
+    out, sheet = tmp_path / "data", tmp_path / "sheet.png"
+    given = ["synth", str(out), *small, "--workers", "1", "--sheet", str(sheet)]
+    assert main(given) == 0
+    assert sheet.exists()
+    assert "dhcl train --data market1501" in capsys.readouterr().out
+    assert main(given) == 2
+    assert "pass overwrite" in capsys.readouterr().err
+    assert main([*given, "--overwrite"]) == 0
+    assert main(["synth", str(tmp_path / "other"), "--ids", "1"]) == 2
+    assert "ids must be" in capsys.readouterr().err
+
+
+def test_the_demo_ends_with_a_table_and_goes_on_where_it_was_stopped(tmp_path, capsys):
+    sizes = ["--ids", "8", "--cameras", "2", "--images-per-camera", "3", "--image-size", "32", "16"]
+    given = ["demo", "--out", str(tmp_path / "demo"), *sizes, "--epochs", "1", "--iterations", "2"]
+    assert main([*given, "--seeds", "0", "1"]) == 0
+    text = (tmp_path / "demo" / "results.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    for name in ("untrained", "spcl", "cluster-contrast", "dhcl, neither", "dhcl, both"):
+        assert f"| {name} |" in text
+    assert "±" in text
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
+    assert [len(metrics) for metrics in rows.values()] == [2] * 7
+    before = (tmp_path / "demo" / "runs" / "spcl-seed0" / "log.jsonl").stat().st_mtime_ns
+    assert main([*given, "--seeds", "0"]) == 0
+    after = (tmp_path / "demo" / "runs" / "spcl-seed0" / "log.jsonl").stat().st_mtime_ns
+    assert before == after
+    again = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
+    assert again["untrained"][0] == rows["untrained"][0]

@@ -1,0 +1,296 @@
+"""Runs that are killed go on to the same bits. Kills are real: SIGKILL from another process."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from dhcl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomic
+from dhcl.config import ConfigError
+from dhcl.engine import Interrupted
+from dhcl.runs import train
+
+from tests.dhcl.toy import options, write_images
+
+# Its children start with all imports done, in milliseconds.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.dhcl.test_resume"])
+
+
+def _run(config, resume):
+    # As in the command: loaders fork their workers, which end with this process.
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    train(config, resume=resume)
+
+
+def start(config, resume=False):
+    process = _SERVER.Process(target=_run, args=(config, resume))
+    process.start()
+    return process
+
+
+def finish(config, resume=False):
+    process = start(config, resume)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
+
+
+def result(config):
+    """All that a run leaves that could differ, without times."""
+    state = load_checkpoint(config.run / "checkpoints" / "last.pt")
+    state["progress"].pop("seconds")
+    state["progress"].pop("entry")
+    state.pop("log_size")
+    entries = []
+    for line in (config.run / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        entry.pop("seconds")
+        entries.append(entry)
+    return state, entries
+
+
+def assert_same(a, b, path="state"):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+# Clusters too, whose memory changes its size; and everything that has a state of its own.
+RECIPES = {
+    "dhcl": {"camera_bn": True, "suspects": "exclude", "eval_every": 1, "iterations": 12},
+    "spcl": {"accumulate": 2, "iterations": 12, "workers": 1},
+    "cluster-contrast": {"images_per_class": 4, "iterations": 12, "update": "hard"},
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def uninterrupted(request, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    changes = {**RECIPES[request.param], "checkpoint_iterations": 4}
+    config = options(pictures, folder / "run", request.param, **changes)
+    finish(config)
+    return request.param, changes, result(config)
+
+
+def test_killed_mid_epoch_it_goes_on_to_the_same_bits(uninterrupted, pictures, tmp_path):
+    name, changes, expected = uninterrupted
+    config = options(pictures, tmp_path / "run", name, **changes)
+    checkpoint = config.run / "checkpoints" / "last.pt"
+    process = start(config)
+    # Killed as soon as a checkpoint from within the second epoch is there.
+    while process.is_alive():
+        if checkpoint.exists():
+            at = load_checkpoint(checkpoint)["progress"]
+            if (at["epoch"], at["iteration"]) >= (1, 4):
+                break
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    at = load_checkpoint(checkpoint)["progress"]
+    assert at["iteration"] > 0
+    assert at["epoch"] < config.epochs
+    finish(config, resume=True)
+    assert_same(result(config), expected)
+
+
+def test_killed_at_random_times_it_goes_on_to_the_same_bits(uninterrupted, pictures, tmp_path):
+    name, changes, expected = uninterrupted
+    config = options(pictures, tmp_path / "run", name, **changes)
+    seed = int(os.environ.get("DHCL_TEST_SEED", time.time_ns() % 10**6))
+    print(f"DHCL_TEST_SEED={seed}")
+    draw = random.Random(seed)
+    kills = 0
+    for _ in range(6):
+        process = start(config, resume=(config.run / "config.yaml").exists())
+        process.join(draw.uniform(0.2, 2.5))
+        if not process.is_alive():
+            assert process.exitcode == 0
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert kills
+    finish(config, resume=(config.run / "config.yaml").exists())
+    assert_same(result(config), expected)
+
+
+def test_killed_while_writing_a_checkpoint_the_one_before_is_whole(pictures, tmp_path):
+    changes = {"checkpoint_iterations": 1, "iterations": 6, "epochs": 2}
+    whole = options(pictures, tmp_path / "whole", **changes)
+    finish(whole)
+    config = options(pictures, tmp_path / "run", **changes)
+    partial = config.run / "checkpoints" / "last.pt.partial"
+    hits = 0
+    for _ in range(40):
+        process = start(config, resume=(config.run / "config.yaml").exists())
+        while process.is_alive() and not partial.exists():
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if partial.exists():  # killed between the first byte and the rename
+            hits += 1
+            last = partial.with_name("last.pt")
+            if last.exists():
+                load_checkpoint(last)
+            partial.unlink()
+        if hits == 3 or process.exitcode == 0:
+            break
+    assert hits
+    finish(config, resume=(config.run / "config.yaml").exists())
+    assert_same(result(config), result(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(number, pictures, tmp_path):
+    """The command itself, as a terminal or a scheduler would stop it."""
+    from tests.dhcl.test_cli import command
+
+    changes = {"iterations": 300, "epochs": 2, "workers": 1}
+    config = options(pictures, tmp_path / "run", **changes)
+    process = subprocess.Popen(
+        command("train", config),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("model:"):
+            break
+    time.sleep(3)
+    os.killpg(process.pid, number)  # a terminal signals the workers too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert f"dhcl train --resume {config.run}" in errors
+    assert "Traceback" not in errors
+    at = load_checkpoint(config.run / "checkpoints" / "last.pt")["progress"]
+    assert 0 < at["iteration"] < 300
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path):
+    whole = options(pictures, tmp_path / "whole")
+    finish(whole)
+    config = options(pictures, tmp_path / "run")
+    from dhcl.trainer import Trainer
+
+    step = Trainer.step
+
+    def interrupting(self, *batch):
+        step(self, *batch)
+        if (self.at.epoch, self.at.iteration) == (1, 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Trainer.step = interrupting
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.raises(Interrupted):
+            train(config)
+    finally:
+        Trainer.step = step
+        torch.set_num_threads(threads)
+    at = load_checkpoint(config.run / "checkpoints" / "last.pt")["progress"]
+    assert (at["epoch"], at["iteration"]) in ((1, 3), (1, 4))
+    finish(config, resume=True)
+    assert_same(result(config), result(whole))
+
+
+def test_more_epochs_can_be_added(pictures, tmp_path):
+    whole = options(pictures, tmp_path / "whole", epochs=3)
+    finish(whole)
+    finish(options(pictures, tmp_path / "run", epochs=2))
+    longer = options(pictures, tmp_path / "run", epochs=3)
+    finish(longer, resume=True)
+    assert_same(result(longer), result(whole))
+
+
+def test_other_training_images_are_refused(pictures, tmp_path):
+    config = options(pictures, tmp_path / "run", epochs=1)
+    train(config)
+    other = write_images(tmp_path / "other", people=5)
+    with pytest.raises(ConfigError, match="other training images"):
+        train(options(other, tmp_path / "run", epochs=2), resume=True)
+
+
+def test_a_run_is_not_overwritten(pictures, tmp_path):
+    config = options(pictures, tmp_path / "run", epochs=1)
+    train(config)
+    with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
+        train(config)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("only root can mount a small file system")
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_on_a_full_disk_the_checkpoint_before_stays_whole(small_disk):
+    path = small_disk / "last.pt"
+    save_checkpoint(path, {"a": torch.arange(100_000)})
+    with pytest.raises(CheckpointError, match=r"the disk is full; the one before is whole"):
+        save_checkpoint(path, {"a": torch.arange(400_000)})
+    assert torch.equal(load_checkpoint(path)["a"], torch.arange(100_000))
+    assert list(small_disk.iterdir()) == [path]
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on_elsewhere(small_disk, pictures, tmp_path):
+    from tests.dhcl.test_cli import command
+
+    config = options(pictures, small_disk / "run")
+    done = subprocess.run(command("train", config), capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_atomic_writes_replace_or_leave(tmp_path):
+    file = tmp_path / "file"
+    write_atomic(file, b"one")
+    write_atomic(file, b"two")
+    assert file.read_bytes() == b"two"
+    with pytest.raises(OSError):
+        write_atomic(tmp_path / "none" / "file", b"")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
+def test_damaged_checkpoints_are_named(content, tmp_path):
+    file = tmp_path / "last.pt"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.pt can't be read"):
+        load_checkpoint(file)
