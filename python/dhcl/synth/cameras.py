@@ -95,25 +95,33 @@ def _colour_matrix(rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=128)
-def make_camera(seed: int, number: int, height: int, width: int) -> Camera:
-    """Camera ``number`` (from 1) of the data set with this seed, for crops of this size."""
+def make_camera(seed: int, number: int, height: int, width: int, gap: float = 1.0) -> Camera:
+    """Camera ``number`` (from 1) of the data set with this seed, for crops of this size.
+
+    ``gap`` is how far it lies from a neutral camera that sees fronts; scenes and light differ
+    whatever it is.
+    """
     rng = np.random.default_rng([seed, 2, number])
     away = rng.uniform(0.0, 2 * math.pi)
     light = np.array([math.cos(away), rng.uniform(0.4, 1.0), 0.7 + 0.5 * math.sin(away)])
     light /= np.linalg.norm(light)
     ambient = rng.uniform(0.35, 0.8)
+
+    def apart(value: float, neutral: float = 1.0) -> float:
+        return float(neutral + gap * (value - neutral))
+
     return Camera(
         scene=_scene(rng, _SCENES[(number + seed) % len(_SCENES)], height, width),
         light=(float(light[0]), float(light[1]), float(light[2])),
         ambient=float(ambient),
         diffuse=float(1.1 - ambient),
-        yaw=float(_YAWS[(number - 1) % len(_YAWS)] + rng.normal(0.0, 0.25)),
+        yaw=apart(_YAWS[(number - 1) % len(_YAWS)] + rng.normal(0.0, 0.25), 0.0),
         pitch=float(rng.uniform(0.03, 0.42)),
-        mix=_colour_matrix(rng),
-        gamma=float(rng.uniform(0.8, 1.35)),
-        contrast=float(rng.uniform(0.75, 1.15)),
-        haze=float(rng.uniform(0.0, 0.06)),
-        sharpness=float(rng.uniform(0.5, 1.0)),
+        mix=np.asarray(np.eye(3) + gap * (_colour_matrix(rng) - np.eye(3)), np.float32),
+        gamma=apart(rng.uniform(0.8, 1.35)),
+        contrast=apart(rng.uniform(0.75, 1.15)),
+        haze=apart(rng.uniform(0.0, 0.06), 0.0),
+        sharpness=apart(rng.uniform(0.5, 1.0)),
         noise=float(rng.uniform(0.008, 0.035)),
         jpeg_quality=int(rng.integers(70, 96)),
     )

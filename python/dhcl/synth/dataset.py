@@ -143,6 +143,7 @@ def render_crop(
     image: int,
     size: tuple[int, int],
     kind: str = "person",
+    camera_gap: float = 1.0,
 ) -> PILImage.Image:
     """One crop; a function of its arguments alone.
 
@@ -154,10 +155,11 @@ def render_crop(
         size: (height, width) in pixels.
         kind: ``person``; ``junk`` for a box that misses most of the person; ``scene`` for a
             detection where nobody is.
+        camera_gap: how much cameras differ, see :func:`render_dataset`.
     """
     height, width = size
     rng = np.random.default_rng([seed, 3, identity, camera, image])
-    view_of = make_camera(seed, camera, height, width)
+    view_of = make_camera(seed, camera, height, width, camera_gap)
     picture = view_of.background(rng, height, width)
     light = view_of.ambient + view_of.diffuse
     if kind != "scene":
@@ -242,9 +244,11 @@ def _plan(
     return jobs
 
 
-def _render_all(root: str, seed: int, size: tuple[int, int], jobs: list[_Job]) -> int:
+def _render_all(
+    root: str, seed: int, size: tuple[int, int], gap: float, jobs: list[_Job]
+) -> int:
     for job in jobs:
-        crop = render_crop(seed, job.identity, job.camera, job.image, size, job.kind)
+        crop = render_crop(seed, job.identity, job.camera, job.image, size, job.kind, gap)
         quality = make_camera(seed, job.camera, *size).jpeg_quality
         crop.save(os.path.join(root, job.file), quality=quality)
     return len(jobs)
@@ -308,6 +312,7 @@ def render_dataset(
     cameras: int = 4,
     images_per_camera: int = 4,
     image_size: tuple[int, int] = (128, 64),
+    camera_gap: float = 1.0,
     seed: int = 0,
     junk: int | None = None,
     distractors: int | None = None,
@@ -333,6 +338,8 @@ def render_dataset(
         images_per_camera: mean images per identity in a camera that sees it, >= 2; the number is
             uniform in [2, 2 * images_per_camera - 2].
         image_size: (height, width) in pixels, at least (32, 16).
+        camera_gap: how much cameras differ in colour, contrast, sharpness and in the side from
+            which they see people, in [0, 1].
         seed: >= 0.
         junk: number of junk boxes; default: one per 4 test identities.
         distractors: number of distractors; default: one per test identity.
@@ -352,6 +359,10 @@ def render_dataset(
         raise ValueError(f"synth: image_size must be (height, width) (got {image_size!r})")
     height = _integer("the height of image_size", image_size[0], 32)
     width = _integer("the width of image_size", image_size[1], 16)
+    if isinstance(camera_gap, bool) or not isinstance(camera_gap, (int, float)):
+        raise TypeError(f"synth: camera_gap must be a number (got {camera_gap!r})")
+    if not 0.0 <= camera_gap <= 1.0:
+        raise ValueError(f"synth: camera_gap must be in [0, 1] (got {camera_gap})")
     _integer("seed", seed, 0)
     _integer("workers", workers, 1)
     test_ids = ids - ids // 2
@@ -381,6 +392,7 @@ def render_dataset(
             "cameras": cameras,
             "images_per_camera": images_per_camera,
             "image_size": [height, width],
+            "camera_gap": float(camera_gap),
             "seed": seed,
             "junk": junk,
             "distractors": distractors,
@@ -394,7 +406,7 @@ def render_dataset(
     try:
         for folder in (TRAIN, QUERY, GALLERY):
             (partial / folder).mkdir()
-        _run(partial, seed, (height, width), jobs, workers, progress)
+        _run(partial, seed, (height, width), float(camera_gap), jobs, workers, progress)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         partial.chmod(0o777 & ~_umask())
         _check_target(out, overwrite)
@@ -432,6 +444,7 @@ def _run(
     root: Path,
     seed: int,
     size: tuple[int, int],
+    gap: float,
     jobs: list[_Job],
     workers: int,
     progress: Callable[[int, int], None] | None,
@@ -440,13 +453,13 @@ def _run(
     pieces = list(_pieces(jobs, 64))
     if workers == 1:
         for piece in pieces:
-            done += _render_all(str(root), seed, size, piece)
+            done += _render_all(str(root), seed, size, gap, piece)
             if progress:
                 progress(done, len(jobs))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(pieces)), mp_context=context) as pool:
-        tasks = [pool.submit(_render_all, str(root), seed, size, piece) for piece in pieces]
+        tasks = [pool.submit(_render_all, str(root), seed, size, gap, piece) for piece in pieces]
         try:
             for task in tasks:
                 done += task.result()
