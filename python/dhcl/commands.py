@@ -187,6 +187,8 @@ class _SynthArguments:
     """Mean number of images of a pedestrian in a camera."""
     image_size: tuple[int, int] = (128, 64)
     """Height and width in pixels."""
+    camera_gap: float = 1.0
+    """How much cameras differ in colour, contrast, sharpness and viewpoint, from 0 to 1."""
     seed: int = 0
     """The same seed gives the same pictures."""
     junk: int | None = None

@@ -76,16 +76,18 @@ class Demo:
     """Pedestrians; half of them are for testing."""
     cameras: int = 3
     """Cameras."""
-    images_per_camera: int = 8
+    images_per_camera: int = 12
     """Mean number of images of a pedestrian in a camera."""
+    camera_gap: float = 0.1
+    """How much cameras differ, from 0 to 1; the more, the longer it takes to learn across them."""
     image_size: tuple[int, int] = (64, 32)
     """Height and width of the images."""
     epochs: int = 18
     """Epochs of each training."""
     iterations: int = 20
     """Batches of an epoch."""
-    data_seed: int = 0
-    """Seed of the pedestrians."""
+    data_seed: int = 1
+    """Seed of the pedestrians. The options of the trainings were tried out on those of seed 0."""
 
 
 def run_demo(demo: Demo) -> dict[str, Any]:
@@ -145,6 +147,7 @@ def draw(demo: Demo, root: Path) -> None:
                 cameras=demo.cameras,
                 images_per_camera=demo.images_per_camera,
                 image_size=demo.image_size,
+                camera_gap=demo.camera_gap,
                 seed=demo.data_seed,
                 workers=os.cpu_count() or 1,
                 progress=show,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from dhcl.synth import contact_sheet, dataset, render_crop, render_dataset
+from dhcl.synth.cameras import make_camera
 from PIL import Image
 
 from dhcl_ops import evaluate_ranking
@@ -137,8 +138,11 @@ def columns(images):
     return torch.tensor([i for i, _, _ in images]), torch.tensor([c for _, c, _ in images])
 
 
-def test_colour_histograms_fail_across_cameras(tmp_path):
-    render_dataset(tmp_path / "d", ids=60, images_per_camera=3, image_size=(64, 32), junk=0)
+@pytest.mark.parametrize("gap", [0.1, 1.0])
+def test_colour_histograms_fail_across_cameras(tmp_path, gap):
+    render_dataset(
+        tmp_path / "d", ids=60, images_per_camera=3, image_size=(64, 32), camera_gap=gap, junk=0
+    )
     query, gallery = (parse(tmp_path / "d" / folder) for folder in FOLDERS[1:])
     features = stripe_histograms(query), stripe_histograms(gallery)
     (qi, qc), (gi, gc) = columns(query), columns(gallery)
@@ -148,6 +152,18 @@ def test_colour_histograms_fail_across_cameras(tmp_path):
     # Within a camera they don't: there is something to learn from.
     one_camera = evaluate_ranking(features, qi * 9 + qc, gi * 9 + gc, metric="cosine")
     assert one_camera.mAP > 3 * metrics.mAP
+
+
+def test_the_gap_between_cameras_can_be_narrowed():
+    near, half, far = ([make_camera(0, c, 64, 32, gap) for c in (1, 2, 3)] for gap in (0, 0.5, 1))
+    for a, b, c in zip(near, half, far, strict=True):
+        assert np.array_equal(a.mix, np.eye(3, dtype=np.float32))
+        assert (a.gamma, a.contrast, a.haze, a.sharpness, a.yaw) == (1, 1, 0, 1, 0)
+        np.testing.assert_allclose(b.mix, (a.mix + c.mix) / 2, rtol=1e-6)
+        assert abs(b.yaw - c.yaw / 2) < 1e-12
+        assert np.array_equal(a.scene, c.scene)
+    pictures = [render_crop(0, 1, 2, 0, (64, 32), "person", gap).tobytes() for gap in (0.0, 1.0)]
+    assert pictures[0] != pictures[1]
 
 
 # ---- refusals, and nothing left behind ----
@@ -162,6 +178,8 @@ def test_colour_histograms_fail_across_cameras(tmp_path):
         ({"images_per_camera": 1}, ValueError, r"images_per_camera must be >= 2.*\(got 1\)"),
         ({"image_size": (16, 24)}, ValueError, r"height of image_size must be >= 32 \(got 16\)"),
         ({"image_size": (48,)}, ValueError, r"image_size must be \(height, width\)"),
+        ({"camera_gap": 1.5}, ValueError, r"synth: camera_gap must be in \[0, 1\] \(got 1.5\)"),
+        ({"camera_gap": "0"}, TypeError, r"synth: camera_gap must be a number \(got '0'\)"),
         ({"seed": -1}, ValueError, r"synth: seed must be >= 0 \(got -1\)"),
         ({"junk": -1}, ValueError, r"synth: junk must be >= 0 \(got -1\)"),
         ({"workers": 0}, ValueError, r"synth: workers must be >= 1 \(got 0\)"),
