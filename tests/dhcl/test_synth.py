@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from dhcl.synth import contact_sheet, dataset, render_crop, render_dataset
+from dhcl.synth.cameras import make_camera
 from PIL import Image
 
 from dhcl_ops import evaluate_ranking
@@ -123,6 +124,14 @@ def test_a_crop_depends_on_its_arguments_only():
 # ---- how hard it is ----
 
 
+def test_a_camera_without_a_gap_is_neutral():
+    near, far = (make_camera(0, 2, 64, 32, gap) for gap in (0.0, 1.0))
+    assert np.array_equal(near.mix, np.eye(3))
+    assert (near.yaw, near.gamma, near.contrast, near.haze, near.sharpness) == (0, 1, 1, 0, 1)
+    assert np.abs(far.mix - np.eye(3)).max() > 0.1
+    assert np.array_equal(near.scene, far.scene)
+
+
 def stripe_histograms(images):
     rows = []
     for _, _, path in images:
@@ -162,6 +171,8 @@ def test_colour_histograms_fail_across_cameras(tmp_path):
         ({"images_per_camera": 1}, ValueError, r"images_per_camera must be >= 2.*\(got 1\)"),
         ({"image_size": (16, 24)}, ValueError, r"height of image_size must be >= 32 \(got 16\)"),
         ({"image_size": (48,)}, ValueError, r"image_size must be \(height, width\)"),
+        ({"camera_gap": 1.5}, ValueError, r"synth: camera_gap must be in \[0, 1\] \(got 1.5\)"),
+        ({"camera_gap": "far"}, TypeError, r"synth: camera_gap must be a number \(got 'far'\)"),
         ({"seed": -1}, ValueError, r"synth: seed must be >= 0 \(got -1\)"),
         ({"junk": -1}, ValueError, r"synth: junk must be >= 0 \(got -1\)"),
         ({"workers": 0}, ValueError, r"synth: workers must be >= 1 \(got 0\)"),

@@ -244,9 +244,7 @@ def _plan(
     return jobs
 
 
-def _render_all(
-    root: str, seed: int, size: tuple[int, int], gap: float, jobs: list[_Job]
-) -> int:
+def _render_all(root: str, seed: int, size: tuple[int, int], gap: float, jobs: list[_Job]) -> int:
     for job in jobs:
         crop = render_crop(seed, job.identity, job.camera, job.image, size, job.kind, gap)
         quality = make_camera(seed, job.camera, *size).jpeg_quality
