@@ -478,6 +478,19 @@ def setuptools_arguments(root: Path) -> dict[str, Any]:
                     place = root / "dhcl_ops" / library.name
                     write_json(place.with_suffix(".json"), record)
 
+        def build_extensions(self) -> None:
+            plain = self.compiler.object_filenames
+
+            # family.cpp and family.cu would both become family.o with some setuptools.
+            def distinct(files: list[str], *args: Any, **kwargs: Any) -> list[str]:
+                objects = zip(files, plain(files, *args, **kwargs), strict=True)
+                return [
+                    o.removesuffix(".o") + ".cuda.o" if f.endswith(".cu") else o for f, o in objects
+                ]
+
+            self.compiler.object_filenames = distinct
+            super().build_extensions()
+
     import torch
 
     portable = {

@@ -186,7 +186,7 @@ class Trainer:
         config = self.config
         self.at.entry = {"epoch": self.at.epoch, "seconds": {}}
         self.at.totals = [0.0] * len(_AVERAGES)
-        if config.calibrate == "epoch" or (config.calibrate == "start" and self.at.epoch == 0):
+        if config.calibrate != "never" and self.at.epoch == 0:
             self.calibrate()
         if config.cluster_on == "bank" and self.at.epoch > 0:
             return self.bank.features
@@ -291,6 +291,9 @@ class Trainer:
         """Write the epoch's entry in the log and its checkpoint."""
         at, entry = self.at, self.at.entry
         self._lap("train")
+        if self.config.calibrate == "epoch":
+            self.calibrate()
+            self._lap("extract")
         entry.update(zip(_AVERAGES, (t / self.config.iterations for t in at.totals), strict=True))
         entry["skipped_updates"] = int(self.bank.skipped)
         every = self.config.eval_every

@@ -121,13 +121,18 @@ def test_killed_at_random_times_it_goes_on_to_the_same_bits(uninterrupted, pictu
     seed = int(os.environ.get("DHCL_TEST_SEED", time.time_ns() % 10**6))
     print(f"DHCL_TEST_SEED={seed}")
     draw = random.Random(seed)
-    kills = 0
-    for _ in range(6):
+    kills, longest = 0, 2.5
+    for _ in range(10):
         process = start(config, resume=(config.run / "config.yaml").exists())
-        process.join(draw.uniform(0.2, 2.5))
+        process.join(draw.uniform(0.1, longest))
         if not process.is_alive():
             assert process.exitcode == 0
-            break
+            if kills:
+                break
+            # This machine is faster than that: once more, and sooner.
+            shutil.rmtree(config.run)
+            longest /= 2
+            continue
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         kills += 1
