@@ -72,7 +72,7 @@ class TrainConfig:
     camera_bn: bool = False
     """Batch-norm statistics per camera, in training, extraction and evaluation."""
     calibrate: Literal["never", "start", "epoch"] = "never"
-    """Take batch-norm statistics from clean training images: at the start, or after each epoch too."""
+    """Batch-norm statistics from clean training images: at the start, or after each epoch too."""
 
     # ---- pseudo-labels ----
     cluster_on: Literal["bank", "extracted"] = "bank"
