@@ -17,7 +17,7 @@ from dhcl_ops.hybrid import (
 )
 from dhcl_ops.jaccard import jaccard_distance, jaccard_graph
 from dhcl_ops.knn import Neighbours, knn
-from dhcl_ops.memory import MemoryBank, momentum_update_, prototypes
+from dhcl_ops.memory import MemoryBank, least_similar, momentum_update_, prototypes
 from dhcl_ops.ranking import RankingMetrics, evaluate_ranking
 from dhcl_ops.reranking import RankedLists, rerank, rerank_distances
 
@@ -42,6 +42,7 @@ __all__ = [
     "jaccard_distance",
     "jaccard_graph",
     "knn",
+    "least_similar",
     "momentum_update_",
     "prototypes",
     "rerank",

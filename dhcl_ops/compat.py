@@ -17,7 +17,7 @@ from torch import nn
 from dhcl_ops import _checks, ranking
 from dhcl_ops.contrastive import debiased_contrastive_loss
 from dhcl_ops.jaccard import jaccard_distance
-from dhcl_ops.memory import momentum_update_, prototypes
+from dhcl_ops.memory import least_similar, momentum_update_, prototypes
 from dhcl_ops.reranking import rerank_distances
 
 __all__ = [
@@ -64,21 +64,6 @@ def compute_jaccard_distance(
 _LOG_EPSILON = math.log(1e-6)
 
 
-def _least_similar(
-    features: torch.Tensor, targets: torch.Tensor, bank: torch.Tensor
-) -> torch.Tensor:
-    """Which batch positions (B,) are the least similar to their class's row, the first of equals.
-
-    It takes B^2 flags.
-    """
-    similarity = (features * bank[targets]).sum(1)
-    position = torch.arange(len(targets), device=targets.device)
-    further = similarity[None] < similarity[:, None]
-    earlier = (similarity[None] == similarity[:, None]) & (position[None] < position[:, None])
-    rivals = (targets[None] == targets[:, None]) & (further | earlier)
-    return ~rivals.any(1)
-
-
 class _UpdateInBackward(torch.autograd.Function):
     """The identity, whose backward moves the bank's rows towards the features that went through."""
 
@@ -101,7 +86,7 @@ class _UpdateInBackward(torch.autograd.Function):
         features, indices = ctx.saved_tensors
         with torch.no_grad():
             if ctx.hard:
-                chosen = _least_similar(features, indices, ctx.bank)
+                chosen = least_similar(features, indices, ctx.bank)
                 # Features that are not finite are left out, without waiting for the device.
                 features = torch.where(chosen[:, None], features, math.nan)
             momentum_update_(ctx.bank, features, indices, ctx.momentum)

@@ -19,7 +19,7 @@ from torch import nn
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._ops import define
 
-__all__ = ["MemoryBank", "momentum_update_", "prototypes"]
+__all__ = ["MemoryBank", "least_similar", "momentum_update_", "prototypes"]
 
 # As in csrc/memory.h.
 _NORM_COLUMNS = 128
@@ -170,6 +170,29 @@ def momentum_update_(
             features = features.clone()
     _momentum_update(bank, features, indices, momentum, eps, skipped)
     return bank
+
+
+def least_similar(
+    features: torch.Tensor, indices: torch.Tensor, bank: torch.Tensor
+) -> torch.Tensor:
+    """Which features are the least similar to their bank row, among those with the same row.
+
+    With these alone, an update of the bank is the "hard" one of Cluster Contrast (Dai et al., ACCV
+    2022). Nothing waits for the device.
+
+    Args:
+        features: (B, d).
+        indices: (B,) int64, the bank row of each feature.
+        bank: (N, d).
+
+    Returns:
+        (B,) bool, true once per distinct index; of equal similarities the first.
+    """
+    similarity = (features * bank[indices]).sum(1)
+    order = similarity.argsort(stable=True)
+    order = order[indices[order].argsort(stable=True)]
+    first = indices[order].diff(prepend=indices.new_full((1,), -1)) != 0
+    return torch.empty_like(first).scatter_(0, order, first)
 
 
 # ---- class means --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dhcl.evaluation import Evaluator, IdentityObserver, table
 from dhcl.models import ReIDModel, UnavailableWeights, build_model
 from dhcl.trainer import Trainer
 
-__all__ = ["evaluate_run", "make_model", "open_data", "train"]
+__all__ = ["evaluate_run", "load_model", "make_model", "open_data", "train"]
 
 
 def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> ReIDData:
@@ -151,6 +151,30 @@ def _report(
     return results
 
 
+def load_model(config: TrainConfig, run: Path, engine: Engine, which: str = "last") -> ReIDModel:
+    """The model of a run, on the engine's device.
+
+    Args:
+        config: the run's options.
+        run: its folder.
+        engine: processes and device.
+        which: ``last`` or ``best`` (by test mAP along the way).
+
+    Raises:
+        ConfigError: no such checkpoint. CheckpointError: it can't be read.
+    """
+    file = run / "checkpoints" / f"{which}.pt"
+    if not file.exists():
+        raise ConfigError(f"run: there is no checkpoint {file}")
+    state = load_checkpoint(file)["model"]
+    cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
+    # All weights are in the checkpoint.
+    config = dataclasses.replace(config, pretrained=False, weights=None)
+    model = make_model(config, len(cameras))
+    model.load_state_dict(state)
+    return model.to(engine.device)
+
+
 def evaluate_run(
     config: TrainConfig, run: Path, *, which: str = "last", same_data: bool = True
 ) -> dict[str, Any]:
@@ -163,16 +187,7 @@ def evaluate_run(
         same_data: whether the cameras are those of the training.
     """
     engine = Engine(config)
-    file = run / "checkpoints" / f"{which}.pt"
-    if not file.exists():
-        raise ConfigError(f"run: there is no checkpoint {file}")
-    state = load_checkpoint(file)["model"]
-    table_of_cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
-    # All weights are in the checkpoint.
-    config = dataclasses.replace(config, pretrained=False, weights=None)
-    model = make_model(config, len(table_of_cameras))
-    model.load_state_dict(state)
-    model.to(engine.device)
+    model = load_model(config, run, engine, which)
     data = open_data(config, engine)
     if not data.can_evaluate:
         raise ConfigError(f"root: {config.root} has no queries with their identity in a gallery")

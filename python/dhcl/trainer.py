@@ -42,6 +42,7 @@ from dhcl_ops import (
     cluster,
     dbscan,
     hybrid_contrastive_loss,
+    least_similar,
     prototypes,
     self_paced_labels,
     suspected_false_negatives,
@@ -283,7 +284,7 @@ class Trainer:
         # In the order of the ranks, so that every process makes the same memory.
         features, rows = accelerator.gather((features.detach(), rows))
         if config.update == "hard":
-            chosen = least_similar(features, rows, self.bank)
+            chosen = least_similar(features, rows, self.bank.features)
             features, rows = features[chosen], rows[chosen]
         self.bank.update_(features, rows)
 
@@ -291,18 +292,15 @@ class Trainer:
         """Write the epoch's entry in the log and its checkpoint."""
         at, entry = self.at, self.at.entry
         self._lap("train")
-        if self.config.calibrate == "epoch":
-            self.calibrate()
-            self._lap("extract")
+        try:
+            self._look_back()
+        except Interrupted:
+            # Of several processes the others may be elsewhere, and a checkpoint needs them all.
+            if self.engine.world_size == 1:
+                self.save()
+            raise
         entry.update(zip(_AVERAGES, (t / self.config.iterations for t in at.totals), strict=True))
         entry["skipped_updates"] = int(self.bank.skipped)
-        every = self.config.eval_every
-        is_last = at.epoch + 1 == self.config.epochs
-        if self.observer and every and (at.epoch + 1) % every == 0 and not is_last:
-            metrics = self.observer.ranking(self)
-            entry.setdefault("observed", {"observed_only": True}).update(metrics)
-            self.offer_best(metrics)
-            self._lap("evaluate")
         at.seconds += sum(entry["seconds"].values())
         self.engine.say(self._line(entry))
         if self.log:
@@ -311,6 +309,20 @@ class Trainer:
         self.save()
 
     # ---- its parts ------------------------------------------------------------------------------
+
+    def _look_back(self) -> None:
+        """After the epoch's steps: statistics from clean images, and the observer's look."""
+        config, at = self.config, self.at
+        if config.calibrate == "epoch":
+            self.calibrate()
+            self._lap("extract")
+        done = at.epoch + 1
+        due = config.eval_every and done % config.eval_every == 0 and done < config.epochs
+        if self.observer and due:
+            metrics = self.observer.ranking(self)
+            at.entry.setdefault("observed", {"observed_only": True}).update(metrics)
+            self.offer_best(metrics)
+            self._lap("evaluate")
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """What is left of this epoch's batches, this process's share of each."""
@@ -412,10 +424,7 @@ class Trainer:
         self.engine.say(f"warning: {where}; each is a class of its own now. Try {hint}.")
 
     def _note(self, loss: torch.Tensor, stats: Any) -> None:
-        """Add this step to the epoch's averages, and agree with the other processes to go on.
-
-        The one place in a step that waits for the device.
-        """
+        """Add this step to the epoch's averages, and agree with the other processes to go on."""
         minutes = (time.monotonic() - self._saved_at) / 60
         requests = [self.engine.stop.requested, 0 < self.config.checkpoint_minutes <= minutes]
         parts = [loss, stats.prototype_loss, stats.instance_loss]
@@ -546,12 +555,3 @@ class Trainer:
             for path, camera in zip(self._images.paths, self._images.cameras, strict=True)
         )
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def least_similar(features: torch.Tensor, rows: torch.Tensor, bank: MemoryBank) -> torch.Tensor:
-    """Positions in the batch, one per distinct row: the feature least similar to that row."""
-    similarity = (features * bank.features[rows]).sum(1)
-    order = similarity.argsort(stable=True)
-    order = order[rows[order].argsort(stable=True)]
-    first = rows[order].diff(prepend=rows.new_full((1,), -1)) != 0
-    return order[first]

@@ -195,17 +195,21 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(number, pictur
     assert 0 < at["iteration"] < 300
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path):
-    whole = options(pictures, tmp_path / "whole")
+@pytest.mark.parametrize("moment", ["in mid-epoch", "after the last step"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path, moment):
+    changes = {"calibrate": "epoch", "eval_every": 1, "cluster_on": "extracted"}
+    whole = options(pictures, tmp_path / "whole", **changes)
     finish(whole)
-    config = options(pictures, tmp_path / "run")
+    config = options(pictures, tmp_path / "run", **changes)
     from dhcl.trainer import Trainer
 
     step = Trainer.step
+    last = config.iterations - 1
+    iteration = 2 if moment == "in mid-epoch" else last
 
     def interrupting(self, *batch):
         step(self, *batch)
-        if (self.at.epoch, self.at.iteration) == (1, 2):
+        if (self.at.epoch, self.at.iteration) == (1, iteration):
             os.kill(os.getpid(), signal.SIGINT)
 
     Trainer.step = interrupting
@@ -218,7 +222,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path):
         Trainer.step = step
         torch.set_num_threads(threads)
     at = load_checkpoint(config.run / "checkpoints" / "last.pt")["progress"]
-    assert (at["epoch"], at["iteration"]) in ((1, 3), (1, 4))
+    if moment == "in mid-epoch":
+        assert (at["epoch"], at["iteration"]) in ((1, 3), (1, 4))
+    else:
+        assert (at["epoch"], at["iteration"]) == (1, config.iterations)
     finish(config, resume=True)
     assert_same(result(config), result(whole))
 

@@ -9,9 +9,9 @@ from dhcl.data import ImageList, load_data
 from dhcl.engine import Engine
 from dhcl.evaluation import Evaluator, IdentityObserver, table
 from dhcl.runs import evaluate_run, make_model, open_data, train
-from dhcl.trainer import Diverged, NoClusters, Trainer, least_similar
+from dhcl.trainer import Diverged, NoClusters, Trainer
 
-from dhcl_ops import MemoryBank, hybrid_contrastive_loss, momentum_update_
+from dhcl_ops import hybrid_contrastive_loss, momentum_update_
 from tests.checks import same_bits
 from tests.dhcl.toy import options, write_images
 
@@ -281,20 +281,6 @@ def test_a_nan_after_the_first_epoch_leaves_a_sound_checkpoint(pictures, tmp_pat
     state = torch.load(trainer.checkpoint, weights_only=True)
     assert (state["progress"]["epoch"], state["progress"]["iteration"]) == (1, 0)
     trainer.log.close()
-
-
-def test_the_least_similar_feature_of_each_row_is_chosen():
-    generator = torch.Generator().manual_seed(0)
-    bank = MemoryBank(5, 6)
-    bank.init(torch.randn(5, 6, generator=generator))
-    features = torch.nn.functional.normalize(torch.randn(20, 6, generator=generator))
-    rows = torch.randint(0, 5, (20,), generator=generator)
-    chosen = least_similar(features, rows, bank)
-    expected = []
-    for row in rows.unique().tolist():
-        positions = (rows == row).nonzero().flatten().tolist()
-        expected.append(min(positions, key=lambda i: float(features[i] @ bank.features[row])))
-    assert sorted(chosen.tolist()) == sorted(expected)
 
 
 def test_warm_up_epochs_have_no_kappa_and_beta(pictures, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dhcl_ops
-from dhcl_ops import MemoryBank, _ops, momentum_update_, prototypes
+from dhcl_ops import MemoryBank, _ops, least_similar, momentum_update_, prototypes
 from tests import checks
 from tests.checks import call, same_bits
 from tests.conftest import needs_cuda
@@ -898,3 +898,17 @@ def test_the_compiled_library_is_what_was_tested():
         pytest.skip("no C++ compiler")
     assert dhcl_ops.status().how in {"built", "prebuilt"}, dhcl_ops.status().line
     assert all(op.compiled("cpu") for op in _ops.OPS.values() if not op.composed)
+
+
+def test_the_least_similar_feature_of_each_row_is_chosen():
+    bank = unit_rows(5, 6)
+    features, rows = batch(5, 20, 6)
+    features[[3, 11]] = features[[7, 7]]  # equal ones: the first counts
+    rows[[3, 11]] = rows[[7, 7]]
+    chosen = least_similar(features, rows, bank)
+    expected = []
+    for row in rows.unique().tolist():
+        positions = (rows == row).nonzero().flatten().tolist()
+        expected.append(min(positions, key=lambda i: float((features[i] * bank[row]).sum())))
+    assert chosen.nonzero().flatten().tolist() == sorted(expected)
+    assert not least_similar(features[:0], rows[:0], bank).any()
