@@ -75,17 +75,18 @@ def one_of(op: str, name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{op}: {name} must be {names} (got {value!r})")
 
 
-def indices_in_range(op: str, name: str, indices: torch.Tensor, size: int) -> None:
-    """Raise ``IndexError`` naming the first index outside [0, size).
+def indices_in_range(op: str, name: str, indices: torch.Tensor, size: int, lowest: int = 0) -> None:
+    """Raise ``IndexError`` naming the first index, (B,) or (B, E), outside [lowest, size).
 
     CUDA tensors are not looked at, since that would wait for the device: there the kernels check.
     """
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
     low, high = torch.aminmax(indices)
-    if int(low) < 0 or int(high) >= size:
-        position = int(((indices < 0) | (indices >= size)).nonzero()[0])
+    if int(low) < lowest or int(high) >= size:
+        outside = (indices < lowest) | (indices >= size)
+        position = int(outside.nonzero()[0, 0])
         raise IndexError(
-            f"{op}: {name} must be in [0, {size}) "
-            f"(got {int(indices[position])} at batch position {position})"
+            f"{op}: {name} must be in [{lowest}, {size}) "
+            f"(got {int(indices[outside][0])} at batch position {position})"
         )

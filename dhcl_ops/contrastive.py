@@ -777,7 +777,8 @@ def debiased_contrastive_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; on the
             CPU also for a row without a positive, and for features or proxies that are not finite.
-        IndexError: a label outside [0, K), on the CPU. On CUDA a device-side assert instead.
+        IndexError: a label outside [0, K), on the CPU; on CUDA a device-side assert instead. On the
+            CPU also an excluded column outside [-1, K), which on CUDA excludes nothing.
     """
     op = "debiased_contrastive_loss"
     for name, value in (("features", features), ("proxies", proxies)):
@@ -848,6 +849,8 @@ def debiased_contrastive_loss(
     if not torch.compiler.is_compiling():
         if proxy_labels is None:
             _checks.indices_in_range(op, "labels", labels, count)
+        if excluded is not None:
+            _checks.indices_in_range(op, "exclude", excluded, count, -1)
         if isinstance(kappa, torch.Tensor) and not kappa.is_cuda and bool((expected < 0).any()):
             raise ValueError(f"{op}: kappa must be >= 0 (got {float(expected.min()):g})")
         _look_at_norms(op, features)

@@ -24,6 +24,8 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".build"
+# Whether this process runs under the sanitizers (tests/ops/test_host_sanitized.py starts such).
+SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
 HEADER_SUFFIXES = {".h", ".hpp", ".cuh", ".inl"}
 
 FLAGS = [

@@ -760,6 +760,12 @@ GOOD = {"b": 4, "k": 9, "d": 5}
         ({"proxy_labels": torch.arange(9) + 2}, ValueError, "got none for batch position 0"),
         ({"exclude": torch.zeros(3, 2, dtype=torch.int64)}, ValueError, "exclude must have shape"),
         ({"exclude": torch.zeros(4, 2)}, TypeError, "exclude must be int64"),
+        ({"exclude": torch.tensor([[0], [1], [-1], [9]])}, IndexError, r"\[-1, 9\) \(got 9 .* 3\)"),
+        (
+            {"exclude": torch.tensor([[0], [-2], [-1], [8]])},
+            IndexError,
+            r"\(got -2 .* position 1\)",
+        ),
         ({"exclude": (torch.zeros(4, dtype=torch.int64),)}, ValueError, "a pair of groups"),
     ],
 )

@@ -1,42 +1,16 @@
-"""csrc/contrastive.cu run on the host, one fiber per CUDA thread, against the PyTorch reference.
-
-Run again with DHCL_HOST_SANITIZE=1 under AddressSanitizer and UBSan by the last test here.
-"""
-
-import os
-import subprocess
-import sys
+"""csrc/contrastive.cu run on the host, one fiber per CUDA thread, against the PyTorch reference."""
 
 import pytest
 import torch
 
-from dhcl_ops import _build, _ops, debiased_contrastive_loss
+from dhcl_ops import _ops, debiased_contrastive_loss
 from dhcl_ops import contrastive as module
 from tests.checks import call, clones, same_bits
-from tests.cuda_host import build
 from tests.ops.test_contrastive import assert_kernels_agree, case, kernel_inputs, leaf
 
-SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 KERNELS = ("contrastive_stream_", "contrastive_finish", "contrastive_slopes_")
-
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-
-
-@pytest.fixture(scope="session")
-def host():
-    folder = _build.source_dir()
-    sources = [folder / "contrastive.cu", build.HERE / "contrastive_binding.cpp"]
-    return build.load("contrastive_host", sources, [folder], sanitize=SANITIZE)
-
-
-@pytest.fixture(params=["shuffle:1"] if SANITIZE else ["forward", "reverse", "shuffle:1"])
-def kernels(host, request):
-    """The order in which threads and blocks run must not show."""
-    host.set_schedule(request.param)
-    yield host
-    host.set_schedule("")
 
 
 def array(t):
@@ -199,23 +173,6 @@ def test_empty_launches(host):
     )
     assert loss.shape == (0,)
     assert rows.shape == (0, 9)
-
-
-@pytest.mark.skipif(SANITIZE, reason="this is the run under the sanitizers")
-def test_all_of_this_under_address_and_undefined_behaviour_sanitizers():
-    try:
-        environment = build.sanitizer_env()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**environment, "DHCL_HOST_SANITIZE": "1", "DHCL_BUILD": "off"},
-        cwd=_build.source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
 
 
 def test_every_kernel_here_has_a_host_run():

@@ -1,40 +1,11 @@
-"""csrc/jaccard.cu run on the host, one fiber per CUDA thread, against the PyTorch reference.
-
-Run again with DHCL_HOST_SANITIZE=1 under AddressSanitizer and UBSan by the last test here.
-"""
+"""csrc/jaccard.cu run on the host, one fiber per CUDA thread, against the PyTorch reference."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from dhcl_ops import _build
 from tests.checks import call, same_bits
-from tests.cuda_host import build
-
-SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
-# What reaches every line of the kernels once; they run ten times slower there.
-CHOICE = "36 or no_rows or not_fit or hub or repeats or softmax or width or block or paths or 2049"
-
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-
-
-@pytest.fixture(scope="session")
-def host():
-    folder = _build.source_dir()
-    sources = [folder / "jaccard.cu", build.HERE / "jaccard_binding.cpp"]
-    return build.load("jaccard_host", sources, [folder], sanitize=SANITIZE)
-
-
-@pytest.fixture(params=["shuffle:1"] if SANITIZE else ["forward", "reverse", "shuffle:1"])
-def kernels(host, request):
-    """The order in which threads and blocks run must not show."""
-    host.set_schedule(request.param)
-    yield host
-    host.set_schedule("")
 
 
 def run(host, name, *args, **options):
@@ -349,21 +320,3 @@ def test_what_is_out_of_range_is_reported(host):
         run(host, "mirror_csr", *lower)
     with pytest.raises(RuntimeError, match=r"dbscan: columns .* \(got 2 in row 1\)"):
         run(host, "dbscan", csr[0], csr[1].long(), csr[2], 0.5, 1)
-
-
-@pytest.mark.skipif(SANITIZE, reason="this is the run under the sanitizers")
-def test_all_of_this_under_address_and_undefined_behaviour_sanitizers():
-    try:
-        environment = build.sanitizer_env()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    options = ["-p", "no:cacheprovider", "-k", CHOICE]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *options, __file__],
-        env={**environment, "DHCL_HOST_SANITIZE": "1", "DHCL_BUILD": "off"},
-        cwd=_build.source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout

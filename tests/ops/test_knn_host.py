@@ -1,38 +1,11 @@
-"""csrc/knn.cu run on the host, one fiber per CUDA thread, against the PyTorch reference.
-
-Run again with DHCL_HOST_SANITIZE=1 under AddressSanitizer and UBSan by the last test here.
-"""
-
-import os
-import subprocess
-import sys
+"""csrc/knn.cu run on the host, one fiber per CUDA thread, against the PyTorch reference."""
 
 import pytest
 import torch
 
-from dhcl_ops import _build, _ops
+from dhcl_ops import _ops
 from tests.checks import call, same_bits
-from tests.cuda_host import build
 from tests.ops.test_knn import assert_is, brute_force, clustered, kept, knn_module
-
-SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
-
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-
-
-@pytest.fixture(scope="session")
-def host():
-    folder = _build.source_dir()
-    sources = [folder / "knn.cu", build.HERE / "knn_binding.cpp"]
-    return build.load("knn_host", sources, [folder], sanitize=SANITIZE)
-
-
-@pytest.fixture(params=["shuffle:1"] if SANITIZE else ["forward", "reverse", "shuffle:1"])
-def kernels(host, request):
-    """The order in which threads and blocks run must not show."""
-    host.set_schedule(request.param)
-    yield host
-    host.set_schedule("")
 
 
 def host_select(host, state, tile, row_start, col_start, keep, mirror, self_search):
@@ -132,23 +105,6 @@ def test_the_whole_search_on_these_kernels(host, monkeypatch):
     queries = clustered(11, 20, seed=4)
     found = knn_module.knn(features, 7, queries=queries)
     assert_is(found, brute_force(features, 7, queries))
-
-
-@pytest.mark.skipif(SANITIZE, reason="this is the run under the sanitizers")
-def test_all_of_this_under_address_and_undefined_behaviour_sanitizers():
-    try:
-        environment = build.sanitizer_env()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**environment, "DHCL_HOST_SANITIZE": "1", "DHCL_BUILD": "off"},
-        cwd=_build.source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
 
 
 def test_every_op_here_has_a_host_run():

@@ -1,40 +1,13 @@
-"""csrc/memory.cu run on the host, one fiber per CUDA thread, against the PyTorch reference.
-
-Run again with DHCL_HOST_SANITIZE=1 under AddressSanitizer and UBSan by the last test here.
-"""
-
-import os
-import subprocess
-import sys
+"""csrc/memory.cu run on the host, one fiber per CUDA thread, against the PyTorch reference."""
 
 import numpy as np
 import pytest
 import torch
 
-from dhcl_ops import _build
 from tests.checks import call, same_bits
-from tests.cuda_host import build
 from tests.ops.test_memory import FLOATS, batch, unit_rows
 
 CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
-
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-
-
-@pytest.fixture(scope="session")
-def host():
-    folder = _build.source_dir()
-    sources = [folder / "memory.cu", build.HERE / "memory_binding.cpp"]
-    return build.load("memory_host", sources, [folder], sanitize=SANITIZE)
-
-
-@pytest.fixture(params=["shuffle:1"] if SANITIZE else ["forward", "reverse", "shuffle:1"])
-def kernels(host, request):
-    """The order in which threads and blocks run must not show."""
-    host.set_schedule(request.param)
-    yield host
-    host.set_schedule("")
 
 
 def as_array(t):
@@ -192,20 +165,3 @@ def test_a_class_out_of_range_is_reported(host):
     lists = call("reference", "class_csr", torch.zeros(4, dtype=torch.int64), 1)
     with pytest.raises(RuntimeError, match=r"classes must be in \[0, 1\) \(got 1\)"):
         host_means(host, rows, *lists, classes=torch.tensor([0, 1]))
-
-
-@pytest.mark.skipif(SANITIZE, reason="this is the run under the sanitizers")
-def test_all_of_this_under_address_and_undefined_behaviour_sanitizers():
-    try:
-        environment = build.sanitizer_env()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**environment, "DHCL_HOST_SANITIZE": "1", "DHCL_BUILD": "off"},
-        cwd=_build.source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout

@@ -1,39 +1,11 @@
-"""csrc/ranking.cu run on the host, one fiber per CUDA thread, against the PyTorch reference.
-
-Run again with DHCL_HOST_SANITIZE=1 under AddressSanitizer and UBSan by the last test here.
-"""
-
-import os
-import subprocess
-import sys
+"""csrc/ranking.cu run on the host, one fiber per CUDA thread, against the PyTorch reference."""
 
 import pytest
 import torch
 
-from dhcl_ops import _build
 from dhcl_ops import ranking as ranking_module
 from tests.checks import call
-from tests.cuda_host import build
 from tests.ops.test_ranking import case
-
-SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
-
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-
-
-@pytest.fixture(scope="session")
-def host():
-    folder = _build.source_dir()
-    sources = [folder / "ranking.cu", build.HERE / "ranking_binding.cpp"]
-    return build.load("ranking_host", sources, [folder], sanitize=SANITIZE)
-
-
-@pytest.fixture(params=["shuffle:1"] if SANITIZE else ["forward", "reverse", "shuffle:1"])
-def kernels(host, request):
-    """The order in which threads and blocks run must not show."""
-    host.set_schedule(request.param)
-    yield host
-    host.set_schedule("")
 
 
 def host_ranks(host, distance, members, begin, offsets, total, query_cameras, gallery_cameras):
@@ -69,20 +41,3 @@ def test_empty_launches(host):
     host_ranks(host, torch.zeros(0, 3), torch.arange(3), none, torch.tensor([0]), 0, None, None)
     zero = torch.tensor([0])
     host_ranks(host, torch.zeros(1, 0), none, zero, torch.tensor([0, 0]), 0, None, None)
-
-
-@pytest.mark.skipif(SANITIZE, reason="this is the run under the sanitizers")
-def test_all_of_this_under_address_and_undefined_behaviour_sanitizers():
-    try:
-        environment = build.sanitizer_env()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**environment, "DHCL_HOST_SANITIZE": "1", "DHCL_BUILD": "off"},
-        cwd=_build.source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
