@@ -16,7 +16,7 @@ from dhcl_ops.hybrid import (
     suspected_false_negatives,
 )
 from dhcl_ops.jaccard import jaccard_distance, jaccard_graph
-from dhcl_ops.knn import Neighbours, knn
+from dhcl_ops.knn import Neighbours, camera_neighbours, knn
 from dhcl_ops.memory import MemoryBank, least_similar, momentum_update_, prototypes
 from dhcl_ops.ranking import RankingMetrics, evaluate_ranking
 from dhcl_ops.reranking import RankedLists, rerank, rerank_distances
@@ -34,6 +34,7 @@ __all__ = [
     "Status",
     "Suspects",
     "__version__",
+    "camera_neighbours",
     "cluster",
     "dbscan",
     "debiased_contrastive_loss",

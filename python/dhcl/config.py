@@ -79,6 +79,8 @@ class TrainConfig:
     """Cluster the memory bank, or features extracted anew each epoch, which then refill it."""
     k1: int = 30
     """Neighbours of the Jaccard distance."""
+    k1_own: int = 0
+    """How many of them are of the image's own camera; 0 takes the nearest of all cameras."""
     k2: int = 6
     """Neighbours of its query expansion."""
     eps: float = 0.6
@@ -209,8 +211,9 @@ _POSITIVE = (
     "epochs eval_batch lr_step lr_gamma patience"
 )
 _NOT_NEGATIVE = (
-    "cache_gb workers seed samples_per_bn eps_gap prototype_weight instance_weight kappa beta "
-    "warmup_epochs pad weight_decay lr_warmup eval_every checkpoint_minutes checkpoint_iterations"
+    "cache_gb workers seed samples_per_bn k1_own eps_gap prototype_weight instance_weight kappa "
+    "beta warmup_epochs pad weight_decay lr_warmup eval_every checkpoint_minutes "
+    "checkpoint_iterations"
 )
 _SHARES = "momentum flip erase color_jitter"
 
@@ -254,6 +257,7 @@ def _contradictions(c: TrainConfig) -> Iterable[str]:
             c.outliers == "drop" and not clusters
         ),
         f"k2 and k1: k2 must be at most k1 (got {c.k2} and {c.k1})": c.k2 > c.k1,
+        f"k1_own and k1: k1_own must be at most k1 (got {c.k1_own} and {c.k1})": c.k1_own > c.k1,
         "prototype_weight and instance_weight: must not both be 0": (
             not c.prototype_weight and not c.instance_weight
         ),

@@ -94,7 +94,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     if not quiet:
         engine.say(config.to_yaml())
     data = open_data(config, engine, quiet=quiet)
-    _check_batches(config, engine, data)
+    _check_data(config, engine, data)
     model = make_model(config, data.train.num_cameras)
     if not quiet:
         engine.say(f"model: {model.description}")
@@ -118,11 +118,16 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     return _report(config, engine, trainer, last, quiet) if engine.is_main else {}
 
 
-def _check_batches(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
+def _check_data(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
     if config.classes_per_batch % engine.world_size:
         raise ConfigError(
             f"classes_per_batch: must be a multiple of the {engine.world_size} processes "
             f"(got {config.classes_per_batch})"
+        )
+    if config.k1_own and data.train.num_cameras < 2:
+        raise ConfigError(
+            "k1_own: the cameras of the training images must be known, and two at least "
+            f"(got {data.train.num_cameras})"
         )
     if data.train.num_cameras > 1 and not config.camera_bn:
         engine.say(

@@ -39,6 +39,8 @@ from dhcl.logs import RunLog, duration
 from dhcl.models import ReIDModel, calibrate
 from dhcl_ops import (
     MemoryBank,
+    Neighbours,
+    camera_neighbours,
     cluster,
     dbscan,
     hybrid_contrastive_loss,
@@ -202,13 +204,17 @@ class Trainer:
         if self.engine.is_main:
             looser = config.self_paced or config.suspects != "off"
             gap = config.eps_gap if looser else 0.0
+            started = time.perf_counter()
+            ranks = self._ranks_by_camera(features)
+            searched = time.perf_counter() - started
             result = cluster(
                 features,
                 k1=config.k1,
                 k2=config.k2,
                 eps=config.eps + gap,
                 min_samples=config.min_samples,
-                progress=lambda *_: self.engine.stop.check(),
+                ranks=ranks,
+                progress=self._check_stop,
             )
             labels, loose = result.labels, result.labels
             if looser:
@@ -218,7 +224,8 @@ class Trainer:
                 chosen = self_paced_labels(labels, tight, loose, self.at.threshold)
                 labels, self.at.threshold = chosen.labels, chosen.threshold
             seconds = dict(result.seconds)
-            stages = {"neighbours": seconds.pop("neighbours"), "dbscan": seconds.pop("clusters")}
+            stages = {"neighbours": searched + seconds.pop("neighbours")}
+            stages["dbscan"] = seconds.pop("clusters")
             stages["jaccard"] = sum(seconds.values())
             found = [(labels.cpu(), loose.cpu(), self.at.threshold, stages)]
         broadcast_object_list(found)
@@ -309,6 +316,17 @@ class Trainer:
         self.save()
 
     # ---- its parts ------------------------------------------------------------------------------
+
+    def _ranks_by_camera(self, features: torch.Tensor) -> Neighbours | None:
+        k1 = min(self.config.k1, len(features))
+        own = min(self.config.k1_own, k1)
+        if not own:
+            return None
+        cameras = torch.from_numpy(self._images.cameras).to(features.device)
+        return camera_neighbours(features, cameras, k1, own, progress=self._check_stop)
+
+    def _check_stop(self, *progress: object) -> None:
+        self.engine.stop.check()
 
     def _look_back(self) -> None:
         """After the epoch's steps: statistics from clean images, and the observer's look."""

@@ -76,6 +76,7 @@ def test_files_that_are_no_options_are_refused(text, tmp_path):
 
 CONTRADICTIONS = [
     ({"samples_per_bn": 16, "camera_bn": True}, "samples_per_bn and camera_bn"),
+    ({"k1_own": 31}, r"k1_own and k1: .*got 31 and 30"),
     ({"pattern": "x", "data": "market1501"}, "pattern and data"),
     ({"memory": "clusters", "instance_weight": 0.0}, "memory and cluster_on"),
     ({"memory": "clusters", "cluster_on": "extracted"}, "memory and instance_weight"),

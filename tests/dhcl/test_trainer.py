@@ -5,6 +5,7 @@ import dhcl.runs
 import numpy as np
 import pytest
 import torch
+from dhcl.config import ConfigError
 from dhcl.data import ImageList, load_data
 from dhcl.engine import Engine
 from dhcl.evaluation import Evaluator, IdentityObserver, table
@@ -58,6 +59,7 @@ VARIANTS = {
     "extracted": {"cluster_on": "extracted", "calibrate": "epoch"},
     "H2": {"prototype_weight": 0.0, "instance_weight": 1.0, "instance_positives": "class"},
     "camera_bn": {"camera_bn": True},
+    "neighbours by camera": {"k1_own": 3},
     "ghost, accumulated": {"samples_per_bn": 8, "accumulate": 2, "iterations": 6},
     "through": {"hardness_gradient": "through", "beta": 0.5, "schedule": "cosine"},
 }
@@ -281,6 +283,13 @@ def test_a_nan_after_the_first_epoch_leaves_a_sound_checkpoint(pictures, tmp_pat
     state = torch.load(trainer.checkpoint, weights_only=True)
     assert (state["progress"]["epoch"], state["progress"]["iteration"]) == (1, 0)
     trainer.log.close()
+
+
+def test_neighbours_by_camera_need_two_cameras(tmp_path):
+    root = write_images(tmp_path / "one camera", people=3, cameras=1)
+    with pytest.raises(ConfigError, match=r"k1_own: .* two at least \(got 1\)"):
+        train(options(root, tmp_path / "run", k1_own=3))
+    assert not (tmp_path / "run").exists()
 
 
 def test_warm_up_epochs_have_no_kappa_and_beta(pictures, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhcl_ops import knn
+from dhcl_ops import camera_neighbours, knn
 from tests import checks
 from tests.checks import call, same_bits
 from tests.conftest import needs_cuda
@@ -535,3 +535,62 @@ def test_cuda_has_the_bits_of_the_cpu():
         again = knn(features.cuda(), 30)
     stream.synchronize()
     assert_is(again, (expected.similarities, expected.indices))
+
+
+# ---- neighbours by camera -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "own"), [(1, 1), (12, 4), (12, 12), (9, 3), (40, 1)])
+def test_camera_neighbours_are_the_nearest_of_either_kind(device, k, own):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(40, 16, generator=generator)).to(device)
+    # One camera with two images, one with a single one.
+    cameras = torch.tensor([7, 7, 3] + [0] * 17 + [5] * 20)[torch.randperm(40, generator=generator)]
+    found = camera_neighbours(features, cameras.to(device), k, own)
+    similarity = (features.double() @ features.double().T).cpu()
+    similarity.fill_diagonal_(9.0)
+    for row, (values, list_) in enumerate(zip(*(t.cpu() for t in found[:2]), strict=True)):
+        same = cameras == cameras[row]
+        # Of 40 images 40 - count are of other cameras: where that is not enough, more of its own.
+        count = max(min(own, int(same.sum())), k - int((~same).sum()))
+        ranked = similarity[row].argsort(descending=True).tolist()
+        expected_own = [i for i in ranked if same[i]][:count]
+        expected_other = [i for i in ranked if not same[i]][: k - count]
+        got = list_.tolist()
+        assert [i for i in got if same[i]] == expected_own
+        assert [i for i in got if not same[i]] == expected_other
+        assert got[0] == row
+        for begin in range(1, k + 1):  # any beginning has the same shares
+            assert abs(sum(bool(same[i]) for i in got[:begin]) - begin * count / k) <= 1
+        wanted = (features[row].double() @ features[list_.to(device)].double().T).cpu()
+        torch.testing.assert_close(values.double(), wanted, rtol=0, atol=1e-6)
+
+
+def test_one_camera_has_the_plain_neighbours():
+    features = clustered(60, 24)
+    found = camera_neighbours(features, torch.zeros(60, dtype=torch.int64), 10, 4)
+    plain = knn_module.knn(features, 10)
+    assert torch.equal(found.indices, plain.indices)
+    assert same_bits(found.similarities, plain.similarities)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cameras": torch.zeros(5)}, TypeError, "cameras must be int64"),
+        ({"cameras": torch.zeros(4, dtype=torch.int64)}, ValueError, "cameras must have shape"),
+        ({"k": 6}, ValueError, r"must not descend \(got own=1, k=6, N=5\)"),
+        ({"own": 4}, ValueError, r"must not descend \(got own=4, k=3, N=5\)"),
+        ({"own": 0}, ValueError, "own must be >= 1"),
+    ],
+)
+def test_errors_of_camera_neighbours(change, error, message):
+    arguments = {
+        "features": torch.eye(5),
+        "cameras": torch.zeros(5, dtype=torch.int64),
+        "k": 3,
+        "own": 1,
+        **change,
+    }
+    with pytest.raises(error, match=f"camera_neighbours: .*{message}"):
+        camera_neighbours(**arguments)
