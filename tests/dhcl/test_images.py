@@ -2,6 +2,7 @@ import io
 import multiprocessing
 import pickle
 
+import dhcl.data.images
 import numpy as np
 import pytest
 import torch
@@ -78,6 +79,14 @@ def list_of(paths):
 # ---- decoding ----
 
 
+@pytest.fixture(params=["torchvision", "pillow alone"])
+def decoder(request, monkeypatch):
+    if request.param == "pillow alone":
+        monkeypatch.setattr("dhcl.data.images.decode_image", None)
+    elif dhcl.data.images.decode_image is None:
+        pytest.skip("this torchvision has no decoders")
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA"])
 def test_formats_and_modes_decode_as_pillow_does(tmp_path, kind, mode):
@@ -94,7 +103,7 @@ def test_formats_and_modes_decode_as_pillow_does(tmp_path, kind, mode):
     assert (got.int() - expected.int()).abs().max() <= 2
 
 
-def test_sixteen_bits_become_eight(tmp_path):
+def test_sixteen_bits_become_eight(tmp_path, decoder):
     values = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "a.png")
     got = read_image(tmp_path / "a.png")
@@ -103,7 +112,7 @@ def test_sixteen_bits_become_eight(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
-def test_exif_orientation_is_applied(tmp_path, kind):
+def test_exif_orientation_is_applied(tmp_path, kind, decoder):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / f"a.{kind.lower()}"
@@ -111,7 +120,7 @@ def test_exif_orientation_is_applied(tmp_path, kind):
     assert read_image(path).shape == (3, 20, 40)
 
 
-def test_bad_images_raise_with_path_and_reason(tmp_path):
+def test_bad_images_raise_with_path_and_reason(tmp_path, decoder):
     for name, words in spoil(tmp_path / "bad").items():
         with pytest.raises(DataError) as caught:
             read_image(tmp_path / "bad" / name)

@@ -19,14 +19,18 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from dhcl.data.datasets import DataError, ImageList, show
 from dhcl.data.sampler import Key, PKSampler
+
+try:
+    from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
+except ImportError:  # deprecated since torchvision 0.29, to be removed
+    decode_image = None
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,8 +44,8 @@ Item: TypeAlias = tuple[torch.Tensor, int, int]
 def read_image(path: Path) -> torch.Tensor:
     """Decode a file, whole: (3, H, W) uint8, RGB, as Pillow gives it.
 
-    torchvision decodes JPEG, PNG and WebP at about twice Pillow's speed; Pillow decodes the rest,
-    and what torchvision will not. JPEG, PNG and TIFF are turned upright as their EXIF says.
+    torchvision, where it still has decoders, decodes JPEG, PNG and WebP at about twice Pillow's
+    speed; Pillow decodes the rest. JPEG, PNG and TIFF are turned upright as their EXIF says.
     Raises ``DataError`` with the path and the reason.
     """
     try:
@@ -55,6 +59,8 @@ def read_image(path: Path) -> torch.Tensor:
 def _decode(data: bytes) -> torch.Tensor:
     if not data:
         raise DataError("the file is empty")
+    if decode_image is None:
+        return _decode_with_pillow(data)
     raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         image: torch.Tensor = decode_image(raw, ImageReadMode.RGB, apply_exif_orientation=True)
@@ -69,7 +75,10 @@ def _decode(data: bytes) -> torch.Tensor:
 
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as image:
-        pixels = np.array(image.convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # convert() would clip at 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
