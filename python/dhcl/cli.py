@@ -1,4 +1,4 @@
-"""The command ``dhcl``: train, eval, synth, demo, doctor.
+"""The command ``dhcl``: train, eval, synth, demo, pretrain, doctor.
 
 Exit status: 0 done, 1 a run that could not go on, 2 a wrong option or wrong data, 128 + n a run
 that signal n interrupted. Without the extra ``train`` only ``dhcl doctor`` works.
@@ -21,6 +21,7 @@ _COMMANDS = {
     "eval": "evaluate a run's model",
     "synth": "draw pedestrians: a data set of any size, with identities",
     "demo": "draw data, train every preset on it and compare, in minutes",
+    "pretrain": "draw pedestrians and learn them, for weights to start from",
     "doctor": "report versions, compilers and what runs each op",
 }
 _LIBRARIES = ("torchvision", "timm", "accelerate", "scikit-learn", "tensorboard", "tyro", "Pillow")
@@ -85,7 +86,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<8}{what}" for name, what in _COMMANDS.items()]
+    lines = [f"  {name:<10}{what}" for name, what in _COMMANDS.items()]
     more = "`dhcl COMMAND --help` shows the options of a command."
     return "\n".join(["usage: dhcl COMMAND [OPTIONS]", "", *lines, "", more])
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.demo import Demo, run_demo
 from dhcl.engine import Interrupted
+from dhcl.pretrain import Pretrain, pretrain
 from dhcl.runs import evaluate_run, train
 from dhcl.synth import contact_sheet, render_dataset
 
@@ -231,9 +232,14 @@ def _demo(arguments: list[str]) -> None:
     run_demo(tyro.cli(Demo, prog="dhcl demo", args=arguments))
 
 
+def _pretrain(arguments: list[str]) -> None:
+    pretrain(tyro.cli(Pretrain, prog="dhcl pretrain", args=arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "train": _train,
     "eval": _eval,
     "synth": _synth,
     "demo": _demo,
+    "pretrain": _pretrain,
 }

@@ -101,7 +101,16 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     began = time.monotonic()
     root = demo.out / "data"
     if not root.exists():
-        draw(demo, root)
+        draw(
+            root,
+            ids=demo.ids,
+            cameras=demo.cameras,
+            images_per_camera=demo.images_per_camera,
+            image_size=demo.image_size,
+            camera_gap=demo.camera_gap,
+            seed=demo.data_seed,
+            workers=os.cpu_count() or 1,
+        )
     rows: dict[str, list[dict[str, Any]]] = {}
     total, done = (len(METHODS) + 1) * len(demo.seeds), 0
     training = time.monotonic()
@@ -132,8 +141,8 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     return results
 
 
-def draw(demo: Demo, root: Path) -> None:
-    """Render the pedestrians, and a contact sheet to look at."""
+def draw(root: Path, **arguments: Any) -> None:
+    """Render pedestrians, and a contact sheet beside them to look at."""
     with tqdm(desc="drawing pedestrians", leave=False, disable=None) as bar:
 
         def show(done: int, total: int) -> None:
@@ -141,20 +150,10 @@ def draw(demo: Demo, root: Path) -> None:
             bar.update(done - bar.n)
 
         try:
-            summary = render_dataset(
-                root,
-                ids=demo.ids,
-                cameras=demo.cameras,
-                images_per_camera=demo.images_per_camera,
-                image_size=demo.image_size,
-                camera_gap=demo.camera_gap,
-                seed=demo.data_seed,
-                workers=os.cpu_count() or 1,
-                progress=show,
-            )
+            summary = render_dataset(root, progress=show, **arguments)
         except (TypeError, ValueError, FileExistsError) as error:
             raise ConfigError(str(error)) from error
-    sheet = contact_sheet(root / "bounding_box_train", demo.out / "people.png")
+    sheet = contact_sheet(root / "bounding_box_train", root.parent / "people.png")
     tqdm.write(f"drawn: {summary.train_images} images of {summary.train_ids} people; see {sheet}")
 
 

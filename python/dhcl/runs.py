@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from dhcl.checkpoint import load_checkpoint, write_atomic
@@ -68,13 +69,16 @@ def make_model(config: TrainConfig, cameras: int) -> ReIDModel:
         raise ConfigError(str(error)) from error
 
 
-def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    config: TrainConfig, *, resume: bool = False, quiet: bool = False, drawn: bool = False
+) -> dict[str, Any]:
     """Train, evaluate the last epoch, and write everything to the run's folder.
 
     Args:
         config: checked options.
         resume: go on from the checkpoint in the folder, or from the start if there is none yet.
         quiet: print neither options nor data, but the epochs.
+        drawn: learn the identities instead of pseudo-labels, of people that ``dhcl synth`` drew.
 
     Returns:
         What is written to ``metrics.json``: ``last`` and, where evaluations were looked at along
@@ -104,7 +108,8 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     evaluator = Evaluator(engine, data, model) if data.can_evaluate else None
     observer = IdentityObserver(data, evaluator)
     go_on = resume and (config.run / "checkpoints" / "last.pt").exists()
-    trainer = Trainer(config, engine, model, data.unlabeled, observer, resume=go_on)
+    known = _drawn_classes(config, data) if drawn else None
+    trainer = Trainer(config, engine, model, data.unlabeled, observer, resume=go_on, known=known)
     if go_on:
         at = trainer.at
         engine.say(f"goes on in epoch {at.epoch + 1} after {at.iteration} iterations")
@@ -116,6 +121,17 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
         return {}
     last = evaluator(trainer.model, reranked=config.rerank)
     return _report(config, engine, trainer, last, quiet) if engine.is_main else {}
+
+
+def _drawn_classes(config: TrainConfig, data: ReIDData) -> torch.Tensor:
+    """The identities (N,) of drawn people, numbered from 0; those of others are not given out."""
+    if config.root is None or not (config.root / "synth.json").exists():
+        raise ConfigError(
+            f"root: identities are learned of drawn people only, and {config.root} holds no "
+            "synth.json of dhcl synth"
+        )
+    classes: torch.Tensor = torch.from_numpy(data.train.ids).unique(return_inverse=True)[1]
+    return classes
 
 
 def _check_data(config: TrainConfig, engine: Engine, data: ReIDData) -> None:

@@ -114,6 +114,7 @@ class Trainer:
         observer: told the pseudo-labels and shown the model, for the log.
         resume: go on from the checkpoint in the run's folder.
         log: write to the run's folder.
+        known: classes (N,) int64 to learn in place of pseudo-labels, for images that were drawn.
     """
 
     def __init__(
@@ -126,8 +127,10 @@ class Trainer:
         *,
         resume: bool = False,
         log: bool = True,
+        known: torch.Tensor | None = None,
     ) -> None:
         self.config, self.engine, self.observer = config, engine, observer
+        self._known = known
         self.at = Progress()
         self._images = images
         self._plain_images = engine.images(images, model)
@@ -200,6 +203,9 @@ class Trainer:
     def cluster(self, features: torch.Tensor) -> torch.Tensor:
         """Pseudo-labels (N,): Jaccard distance and DBSCAN, the same on every process."""
         config = self.config
+        if self._known is not None:
+            self.labels = self.loose = self._known
+            return self.labels.to(self.engine.device)
         found: list[Any] = [None]
         if self.engine.is_main:
             looser = config.self_paced or config.suspects != "off"

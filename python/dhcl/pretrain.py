@@ -1,0 +1,105 @@
+"""``dhcl pretrain``: weights to start from where no ImageNet weights are at hand.
+
+Pedestrians are drawn in cameras that differ much, and a network learns their identities, which are
+known as they were drawn. No picture of a real person and no annotation is involved.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from dhcl.config import TrainConfig, preset, with_changes
+from dhcl.demo import draw
+from dhcl.runs import train
+
+__all__ = ["Pretrain", "pretrain"]
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Draw pedestrians and train a network on their identities: weights to start from."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder for the drawn images and the run; one that was stopped goes on there."""
+    backbone: str = "small"
+    """As for dhcl train; starts from random weights."""
+    image_size: tuple[int, int] = (96, 48)
+    """Height and width of the images; take those of the training that is to follow."""
+    ids: int = 600
+    """Pedestrians; half of them are for testing."""
+    cameras: int = 6
+    """Cameras, which differ as much as drawn cameras can."""
+    images_per_camera: int = 2
+    """Mean number of images of a pedestrian in a camera."""
+    epochs: int = 15
+    """Passes over the batches, the last fifth at a tenth of the learning rate."""
+    iterations: int = 60
+    """Batches of 64 per epoch."""
+    color_jitter: float = 0.5
+    """Strength of random brightness, contrast, saturation and hue."""
+    seed: int = 0
+    """Of the pedestrians and of the training."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+    workers: int = os.cpu_count() or 1
+    """Processes that draw and load images."""
+
+    def options(self) -> TrainConfig:
+        """Of the training: batch norm per camera, and the loss over prototypes alone."""
+        return with_changes(
+            preset("dhcl"),
+            {
+                "data": "market1501",
+                "root": self.out / "data",
+                "out": self.out,
+                "backbone": self.backbone,
+                "pretrained": False,
+                "image_size": self.image_size,
+                "camera_bn": True,
+                "calibrate": "epoch",
+                "cluster_on": "extracted",
+                "instance_weight": 0.0,
+                "kappa": 0.0,
+                "beta": 0.0,
+                "warmup_epochs": 0,
+                "epochs": self.epochs,
+                "iterations": self.iterations,
+                "lr_step": max(self.epochs * 4 // 5, 1),
+                "pad": max(self.image_size[1] // 10, 1),
+                "color_jitter": self.color_jitter,
+                "cache_gb": 1.0,
+                "workers": self.workers,
+                "device": self.device,
+                "seed": self.seed,
+                "eval_every": 0,
+                "rerank": False,
+            },
+        ).resolved()
+
+
+def pretrain(options: Pretrain) -> dict[str, Any]:
+    """Draw, train and evaluate on the drawn people for testing; the metrics of the last epoch."""
+    config = options.options()
+    root = options.out / "data"
+    if not root.exists():
+        draw(
+            root,
+            ids=options.ids,
+            cameras=options.cameras,
+            images_per_camera=options.images_per_camera,
+            image_size=options.image_size,
+            junk=0,
+            distractors=0,
+            seed=options.seed,
+            workers=options.workers,
+        )
+    resume = (config.run / "config.yaml").exists()
+    metrics = train(config, resume=resume, drawn=True)
+    tqdm.write(f"start from it: dhcl train --weights {options.out / 'checkpoints' / 'last.pt'} ...")
+    return metrics
