@@ -62,6 +62,7 @@ def _guarded(name: str, arguments: list[str]) -> int:
     # From inside libraries; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", "Sparse invariant checks")
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     try:
         commands.COMMANDS[name](arguments)
     except (ConfigError, DataError) as error:

@@ -176,7 +176,7 @@ def test_bad_images_are_refused_by_default(tmp_path):
     assert f"{len(flaws)} of {len(images)} images can't be read" in text
     assert sum(name in text for name in flaws) == 10
     assert "and 2 more" in text
-    assert "on_bad='skip'" in text
+    assert "on_bad: skip" in text
     assert "query: " in text
 
 

@@ -165,7 +165,7 @@ def check_images(
             good[split] = images.select([i for i, reason in enumerate(reasons) if reason is None])
     report = ImageReport(total, tuple(bad))
     if bad and on_bad == "refuse":
-        raise DataError(f"{report}\nRepair or remove them, or leave them out with on_bad='skip'.")
+        raise DataError(f"{report}\nRepair or remove them, or leave them out with on_bad: skip.")
     empty = [split for split, images in lists.items() if len(images) and not len(good[split])]
     if empty or not total:
         where = f" in {', '.join(empty)}" if empty else ""
