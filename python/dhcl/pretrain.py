@@ -37,8 +37,8 @@ class Pretrain:
     """Cameras, which differ as much as drawn cameras can."""
     images_per_camera: int = 2
     """Mean number of images of a pedestrian in a camera."""
-    epochs: int = 15
-    """Passes over the batches, the last fifth at a tenth of the learning rate."""
+    epochs: int = 10
+    """Rounds of batches, the last fifth at a tenth of the learning rate. More learn the drawings."""
     iterations: int = 60
     """Batches of 64 per epoch."""
     color_jitter: float = 0.5
@@ -48,7 +48,7 @@ class Pretrain:
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
     workers: int = os.cpu_count() or 1
-    """Processes that draw and load images."""
+    """Processes that draw and load images; 0 does it in the main one."""
 
     def options(self) -> TrainConfig:
         """Of the training: batch norm per camera, and the loss over prototypes alone."""
@@ -97,7 +97,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             junk=0,
             distractors=0,
             seed=options.seed,
-            workers=options.workers,
+            workers=max(options.workers, 1),
         )
     resume = (config.run / "config.yaml").exists()
     metrics = train(config, resume=resume, drawn=True)

@@ -14,7 +14,7 @@ from tests.dhcl.toy import options, write_images
 def pretrained(tmp_path_factory):
     out = tmp_path_factory.mktemp("drawn") / "run"
     given = Pretrain(
-        out, image_size=(32, 16), ids=8, cameras=2, epochs=2, iterations=2, device="cpu", workers=1
+        out, image_size=(32, 16), ids=8, cameras=2, epochs=2, iterations=2, device="cpu", workers=0
     )
     return given, pretrain(given)
 
