@@ -18,6 +18,7 @@ from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.demo import Demo, run_demo
 from dhcl.engine import Interrupted
 from dhcl.runs import evaluate_run, train
+from dhcl.services import SERVICES
 from dhcl.synth import contact_sheet, render_dataset
 
 __all__ = ["COMMANDS", "train_options"]
@@ -236,4 +237,5 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "eval": _eval,
     "synth": _synth,
     "demo": _demo,
+    **SERVICES,
 }

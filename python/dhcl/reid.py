@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -293,10 +294,11 @@ class ReID:
     ) -> Iterator[Batch]:
         known_bad = {index for index, _ in bad}
         source = _Source(images, self._transform, self.image_size, known_bad)
+        count = math.ceil(len(images) / batch_size)
         loader = eval_loader(
             source,
             batch_size=batch_size,
-            workers=workers,
+            workers=min(workers, count) if count > 1 else 0,
             pin_memory=self.device.type == "cuda",
         )
         bar = tqdm(
