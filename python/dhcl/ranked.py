@@ -115,16 +115,16 @@ def as_json(lists: Sequence[RankedList], about: dict[str, Any]) -> str:
 # ---- pictures -----------------------------------------------------------------------------------
 
 
-def _thumbnail(path: Path, height: int = _HEIGHT) -> Image.Image | None:
-    """The image at this height, at most twice as wide; None where it can't be read any more."""
+def _thumbnail(path: Path) -> Image.Image | None:
+    """The image, not larger than is shown; None where it can't be read any more."""
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (4 * height, 2 * height))
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+            image.draft("RGB", (2 * _HEIGHT, 2 * _HEIGHT))
+            picture: Image.Image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception:  # decoders raise nearly anything
         return None
-    width = min(max(1, round(picture.width * height / picture.height)), 2 * height)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    picture.thumbnail((2 * _HEIGHT, _HEIGHT), Image.Resampling.BICUBIC)
+    return picture
 
 
 _STYLE = """
@@ -207,6 +207,8 @@ _COLORS = {True: "#1a7f37", False: "#cf222e", None: "#ffffff"}
 def write_png(path: Path, lists: Sequence[RankedList]) -> None:
     """A picture with a row per query; whole, or not at all.
 
+    Green frames and ``+`` are right results, red ones and ``-`` wrong ones.
+
     Raises:
         ConfigError: more than 100 queries.
     """
@@ -227,7 +229,7 @@ def write_png(path: Path, lists: Sequence[RankedList]) -> None:
         for place, each in enumerate(one.results, 1):
             left = 2 * _GAP + place * (_CELL + _GAP)
             distance = "" if each.distance is None else f" · {each.distance:.3f}"
-            head = f"{place} · {each.similarity:.3f}{distance}"
+            head = f"{place} · {each.similarity:.3f}{distance} {_MARKS[each.right]}"
             _cell(sheet, draw, font, (left, top), each.image, head, _COLORS[each.right])
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
@@ -245,9 +247,8 @@ def _cell(
     color: str,
 ) -> None:
     left, top = place
-    picture = _thumbnail(image.path) or Image.new("RGB", (_CELL - 2 * _BORDER, _HEIGHT), "#dddddd")
-    if picture.width > _CELL - 2 * _BORDER:
-        picture = ImageOps.contain(picture, (_CELL - 2 * _BORDER, _HEIGHT))
+    room = (_CELL - 2 * _BORDER, _HEIGHT)
+    picture = ImageOps.contain(_thumbnail(image.path) or Image.new("RGB", room, "#dddddd"), room)
     frame = (left, top, left + picture.width + 2 * _BORDER, top + picture.height + 2 * _BORDER)
     draw.rectangle(frame, fill=color)
     sheet.paste(picture, (left + _BORDER, top + _BORDER))

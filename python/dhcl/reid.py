@@ -85,8 +85,7 @@ def op_progress() -> Iterator[Callable[[str, int, int], None]]:
     with tqdm(leave=False, disable=None) as bar:
 
         def show_stage(stage: str, done: int, total: int) -> None:
-            if bar.desc != f"{stage}: ":
-                bar.set_description(stage)
+            bar.set_description(stage, refresh=False)
             bar.total, bar.n = total, done
             bar.refresh()
 

@@ -45,7 +45,7 @@ class _Reading:
     """What to do if images can't be read."""
     batch_size: int = 128
     """Images at a time."""
-    workers: int = 4
+    workers: int = min(4, os.cpu_count() or 1)
     """Processes that load images."""
     device: Device = "auto"
     """auto takes a GPU where there is one."""
