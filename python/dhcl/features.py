@@ -87,6 +87,9 @@ class Features:
                 f"features: rows must have a length above 0 (got zeros in row {int(zero[0])} of "
                 f"{self.file}, {len(zero)} such rows)"
             )
+        # Rows of length 1 keep their bits.
+        if ((lengths - 1).abs() <= 1e-5).all():
+            return self.values
         unit: torch.Tensor = self.values / lengths.float()[:, None]
         return unit
 
