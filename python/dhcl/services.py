@@ -77,6 +77,14 @@ def _print_left_out(lines: list[str]) -> None:
         print("\n  ".join(map(show, shown)), file=sys.stderr)
 
 
+def _check_cameras(pattern: str | None, trained_cameras: bool) -> None:
+    if trained_cameras and "(?P<camera>" not in (pattern or ""):
+        raise ConfigError(
+            "trained_cameras: --pattern must say where the camera stands, in a group named camera "
+            f"(got {pattern!r})"
+        )
+
+
 def _hint_cameras(model: ReID, pattern: str | None, trained_cameras: bool) -> None:
     if model.num_cameras and not trained_cameras:
         what = (
@@ -124,8 +132,7 @@ def _export(arguments: list[str]) -> None:
         raise ConfigError("export: what must be said: --features FOLDER, --onnx or --weights FILE")
     if (given.features is None) != (given.out is None):
         raise ConfigError("features and out: a folder of images and a file go together")
-    if given.trained_cameras and given.pattern is None:
-        raise ConfigError("trained_cameras: --pattern must say where the camera stands")
+    _check_cameras(given.pattern, given.trained_cameras)
     model = ReID.load(given.run, given.which, given.reading.device)
     print(f"model: {model}")
     if given.weights is not None:
@@ -208,8 +215,7 @@ def _changed(given: _IndexArguments) -> Update:
         return add_images(given.out, given.gallery, model, sync=given.sync, **options)
     if given.run is None:
         raise ConfigError("run: the folder of a run must be given for a new index (--run RUN)")
-    if given.trained_cameras and given.pattern is None:
-        raise ConfigError("trained_cameras: --pattern must say where the camera stands")
+    _check_cameras(given.pattern, given.trained_cameras)
     model = ReID.load(given.run, given.which, given.reading.device)
     print(f"model: {model}")
     _hint_cameras(model, given.pattern, given.trained_cameras)
@@ -385,6 +391,10 @@ class _ClusterArguments:
     """Largest Jaccard distance of neighbours (0.6, or the run's)."""
     min_samples: int | None = None
     """Neighbours that make an image the core of a cluster (4, or the run's)."""
+    pattern: str | None = None
+    """For a folder: where the camera stands in the paths, as in training."""
+    trained_cameras: bool = False
+    """The cameras of the pattern are those of the training: use their statistics."""
     reading: tyro.conf.OmitArgPrefixes[_Reading] = field(default_factory=_Reading)
 
 
@@ -392,6 +402,7 @@ def _cluster(arguments: list[str]) -> None:
     given = tyro.cli(_ClusterArguments, prog="dhcl cluster", args=arguments)
     if given.out.suffix.lower() != ".csv":
         raise ConfigError(f"out: must be a .csv file (got {given.out})")
+    _check_cameras(given.pattern, given.trained_cameras)
     numbers: dict[str, Any] = {"k1": 30, "k2": 6, "eps": 0.6, "min_samples": 4}
     if given.features.is_dir():
         if given.run is None:
@@ -399,8 +410,14 @@ def _cluster(arguments: list[str]) -> None:
         model = ReID.load(given.run, given.which, given.reading.device)
         numbers = {name: getattr(model.config, name) for name in numbers}
         paths = image_files(given.features)
-        rows, kept = _extracted(model, paths, None, given.reading)
-        names: list[str] = [paths[i].relative_to(given.features).as_posix() for i in kept]
+        every = [path.relative_to(given.features).as_posix() for path in paths]
+        cameras = None
+        if given.trained_cameras:
+            read = path_reader(given.pattern)
+            cameras = model.camera_indices([read(name)[1] for name in every])
+        _hint_cameras(model, given.pattern, given.trained_cameras)
+        rows, kept = _extracted(model, paths, cameras, given.reading)
+        names = [every[i] for i in kept]
     else:
         if given.run is not None:
             raise ConfigError(f"run: is for a folder of images (got the file {given.features})")

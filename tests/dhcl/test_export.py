@@ -136,6 +136,13 @@ def test_cluster_of_a_folder(model, run, pictures, tmp_path, capsys):
     assert rows[0] == ["path", "label"]
     assert [name for name, _ in rows[1:]] == [file.name for file in image_files(folder)]
     assert [int(label) for _, label in rows[1:]] == model.cluster(folder).labels.tolist()
+    assert main([*given, "--pattern", PATTERN, "--trained-cameras"]) == 0
+    cameras = [int(file.name.split("_c")[1][0]) - 1 for file in image_files(folder)]
+    labels = model.cluster(model.features(folder, cameras)).labels.tolist()
+    rows = list(csv.reader(out.open()))
+    assert [int(label) for _, label in rows[1:]] == labels
+    assert main([*given, "--pattern", "(?P<id>.)", "--trained-cameras"]) == 2
+    assert "in a group named camera" in capsys.readouterr().err
 
 
 # ---- weights ------------------------------------------------------------------------------------

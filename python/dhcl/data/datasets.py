@@ -378,7 +378,7 @@ def _files(folder: Path) -> list[Path]:
             for name in names
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(found, key=Path.as_posix)
 
 
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
