@@ -161,6 +161,8 @@ class ReID:
             raise ConfigError(f"run: {show(folder)} has no checkpoint '{which}'; {advice}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device: torch sees no GPU (got {device})")
         return cls(read_model(config, folder, which), config, folder, which, device)
 
     def __repr__(self) -> str:

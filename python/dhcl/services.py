@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def _options_checked() -> Iterator[None]:
     """What the ops refuse comes from the command line."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -105,7 +105,7 @@ def _hint_cameras(model: ReID, pattern: str | None, trained_cameras: bool) -> No
 class _ExportArguments:
     """Give a model's features, or the model itself, to other programs."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     features: Path | None = None
     """Folder of images whose features to write to --out."""
@@ -169,7 +169,7 @@ def _export(arguments: list[str]) -> None:
 class _IndexArguments:
     """Make an index of a gallery to search in, or change one."""
 
-    gallery: tyro.conf.Positional[tuple[Path, ...]]
+    gallery: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GALLERY …")]
     """Folders of images, on all levels, and image files."""
     out: Path
     """Folder of the index."""
@@ -233,9 +233,9 @@ def _changed(given: _IndexArguments) -> Update:
 class _SearchArguments:
     """Find the people of some images in an index."""
 
-    index: tyro.conf.Positional[Path]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Folder of the index."""
-    query: tyro.conf.Positional[tuple[Path, ...]]
+    query: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUERY …")]
     """Images, or folders of images."""
     topk: int = 20
     """Results for each query."""
@@ -373,7 +373,7 @@ def _write_lists(given: _SearchArguments, index: Index, lists: list[RankedList])
 class _ClusterArguments:
     """Cluster saved features, or the images of a folder, as training does: Jaccard and DBSCAN."""
 
-    features: tyro.conf.Positional[Path]
+    features: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")]
     """File of features (.npy .npz .pt .mat .parquet), or a folder of images."""
     out: Path
     """File for the labels, .csv; -1 is for images in no cluster."""

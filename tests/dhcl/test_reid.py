@@ -258,6 +258,9 @@ def test_runs_that_are_none_or_half_written(run, tmp_path):
         ReID.load(half)
     with pytest.raises(ConfigError, match="no checkpoint 'best'; it has last"):
         ReID.load(run, "best")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"torch sees no GPU \(got cuda:0\)"):
+            ReID.load(run, device="cuda:0")
     with pytest.raises(ConfigError, match="which"):
         ReID.load(run, "first")
     (half / "checkpoints").mkdir()
