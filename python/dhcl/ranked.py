@@ -207,7 +207,8 @@ _COLORS = {True: "#1a7f37", False: "#cf222e", None: "#ffffff"}
 def write_png(path: Path, lists: Sequence[RankedList]) -> None:
     """A picture with a row per query; whole, or not at all.
 
-    Green frames and ``+`` are right results, red ones and ``-`` wrong ones.
+    Under an image are its rank, cosine and, if re-ranked, distance. Green frames and ``+`` are
+    right results, red ones and ``-`` wrong ones.
 
     Raises:
         ConfigError: more than 100 queries.
@@ -219,7 +220,7 @@ def write_png(path: Path, lists: Sequence[RankedList]) -> None:
         )
     font = _font(12)
     columns = 1 + max((len(one.results) for one in lists), default=0)
-    row = _HEIGHT + 2 * _BORDER + 3 * _LINE + _GAP
+    row = _HEIGHT + 2 * _BORDER + 4 * _LINE + _GAP
     size = (columns * (_CELL + _GAP) + 2 * _GAP, len(lists) * row + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -228,8 +229,10 @@ def write_png(path: Path, lists: Sequence[RankedList]) -> None:
         _cell(sheet, draw, font, (_GAP, top), one.query, "query", "#888888")
         for place, each in enumerate(one.results, 1):
             left = 2 * _GAP + place * (_CELL + _GAP)
-            distance = "" if each.distance is None else f" · {each.distance:.3f}"
-            head = f"{place} · {each.similarity:.3f}{distance} {_MARKS[each.right]}"
+            numbers = f"{each.similarity:.3f}"
+            if each.distance is not None:
+                numbers = f"{each.similarity:.2f} · {each.distance:.2f}"
+            head = f"{place} · {numbers} {_MARKS[each.right]}"
             _cell(sheet, draw, font, (left, top), each.image, head, _COLORS[each.right])
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
@@ -253,16 +256,23 @@ def _cell(
     draw.rectangle(frame, fill=color)
     sheet.paste(picture, (left + _BORDER, top + _BORDER))
     below = top + _HEIGHT + 2 * _BORDER
-    for line, text in enumerate((head, _about(image), show(image.path.name))):
-        color = "#1a1a1a" if not line else "#666666"
-        draw.text((left, below + line * _LINE), _fitting(draw, font, text), fill=color, font=font)
+    name = show(image.path.name)
+    fits = next(n for n in range(len(name), 0, -1) if n == 1 or _fits(draw, font, name[:n]))
+    texts = [head, _about(image), name[:fits], name[fits:]]
+    for line, text in enumerate(text for text in texts if text):
+        shade = "#666666" if line else "#1a1a1a"
+        draw.text((left, below + line * _LINE), _fitting(draw, font, text), fill=shade, font=font)
+
+
+def _fits(draw: ImageDraw.ImageDraw, font: Any, text: str) -> bool:
+    return bool(draw.textlength(text, font=font) <= _CELL)
 
 
 def _fitting(draw: ImageDraw.ImageDraw, font: Any, text: str) -> str:
     """The text, its middle left out where it is too wide for a cell."""
     keep = len(text)
     shown = text
-    while keep > 1 and draw.textlength(shown, font=font) > _CELL:
+    while keep > 1 and not _fits(draw, font, shown):
         keep -= 1
         shown = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
     return shown

@@ -355,7 +355,7 @@ def _write_lists(given: _SearchArguments, index: Index, lists: list[RankedList])
         print(as_table(lists))
     if given.html is not None:
         about_page = (
-            f"{len(lists):,} queries in {len(index):,} images of {show(index.folder)}, ordered by "
+            f"Queries: {len(lists):,}. Images in {show(index.folder)}: {len(index):,}, ordered by "
             f"{order}; model {index.model[:12]}."
         )
         write_html(given.html, lists, "Search results", about_page)
