@@ -1,5 +1,34 @@
-"""Training and evaluation of unsupervised person re-identification, on top of :mod:`dhcl_ops`."""
+"""Training and evaluation of unsupervised person re-identification, on top of :mod:`dhcl_ops`.
+
+``dhcl.ReID`` is a trained model to use; it needs the extra ``train`` and is imported when asked
+for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from dhcl_ops._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from dhcl.reid import ReID
+
+__all__ = ["ReID", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ReID":
+        raise AttributeError(f"module 'dhcl' has no attribute {name!r}")
+    try:
+        from dhcl.reid import ReID
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("dhcl", "dhcl_ops"):
+            raise
+        raise ModuleNotFoundError(
+            f"dhcl.ReID needs {error.name}: pip install 'dhcl[train]'", name=error.name
+        ) from error
+    return ReID
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

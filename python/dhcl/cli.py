@@ -1,4 +1,4 @@
-"""The command ``dhcl``: train, eval, synth, demo, pretrain, doctor.
+"""The command ``dhcl``: training, what uses a trained model or saved features, and tools.
 
 Exit status: 0 done, 1 a run that could not go on, 2 a wrong option or wrong data, 128 + n a run
 that signal n interrupted. Without the extra ``train`` only ``dhcl doctor`` works.
@@ -19,6 +19,12 @@ __all__ = ["main"]
 _COMMANDS = {
     "train": "train a model on images without labels, or go on with a run",
     "eval": "evaluate a run's model",
+    "export": "give a model's features, or the model, to other programs",
+    "index": "make an index of a folder of images, or change one",
+    "search": "find the people of some images in an index",
+    "cluster": "cluster saved features or a folder of images",
+    "rerank": "re-rank saved features",
+    "metrics": "evaluate saved features",
     "synth": "draw pedestrians: a data set of any size, with identities",
     "demo": "draw data, train every preset on it and compare, in minutes",
     "pretrain": "draw pedestrians and learn them, for weights to start from",
@@ -56,6 +62,7 @@ def _guarded(name: str, arguments: list[str]) -> int:
     from dhcl.config import ConfigError
     from dhcl.data import DataError
     from dhcl.engine import Interrupted
+    from dhcl.features import FeatureError
     from dhcl.trainer import Diverged, NoClusters
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -65,7 +72,7 @@ def _guarded(name: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", "This DataLoader will create")
     try:
         commands.COMMANDS[name](arguments)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, FeatureError) as error:
         return _fail(str(error), 2)
     except (CheckpointError, Diverged, NoClusters) as error:
         return _fail(str(error), 1)

@@ -19,6 +19,7 @@ from dhcl.demo import Demo, run_demo
 from dhcl.engine import Interrupted
 from dhcl.pretrain import Pretrain, pretrain
 from dhcl.runs import evaluate_run, train
+from dhcl.services import SERVICES
 from dhcl.synth import contact_sheet, render_dataset
 
 __all__ = ["COMMANDS", "train_options"]
@@ -242,4 +243,5 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "synth": _synth,
     "demo": _demo,
     "pretrain": _pretrain,
+    **SERVICES,
 }

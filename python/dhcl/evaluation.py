@@ -22,7 +22,7 @@ from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
 if TYPE_CHECKING:
     from dhcl.trainer import Trainer
 
-__all__ = ["Evaluator", "IdentityObserver", "table"]
+__all__ = ["Evaluator", "IdentityObserver", "by_name", "table"]
 
 RANKS = (1, 5, 10)
 
@@ -61,10 +61,10 @@ class Evaluator:
         )
         if not self._engine.is_main:
             return {}
-        metrics: dict[str, Any] = _named(self._rank((query, gallery)))
+        metrics: dict[str, Any] = by_name(self._rank((query, gallery)))
         if reranked:
             try:
-                metrics["reranked"] = _named(self._rank(rerank(query, gallery)))
+                metrics["reranked"] = by_name(self._rank(rerank(query, gallery)))
             except MemoryError as error:
                 self._engine.say(f"warning: no re-ranking, {error}")
         return metrics
@@ -80,7 +80,8 @@ class Evaluator:
         return evaluate_ranking(what, *ids, *cameras, max_rank=max(RANKS))
 
 
-def _named(metrics: RankingMetrics) -> dict[str, Any]:
+def by_name(metrics: RankingMetrics) -> dict[str, Any]:
+    """What :class:`Evaluator` returns of them."""
     ranks = {f"rank{k}": float(metrics.cmc[k - 1]) for k in RANKS}
     return {"mAP": metrics.mAP, **ranks, "mINP": metrics.mINP, "queries": metrics.num_valid}
 

@@ -18,7 +18,7 @@ from dhcl.evaluation import Evaluator, IdentityObserver, table
 from dhcl.models import ReIDModel, UnavailableWeights, build_model
 from dhcl.trainer import Trainer
 
-__all__ = ["evaluate_run", "load_model", "make_model", "open_data", "train"]
+__all__ = ["evaluate_run", "load_model", "make_model", "open_data", "read_model", "train"]
 
 
 def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> ReIDData:
@@ -173,12 +173,16 @@ def _report(
 
 
 def load_model(config: TrainConfig, run: Path, engine: Engine, which: str = "last") -> ReIDModel:
-    """The model of a run, on the engine's device.
+    """The model of a run, as :func:`read_model`, on the engine's device."""
+    return read_model(config, run, which).to(engine.device)
+
+
+def read_model(config: TrainConfig, run: Path, which: str = "last") -> ReIDModel:
+    """The model of a run, in training mode, on the CPU.
 
     Args:
         config: the run's options.
         run: its folder.
-        engine: processes and device.
         which: ``last`` or ``best`` (by test mAP along the way).
 
     Raises:
@@ -193,7 +197,7 @@ def load_model(config: TrainConfig, run: Path, engine: Engine, which: str = "las
     config = dataclasses.replace(config, pretrained=False, weights=None)
     model = make_model(config, len(cameras))
     model.load_state_dict(state)
-    return model.to(engine.device)
+    return model
 
 
 def evaluate_run(

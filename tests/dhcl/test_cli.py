@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from dhcl.cli import main
+from dhcl.commands import COMMANDS
 
 from tests.dhcl.toy import command_line, options, write_images
 
@@ -96,7 +97,7 @@ def test_commands_and_their_help(capsys):
     assert "doctor" in capsys.readouterr().out
     assert main(["trian"]) == 2
     assert "did you mean 'train'" in capsys.readouterr().err
-    for name in ("train", "eval", "synth", "demo"):
+    for name in COMMANDS:
         assert main([name, "--help"]) == 0
         assert f"dhcl {name}" in capsys.readouterr().out
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 from dhcl.config import preset, with_changes
+from dhcl.runs import train
 from PIL import Image
 
 
@@ -56,6 +57,13 @@ OPTIONS = {
 
 def options(root, out, name="dhcl", **changes):
     return with_changes(preset(name), {**OPTIONS, "root": root, "out": out, **changes}).resolved()
+
+
+def make_run(root, out, **changes):
+    """A run that has learned next to nothing, with statistics per camera, in a second."""
+    small = {"epochs": 1, "iterations": 2, "warmup_epochs": 0, "camera_bn": True}
+    train(options(root, out, **{**small, "deterministic": False, **changes}), quiet=True)
+    return out
 
 
 def command_line(config):

@@ -1,6 +1,15 @@
 """Data sets on disk, images as tensors, and the sampler of training batches."""
 
-from dhcl.data.datasets import DATASETS, DataError, ImageList, ReIDData, load_data
+from dhcl.data.datasets import (
+    DATASETS,
+    DataError,
+    ImageList,
+    ReIDData,
+    image_files,
+    load_data,
+    path_reader,
+    training_cameras,
+)
 from dhcl.data.images import (
     BadImage,
     EvalImages,
@@ -28,8 +37,11 @@ __all__ = [
     "check_images",
     "eval_loader",
     "eval_transform",
+    "image_files",
     "load_data",
+    "path_reader",
     "read_image",
     "train_loader",
     "train_transform",
+    "training_cameras",
 ]

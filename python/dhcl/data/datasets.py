@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -378,7 +378,7 @@ def _files(folder: Path) -> list[Path]:
             for name in names
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(found, key=Path.as_posix)
 
 
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
@@ -577,17 +577,7 @@ def _matched(
     pattern: str, root: Path, paths: list[Path], notes: list[str]
 ) -> dict[str, list[str | None]]:
     """What the groups ``id`` and ``camera`` hold for each path, None where there is nothing."""
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise DataError(
-            f"pattern: must be a regular expression (got {pattern!r}: {error})"
-        ) from error
-    groups = [group for group in ("id", "camera") if group in expression.groupindex]
-    if not groups:
-        raise DataError(
-            f"pattern: must have a group (?P<id>...) or (?P<camera>...) (got {pattern!r})"
-        )
+    expression = _compiled(pattern)
     matches = [expression.search(path.relative_to(root).as_posix()) for path in paths]
     unmatched = [path for path, match in zip(paths, matches, strict=True) if match is None]
     if len(unmatched) == len(paths):
@@ -599,20 +589,35 @@ def _matched(
         first = show(unmatched[0].relative_to(root).as_posix())
         notes.append(f"{len(unmatched):,} images do not match the pattern, the first {first!r}.")
     texts: dict[str, list[str | None]] = {"id": [None] * len(paths), "camera": [None] * len(paths)}
-    for group in groups:
+    for group in expression.groupindex.keys() & texts:
         texts[group] = [match[group] if match else None for match in matches]
     return texts
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise DataError(
+            f"pattern: must be a regular expression (got {pattern!r}: {error})"
+        ) from error
+    if not expression.groupindex.keys() & {"id", "camera"}:
+        raise DataError(
+            f"pattern: must have a group (?P<id>...) or (?P<camera>...) (got {pattern!r})"
+        )
+    return expression
+
+
+def _value(text: str | None) -> int | str:
+    """A whole number for its digits (``7`` for ``007``), other texts as they are, -1 for none."""
+    if not text:
+        return -1
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
+
+
 def _numbered(texts: Sequence[str | None], *, keep_numbers: bool) -> list[int]:
     """A number for each text: equal for equal texts (``7`` equals ``007``), -1 for nothing."""
-
-    def value(text: str | None) -> int | str:
-        if not text:
-            return -1
-        return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
-
-    values = [value(text) for text in texts]
+    values = [_value(text) for text in texts]
     numbers = sorted({v for v in values if isinstance(v, int) and v != -1})
     words = sorted({v for v in values if isinstance(v, str)})
     if keep_numbers and numbers and numbers[0] < -1:
@@ -622,6 +627,68 @@ def _numbered(texts: Sequence[str | None], *, keep_numbers: bool) -> list[int]:
     first = max(table.values(), default=-1) + 1
     table |= {word: first + i for i, word in enumerate(words)}
     return [table[v] for v in values]
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Images on all levels below a folder, in sorted order, without hidden files.
+
+    Raises:
+        DataError: no such folder, or no images in it.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing"
+        raise DataError(f"images: must be a folder (got {what} at {show(folder)})")
+    files = _files(folder)
+    if not files:
+        raise DataError(
+            f"images: none in {show(folder)} (looked for {' '.join(IMAGE_SUFFIXES)} on all levels)"
+        )
+    return files
+
+
+def path_reader(pattern: str | None) -> Callable[[str], tuple[int | str, int | str]]:
+    """What reads identity and camera off a path: whole numbers or other texts, -1 for unknown.
+
+    Args:
+        pattern: as of :func:`load_data`; None knows nothing of any path.
+
+    Raises:
+        DataError: not a regular expression, or one without the groups.
+    """
+    if pattern is None:
+        return lambda path: (-1, -1)
+    expression = _compiled(pattern)
+
+    def read(path: str) -> tuple[int | str, int | str]:
+        match = expression.search(path)
+        found = match.groupdict() if match else {}
+        return _value(found.get("id")), _value(found.get("camera"))
+
+    return read
+
+
+def training_cameras(name: str, root: str | Path, pattern: str | None) -> dict[int | str, int]:
+    """The camera index of :func:`load_data` for each camera as the paths name it.
+
+    Of a folder, its files are listed again.
+
+    Raises:
+        DataError: as :func:`load_data`; a data set whose paths name no cameras.
+    """
+    key = _resolve(name)
+    if key.startswith("vehicleid") or (key == "folder" and pattern is None):
+        raise DataError(f"cameras: those of the training are unknown ({key}, pattern {pattern!r})")
+    if key != "folder":
+        numbers = _LAYOUTS[_FAMILIES.get(key, (key,))[0]].camera_numbers or range(1, 1000)
+        return {number: index for index, number in enumerate(numbers)}
+    data = load_data(key, root, pattern=pattern)
+    read = path_reader(pattern)
+    table = {}
+    for images in (data.train, data.query, data.gallery):
+        for path, camera in zip(images.paths, images.cameras, strict=True):
+            table[read(path.relative_to(data.root).as_posix())[1]] = int(camera)
+    return {camera: index for camera, index in table.items() if index >= 0}
 
 
 # ---- description --------------------------------------------------------------------------------

@@ -1,0 +1,531 @@
+"""Saved features: reading .npy, .npz, .pt, .mat and .parquet files, writing .npz and .parquet.
+
+Needs torch and NumPy alone; SciPy for .mat, pyarrow for .parquet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = [
+    "FEATURE_SUFFIXES",
+    "FeatureError",
+    "FeatureWriter",
+    "Features",
+    "NpyRows",
+    "check_pair",
+    "common_numbers",
+    "feature_writer",
+    "read_features",
+]
+
+FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".mat", ".parquet")
+"""Files that :func:`read_features` takes."""
+
+Role = Literal["", "query", "gallery"]
+
+# Names that files of this field use, after those that `dhcl export` writes.
+_NAMES = {
+    "features": ("features", "feature", "feats", "feat", "embeddings"),
+    "ids": ("ids", "id", "labels", "label", "pids"),
+    "cameras": ("cameras", "camera", "cams", "cam", "camids"),
+    "paths": ("paths", "path"),
+    "model": ("model",),
+}
+# Of a file that holds queries and gallery: query_features, or query_f as in layumi's
+# Person_reID_baseline_pytorch, whose other names are query_label and query_cam.
+_ROLE_NAMES = {**_NAMES, "features": (*_NAMES["features"], "f")}
+
+
+class FeatureError(ValueError):
+    """A file of features that can't be read, or holds something else than was expected."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a file holds.
+
+    Attributes:
+        values: (N, d) float32, finite, as they are in the file.
+        ids: (N,) int64 or text; None where the file has none.
+        cameras: (N,) int64 or text; None where the file has none.
+        paths: N paths; None where the file has none.
+        model: fingerprint of the model, in files that ``dhcl export`` wrote.
+        file: where they come from.
+        keys: everything the file holds, by name.
+    """
+
+    values: torch.Tensor
+    ids: NDArray[Any] | None
+    cameras: NDArray[Any] | None
+    paths: tuple[str, ...] | None
+    model: str | None
+    file: Path
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def unit(self) -> torch.Tensor:
+        """Rows scaled to length 1; a row of zeros raises :class:`FeatureError`."""
+        lengths = torch.linalg.vector_norm(self.values, dim=1, dtype=torch.float64)
+        zero = (lengths == 0).nonzero()
+        if len(zero):
+            raise FeatureError(
+                f"features: rows must have a length above 0 (got zeros in row {int(zero[0])} of "
+                f"{self.file}, {len(zero)} such rows)"
+            )
+        # Rows of length 1 keep their bits.
+        if ((lengths - 1).abs() <= 1e-5).all():
+            return self.values
+        unit: torch.Tensor = self.values / lengths.float()[:, None]
+        return unit
+
+
+def read_features(path: str | Path, *, role: Role = "", key: str | None = None) -> Features:
+    """Read features and what lies beside them.
+
+    A ``.npy`` file or a tensor in a ``.pt`` file is features alone. In other files features are
+    under ``features`` (or ``feats``, ``embeddings``), or are the only matrix of floating numbers;
+    identities under ``ids``, ``labels`` or ``pids``; cameras under ``cameras``, ``cams`` or
+    ``camids``; paths under ``paths``. A file may hold both sides, as ``query_features`` and
+    ``gallery_features`` (or ``query_f``, ``query_label``, ``query_cam``). Code in files is not run.
+
+    Args:
+        path: a file with one of :data:`FEATURE_SUFFIXES`.
+        role: ``query`` or ``gallery``, for a file that holds both.
+        key: name of the features where none of these fits.
+
+    Raises:
+        FeatureError: no such file, another kind or a damaged one, no features in it (the names it
+            has are listed), not a finite matrix (N, d), ids, cameras or paths of another length.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FeatureError(f"features: no such file: {path}")
+    if path.suffix.lower() not in FEATURE_SUFFIXES:
+        raise FeatureError(
+            f"features: must be one of {' '.join(FEATURE_SUFFIXES)} (got {path.name})"
+        )
+    content = _content(path)
+    name, values = _matrix(path, content, role, key)
+    rows = len(values)
+    return Features(
+        values=values,
+        ids=_column(path, content, "ids", role, rows),
+        cameras=_column(path, content, "cameras", role, rows),
+        paths=_paths(path, content, role, rows),
+        model=_model(content),
+        file=path,
+        keys=tuple(content) if name else (),
+    )
+
+
+# ---- kinds of files -----------------------------------------------------------------------------
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What the file holds by name; a bare array is called by the empty name."""
+    kind = path.suffix.lower()
+    read = {".npy": _npy, ".npz": _npz, ".mat": _mat, ".parquet": _parquet}.get(kind, _pt)
+    try:
+        return read(path)
+    except (FeatureError, MemoryError):
+        raise
+    except Exception as error:  # each format has its own for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise FeatureError(
+            f"features: {path} can't be read as {kind} ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _npy(path: Path) -> dict[str, Any]:
+    return {"": np.load(path, allow_pickle=False)}
+
+
+def _npz(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _pt(path: Path) -> dict[str, Any]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, torch.Tensor):
+        return {"": content}
+    if isinstance(content, Mapping):
+        return {str(name): value for name, value in content.items()}
+    raise FeatureError(
+        f"features: {path} must hold a tensor or a dictionary of them "
+        f"(got {type(content).__name__})"
+    )
+
+
+def _mat(path: Path) -> dict[str, Any]:
+    try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError as error:
+        raise FeatureError("features: .mat files need SciPy: pip install scipy") from error
+    try:
+        content = loadmat(path)
+    except NotImplementedError as error:
+        raise FeatureError(
+            f"features: {path} is a .mat file of version 7.3; save it with -v7"
+        ) from error
+    return {name: value for name, value in content.items() if not name.startswith("__")}
+
+
+def _parquet(path: Path) -> dict[str, Any]:
+    parquet = _pyarrow()
+    table = parquet.read_table(path)
+    content: dict[str, Any] = {}
+    for name in table.column_names:
+        column = table.column(name)
+        if "list" in str(column.type):
+            content[name] = _lists(path, name, column)
+        else:
+            content[name] = column.to_numpy()
+    metadata = table.schema.metadata or {}
+    if b"dhcl.model" in metadata:
+        content["model"] = metadata[b"dhcl.model"].decode()
+    return content
+
+
+def _lists(path: Path, name: str, column: Any) -> NDArray[Any]:
+    """A column of lists as a matrix."""
+    widths = {len(row) for chunk in column.chunks for row in chunk if row.is_valid}
+    if column.null_count or len(widths) > 1:
+        raise FeatureError(
+            f"features: every row of {name!r} in {path} must have the same width "
+            f"(got widths {sorted(widths)}, {column.null_count} rows missing)"
+        )
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    rows: NDArray[Any] = np.concatenate(parts).reshape(len(column), -1)
+    return rows
+
+
+def _pyarrow() -> Any:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise FeatureError(
+            "features: .parquet files need pyarrow: pip install 'dhcl[export]'"
+        ) from error
+    return parquet
+
+
+# ---- what is in them ----------------------------------------------------------------------------
+
+
+def _find(content: Mapping[str, Any], what: str, role: Role) -> str | None:
+    """The name under which the file holds this."""
+    if role:
+        for name in _ROLE_NAMES[what]:
+            if f"{role}_{name}" in content:
+                return f"{role}_{name}"
+    return next((name for name in _NAMES[what] if name in content), None)
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    array: NDArray[Any] = np.asarray(value)
+    return array
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray)) and (
+        _array(value).ndim == 2 and _array(value).dtype.kind == "f"
+    )
+
+
+def _matrix(
+    path: Path, content: Mapping[str, Any], role: Role, key: str | None
+) -> tuple[str, torch.Tensor]:
+    if key is not None and key not in content:
+        raise FeatureError(f"features: there is no {key!r} in {path} ({_named(content)})")
+    name = key if key is not None else ("" if "" in content else _find(content, "features", role))
+    if name is None:
+        matrices = [each for each, value in content.items() if _is_matrix(value)]
+        if len(matrices) != 1:
+            raise FeatureError(
+                f"features: there is no 'features' in {path} ({_named(content)}); --key NAME says "
+                "which it is"
+            )
+        name = matrices[0]
+    called = f"{name!r} in {path}" if name else str(path)
+    try:
+        array = _array(content[name])
+    except (TypeError, ValueError) as error:
+        raise FeatureError(f"features: {called} must be a matrix ({error})") from error
+    if array.dtype.kind not in "fiu":
+        raise FeatureError(f"features: {called} must be numbers (got {array.dtype})")
+    if array.ndim != 2 or 0 in array.shape:
+        raise FeatureError(
+            f"features: {called} must be (N, d), a row per image (got shape {array.shape})"
+        )
+    values = torch.from_numpy(np.array(array, dtype=np.float32))
+    wrong = (~values.isfinite()).any(1).nonzero()
+    if len(wrong):
+        raise FeatureError(
+            f"features: {called} must be finite in float32 (got nan or inf in row {int(wrong[0])}, "
+            f"{len(wrong)} such rows)"
+        )
+    return name, values
+
+
+def _named(content: Mapping[str, Any]) -> str:
+    if "" in content:
+        return "the file is a bare array"
+    return f"it holds: {', '.join(map(repr, content)) or 'nothing'}"
+
+
+def _column(
+    path: Path, content: Mapping[str, Any], what: str, role: Role, rows: int
+) -> NDArray[Any] | None:
+    """Whole numbers or texts, one per row."""
+    name = _find(content, what, role)
+    if name is None:
+        return None
+    array = _array(content[name])
+    if array.size != max(array.shape, default=0) or array.size != rows:
+        raise FeatureError(
+            f"features: {name!r} in {path} must be {rows} values, one per row of the features "
+            f"(got shape {array.shape})"
+        )
+    array = array.reshape(-1)
+    if array.dtype.kind == "f" and np.array_equal(array, np.round(array)):
+        array = array.astype(np.int64)  # Matlab's numbers
+    if array.dtype.kind in "iu":
+        return array.astype(np.int64)
+    if array.dtype.kind == "U" or all(isinstance(each, str) for each in array):
+        return array.astype(str)
+    raise FeatureError(
+        f"features: {name!r} in {path} must be whole numbers or texts (got {array.dtype})"
+    )
+
+
+def _paths(path: Path, content: Mapping[str, Any], role: Role, rows: int) -> tuple[str, ...] | None:
+    name = _find(content, "paths", role)
+    if name is None:
+        return None
+    array = _array(content[name]).reshape(-1)
+    if len(array) != rows:
+        raise FeatureError(
+            f"features: {name!r} in {path} must be {rows} paths, one per row of the features "
+            f"(got {len(array)})"
+        )
+    return tuple(str(each).rstrip() if path.suffix == ".mat" else str(each) for each in array)
+
+
+def _model(content: Mapping[str, Any]) -> str | None:
+    value = content.get("model")
+    array = np.asarray(value if isinstance(value, (str, np.ndarray)) else None)
+    return str(array) if array.ndim == 0 and array.dtype.kind == "U" else None
+
+
+# ---- two sides ----------------------------------------------------------------------------------
+
+
+def check_pair(query: Features, gallery: Features) -> None:
+    """Raise :class:`FeatureError` unless the two can be compared."""
+    one, other = query.values.shape[1], gallery.values.shape[1]
+    if one != other:
+        raise FeatureError(
+            f"features: query and gallery must have one width (got {one} in {query.file} and "
+            f"{other} in {gallery.file})"
+        )
+    if query.model and gallery.model and query.model != gallery.model:
+        raise FeatureError(
+            f"features: query and gallery must be of one model (got {query.model[:12]} in "
+            f"{query.file} and {gallery.model[:12]} in {gallery.file})"
+        )
+
+
+def common_numbers(*columns: NDArray[Any]) -> list[torch.Tensor]:
+    """Each column as (N,) int64, equal numbers for what is equal; -1 and empty texts are -1."""
+    if all(column.dtype.kind == "i" for column in columns):
+        return [torch.from_numpy(column) for column in columns]
+    texts = [column.astype(str) for column in columns]
+    names, numbers = np.unique(np.concatenate(texts), return_inverse=True)
+    numbers[np.isin(names, ("", "-1"))[numbers]] = -1
+    return list(torch.from_numpy(numbers).split([len(column) for column in columns]))
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+class NpyRows:
+    """A ``.npy`` file of float32 rows that grows, so that no more than a batch is in memory.
+
+    It is whole once :meth:`close` has been called.
+    """
+
+    def __init__(self, path: Path, width: int) -> None:
+        self.path, self.width, self.rows = path, width, 0
+        self._file = path.open("wb")
+        self._header_bytes = self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        # NumPy pads headers so that the number of rows can grow in place.
+        buffer = io.BytesIO()
+        shape = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
+        np.lib.format.write_array_header_1_0(buffer, shape)
+        return buffer.getvalue()
+
+    def append(self, rows: torch.Tensor | NDArray[np.float32]) -> None:
+        """Add rows (n, width)."""
+        array = np.ascontiguousarray(np.asarray(rows), dtype="<f4")
+        if array.ndim != 2 or array.shape[1] != self.width:
+            raise ValueError(f"rows: must be (n, {self.width}) (got {array.shape})")
+        self._file.write(array.data)
+        self.rows += len(array)
+
+    def close(self) -> None:
+        """Write the number of rows, and everything to the disk."""
+        header = self._header()
+        assert len(header) == self._header_bytes
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class FeatureWriter(Protocol):
+    """Takes features batch by batch."""
+
+    def append(
+        self,
+        features: torch.Tensor,
+        paths: Sequence[str],
+        ids: Sequence[int | str] | None,
+        cameras: Sequence[int | str] | None,
+    ) -> None:
+        """Add rows (n, d) with their paths, and identities and cameras or None."""
+
+
+@contextlib.contextmanager
+def feature_writer(path: Path, width: int, model: str) -> Iterator[FeatureWriter]:
+    """Write features to ``path`` (.npz or .parquet) as they come; whole, or not at all.
+
+    A ``.npz`` file holds ``features`` (N, d) float32, ``paths``, ``model`` and, where they are
+    given, ``ids`` and ``cameras``: int64 if all are whole numbers, else text. A ``.parquet`` file
+    has a row per image with columns of the same names, and the model in its metadata. Features are
+    never all in memory; paths are.
+
+    Raises:
+        FeatureError: another kind of file; no pyarrow; nothing appended.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".npz", ".parquet"):
+        raise FeatureError(f"features: must be written to .npz or .parquet (got {path.name})")
+    if kind == ".parquet":
+        _pyarrow()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    rows = NpyRows(path.with_name(path.name + ".rows.partial"), width)
+    columns = _Columns(rows)
+    try:
+        yield columns
+        rows.close()
+        if not rows.rows:
+            raise FeatureError(f"features: none to write to {path}")
+        (_write_npz if kind == ".npz" else _write_parquet)(partial, columns, model)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        rows.discard()
+        partial.unlink(missing_ok=True)
+
+
+class _Columns:
+    """Features in a file, what goes with them in memory."""
+
+    def __init__(self, rows: NpyRows) -> None:
+        self.rows = rows
+        self.texts: dict[str, list[int | str]] = {"paths": []}
+
+    def append(
+        self,
+        features: torch.Tensor,
+        paths: Sequence[str],
+        ids: Sequence[int | str] | None,
+        cameras: Sequence[int | str] | None,
+    ) -> None:
+        self.rows.append(features)
+        self.texts["paths"] += paths
+        for name, values in (("ids", ids), ("cameras", cameras)):
+            if values is not None:
+                self.texts.setdefault(name, []).extend(values)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Whole numbers where all are, else texts, unknown ones empty."""
+        arrays = {}
+        for name, values in self.texts.items():
+            if all(isinstance(value, int) for value in values):
+                arrays[name] = np.array(values, np.int64)
+            else:
+                arrays[name] = np.array(["" if value == -1 else str(value) for value in values])
+        return arrays
+
+
+def _write_npz(path: Path, columns: _Columns, model: str) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with (
+            columns.rows.path.open("rb") as source,
+            archive.open("features.npy", "w", force_zip64=True) as target,
+        ):
+            shutil.copyfileobj(source, target, 1 << 20)
+        for name, array in {**columns.arrays(), "model": np.array(model)}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as target:
+                np.lib.format.write_array(target, array, allow_pickle=False)
+
+
+def _write_parquet(path: Path, columns: _Columns, model: str) -> None:
+    import pyarrow
+
+    parquet = _pyarrow()
+    features = np.load(columns.rows.path, mmap_mode="r")
+    arrays = columns.arrays()
+    width = features.shape[1]
+    kinds = {
+        name: pyarrow.int64() if array.dtype.kind == "i" else pyarrow.string()
+        for name, array in arrays.items()
+    }
+    schema = pyarrow.schema(
+        {"features": pyarrow.list_(pyarrow.float32(), width), **kinds},
+        metadata={"dhcl.model": model},
+    )
+    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, len(features), _ROW_GROUP):
+            part = slice(start, start + _ROW_GROUP)
+            flat = pyarrow.array(np.array(features[part]).reshape(-1))
+            rows = {"features": pyarrow.FixedSizeListArray.from_arrays(flat, width)}
+            for name, array in arrays.items():
+                values = array[part].tolist()
+                if array.dtype.kind != "i":  # names of files may hold any bytes
+                    values = [v.encode("utf-8", "backslashreplace").decode() for v in values]
+                rows[name] = pyarrow.array(values, kinds[name])
+            writer.write_table(pyarrow.table(rows, schema=schema))
+
+
+_ROW_GROUP = 4096

@@ -1,0 +1,568 @@
+"""A trained model to use: features of any images, search and clustering with them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dhcl.config import ConfigError, TrainConfig
+from dhcl.data import (
+    DataError,
+    eval_loader,
+    eval_transform,
+    image_files,
+    read_image,
+    training_cameras,
+)
+from dhcl.data.datasets import IMAGE_SUFFIXES, show
+from dhcl.models import ReIDModel
+from dhcl_ops import Clustering, cluster, knn, rerank
+
+__all__ = ["Batch", "Found", "Images", "ReID", "op_progress", "read_run"]
+
+Images: TypeAlias = Any
+"""A folder, a file, or a sequence of files, PIL images or uint8 (H, W, 3) RGB arrays or tensors; or
+all of them in one (N, H, W, 3) array or tensor."""
+
+OnBad: TypeAlias = Literal["refuse", "skip"]
+
+# Part of the fingerprint: to be changed with what eval_transform does to pixels.
+_PREPROCESSING = "decoded RGB, EXIF upright, bicubic antialiased resize of uint8, 1"
+
+
+class Found(NamedTuple):
+    """The best of a gallery for each query, best first; ties by ascending index.
+
+    ``indices`` (Q, k) int64 into the gallery, ``similarities`` (Q, k) float32 cosines in [-1, 1],
+    and with re-ranking ``distances`` (Q, k) float32, by which they are then ordered.
+    """
+
+    indices: torch.Tensor
+    similarities: torch.Tensor
+    distances: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features (n, d) float32 on the CPU, and which n of the images they are of, ascending."""
+
+    indices: list[int]
+    features: torch.Tensor
+
+
+def read_run(run: Path) -> TrainConfig:
+    """The options of a run.
+
+    Raises:
+        ConfigError: no such folder, or one without ``config.yaml``.
+    """
+    from dhcl.commands import _from_file  # commands import this module
+
+    if not run.is_dir():
+        what = "a file" if run.exists() else "nothing"
+        raise ConfigError(f"run: must be the folder of a run (got {what} at {show(run)})")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"run: {show(run)} is not the folder of a run, it has no config.yaml")
+    return _from_file(run / "config.yaml", TrainConfig())
+
+
+@contextlib.contextmanager
+def op_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress line for the ops, if someone looks at it: takes (stage, done, total)."""
+    with tqdm(leave=False, disable=None) as bar:
+
+        def show_stage(stage: str, done: int, total: int) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield show_stage
+
+
+class ReID:
+    """A trained model: images to features of unit length, by which equal people are near.
+
+    Example::
+
+        model = ReID.load("runs/market1501-dhcl-seed0")
+        found = model.search("query.jpg", "gallery/", topk=5)
+
+    Attributes:
+        dim: d, features per image.
+        image_size: (height, width) in pixels to which images are resized.
+        num_cameras: cameras with statistics of their own (``camera_bn``), 0 for none.
+        device: where the model computes.
+        run: folder it was loaded from.
+        which: ``last`` or ``best``.
+        config: the run's options.
+        model: the network, in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        model: ReIDModel,
+        config: TrainConfig,
+        run: Path,
+        which: str = "last",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.config, self.run, self.which = config, run, which
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.dim, self.num_cameras = model.dim, model.num_cameras
+        self.image_size = config.image_size
+        self._transform = eval_transform(self.image_size, model.mean, model.std)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(
+        cls,
+        run: str | os.PathLike[str],
+        which: Literal["last", "best"] = "last",
+        device: str | torch.device = "auto",
+    ) -> ReID:
+        """Load the model of a run.
+
+        Args:
+            run: its folder.
+            which: the last epoch's model, or the one that looked best by test mAP.
+            device: ``auto`` takes a GPU where there is one; else any device of torch.
+
+        Raises:
+            ConfigError: no such folder, not a run, or no checkpoint in it yet.
+            CheckpointError: the checkpoint can't be read.
+        """
+        from dhcl.runs import read_model  # takes seconds to import
+
+        folder = Path(run).expanduser()
+        config = read_run(folder)
+        if which not in ("last", "best"):
+            raise ConfigError(f"which: must be 'last' or 'best' (got {which!r})")
+        checkpoints = folder / "checkpoints"
+        if not (checkpoints / f"{which}.pt").is_file():
+            others = sorted(file.stem for file in checkpoints.glob("*.pt"))
+            advice = (
+                f"it has {' and '.join(others)}"
+                if others
+                else f"it stopped before its first one; dhcl train --resume {show(folder)} goes on"
+            )
+            raise ConfigError(f"run: {show(folder)} has no checkpoint '{which}'; {advice}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device: torch sees no GPU (got {device})")
+        return cls(read_model(config, folder, which), config, folder, which, device)
+
+    def __repr__(self) -> str:
+        return f"ReID({self.model.description}; {show(self.run)}, {self.which}, {self.id[:12]})"
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Fingerprint of everything features depend on: SHA-256 of weights and preprocessing."""
+        digest = hashlib.sha256()
+        model = self.model
+        about = (_PREPROCESSING, self.config.backbone, self.config.pooling, self.image_size)
+        digest.update(repr((*about, tuple(model.mean), tuple(model.std))).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            if name.endswith("num_batches_tracked"):
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def camera_indices(self, names: Sequence[int | str]) -> list[int]:
+        """Indices, as :meth:`features` takes them, of cameras as training paths name them.
+
+        -1 for a camera that training did not see. For a run on a folder, that folder must still be
+        there.
+
+        Raises:
+            DataError: the cameras of the training are unknown.
+        """
+        config = self.config
+        table = training_cameras(config.data, config.root or Path(), config.pattern)
+        return [table.get(name, -1) for name in names]
+
+    # ---- features ----
+
+    def features(
+        self,
+        images: Images,
+        cameras: Sequence[int] | torch.Tensor | None = None,
+        *,
+        batch_size: int = 128,
+        workers: int = 0,
+        on_bad: OnBad = "refuse",
+        progress: bool = False,
+    ) -> Any:
+        """Features of images.
+
+        Args:
+            images: a folder (all images on all levels, in sorted order), a file, a sequence of
+                files, PIL images or uint8 (H, W, 3) RGB arrays or tensors, or one (N, H, W, 3)
+                array or tensor.
+            cameras: (N,) indices from 0 of the training's cameras, for models with statistics per
+                camera; -1 is an unknown one. By default all are unknown. Other models do not look.
+            batch_size: images at a time.
+            workers: processes that load images; 0 loads in this one.
+            on_bad: ``refuse`` raises if an image is missing or damaged, ``skip`` leaves it out.
+            progress: show a progress line, where someone looks at it.
+
+        Returns:
+            (N, d) float32 on the CPU, rows of length 1. With ``on_bad="skip"`` a pair: features
+            (n, d), and (n,) int64, which of the images they are of.
+
+        Raises:
+            DataError: no images, or bad ones; files that are not there are all found before the
+                first one is opened.
+        """
+        listed = as_images(images)
+        out = torch.empty(len(listed), self.dim)
+        kept: list[int] = []
+        batches = self.batches(
+            listed,
+            cameras,
+            batch_size=batch_size,
+            workers=workers,
+            on_bad=on_bad,
+            progress=progress,
+        )
+        for batch in batches:
+            out[len(kept) : len(kept) + len(batch.indices)] = batch.features
+            kept += batch.indices
+        if on_bad == "refuse":
+            return out
+        return out[: len(kept)], torch.tensor(kept, dtype=torch.int64)
+
+    def batches(
+        self,
+        images: Sequence[Any],
+        cameras: Sequence[int] | torch.Tensor | None = None,
+        *,
+        batch_size: int = 128,
+        workers: int = 0,
+        on_bad: OnBad = "refuse",
+        bad: list[tuple[int, str]] | None = None,
+        progress: bool = False,
+    ) -> Iterator[Batch]:
+        """Features batch by batch, so that memory does not grow with the number of images.
+
+        Args:
+            images: as :func:`as_images` gives them.
+            cameras, batch_size, workers, on_bad, progress: as in :meth:`features`.
+            bad: gets (index, reason) of each image that is left out.
+
+        Raises:
+            DataError: as :meth:`features`. ValueError: an argument out of range.
+        """
+        if on_bad not in ("refuse", "skip"):
+            raise ValueError(f"on_bad: must be 'refuse' or 'skip' (got {on_bad!r})")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: must be at least 1 (got {batch_size})")
+        if workers < 0:
+            raise ValueError(f"workers: must be at least 0 (got {workers})")
+        numbers = self._cameras(cameras, len(images))
+        left_out = [] if bad is None else bad
+        left_out += _missing(images)
+        if left_out and on_bad == "refuse":
+            raise _bad_images(images, left_out)
+        return self._batches(
+            images, numbers, batch_size, workers, on_bad == "refuse", left_out, progress
+        )
+
+    @torch.no_grad()
+    def _batches(
+        self,
+        images: Sequence[Any],
+        cameras: torch.Tensor | None,
+        batch_size: int,
+        workers: int,
+        refuse: bool,
+        bad: list[tuple[int, str]],
+        progress: bool,
+    ) -> Iterator[Batch]:
+        known_bad = {index for index, _ in bad}
+        source = _Source(images, self._transform, self.image_size, known_bad)
+        count = math.ceil(len(images) / batch_size)
+        loader = eval_loader(
+            source,
+            batch_size=batch_size,
+            workers=min(workers, count) if count > 1 else 0,
+            pin_memory=self.device.type == "cuda",
+        )
+        bar = tqdm(
+            desc="features", total=len(images), unit="image", leave=False,
+            disable=None if progress else True,
+        )  # fmt: skip
+        seen = 0
+        with bar:
+            for pixels, indices, reasons in loader:
+                new = [
+                    (index, reason)
+                    for index, reason in zip(indices.tolist(), reasons, strict=True)
+                    if reason and index not in known_bad
+                ]
+                if new and refuse:
+                    raise _bad_images(images, new)
+                bad += new
+                good = torch.tensor([not reason for reason in reasons])
+                if good.any():
+                    kept = indices[good]
+                    these = None if cameras is None else cameras[kept].to(self.device)
+                    inputs = (pixels if good.all() else pixels[good]).to(self.device)
+                    yield Batch(kept.tolist(), self.model(inputs, these).cpu())
+                seen += len(reasons)
+                bar.update(len(reasons))
+        if len(bad) == seen:
+            raise DataError(f"images: none of {seen:,} can be read\n{_list_of_bad(images, bad)}")
+
+    def _cameras(
+        self, cameras: Sequence[int] | torch.Tensor | None, images: int
+    ) -> torch.Tensor | None:
+        if cameras is None:
+            return None
+        numbers = torch.as_tensor(cameras)
+        if numbers.shape != (images,) or numbers.is_floating_point():
+            raise ValueError(
+                f"cameras: must be {images} whole numbers, one per image (got shape "
+                f"{tuple(numbers.shape)}, {numbers.dtype})"
+            )
+        return numbers.long()
+
+    # ---- what to do with them ----
+
+    def search(
+        self,
+        query: Images | torch.Tensor,
+        gallery: Images | torch.Tensor,
+        topk: int = 20,
+        rerank: bool = False,
+        *,
+        k1: int = 20,
+        k2: int = 6,
+        lambda_value: float = 0.3,
+    ) -> Found:
+        """Rank a gallery for each query.
+
+        Args:
+            query, gallery: images as :meth:`features` takes them, or features (N, d).
+            topk: how many of the gallery for each query; of a smaller gallery all.
+            rerank: order by k-reciprocal re-ranking (:func:`dhcl_ops.rerank`), which compares
+                queries and gallery with each other; it takes the queries together, as evaluation
+                does.
+            k1, k2, lambda_value: of the re-ranking.
+
+        Returns:
+            :class:`Found`.
+
+        Raises:
+            DataError: images, as :meth:`features`. ValueError: features of another width, or not
+            finite; a number out of range.
+        """
+        if topk < 1:
+            raise ValueError(f"topk: must be at least 1 (got {topk})")
+        rows, columns = self._rows("query", query), self._rows("gallery", gallery)
+        return search(rows, columns, topk, rerank, k1=k1, k2=k2, lambda_value=lambda_value)
+
+    def cluster(
+        self,
+        images_or_features: Images | torch.Tensor,
+        *,
+        k1: int | None = None,
+        k2: int | None = None,
+        eps: float | None = None,
+        min_samples: int | None = None,
+    ) -> Clustering:
+        """Pseudo-labels of images, as in training: Jaccard distance and DBSCAN.
+
+        Args:
+            images_or_features: images as :meth:`features` takes them, or features (N, d).
+            k1, k2, eps, min_samples: of :func:`dhcl_ops.cluster`; by default the run's own.
+
+        Returns:
+            :class:`dhcl_ops.Clustering`; ``labels`` (N,) int64, -1 for images in no cluster.
+        """
+        own = self.config
+        return cluster(
+            self._rows("images_or_features", images_or_features),
+            k1=own.k1 if k1 is None else k1,
+            k2=own.k2 if k2 is None else k2,
+            eps=own.eps if eps is None else eps,
+            min_samples=own.min_samples if min_samples is None else min_samples,
+        )
+
+    def _rows(self, name: str, given: Any) -> torch.Tensor:
+        """Features of images, or the features given, checked and of length 1."""
+        if not isinstance(given, (torch.Tensor, np.ndarray)):
+            features: torch.Tensor = self.features(given)
+            return features
+        values = torch.as_tensor(given)
+        if values.dtype == torch.uint8:
+            features = self.features(values)
+            return features
+        if values.dim() != 2 or values.shape[1] != self.dim or not values.is_floating_point():
+            raise ValueError(
+                f"{name}: must be images, or features (N, {self.dim}) floating "
+                f"(got {tuple(values.shape)} {str(values.dtype).removeprefix('torch.')})"
+            )
+        values = values.detach().float().cpu()
+        lengths: torch.Tensor = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero()
+        if len(wrong):
+            raise ValueError(f"{name}: rows must be finite and not 0 (got row {int(wrong[0])})")
+        # Features of ours keep their bits.
+        if ((lengths - 1).abs() <= 1e-5).all():
+            return values
+        return values / lengths.float()[:, None]
+
+
+def search(
+    query: torch.Tensor,
+    gallery: torch.Tensor,
+    topk: int,
+    reranked: bool = False,
+    *,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Found:
+    """:meth:`ReID.search` on features (Q, d) and (G, d) with rows of length 1."""
+    topk = min(topk, len(gallery))
+    if not reranked:
+        near = knn(gallery, topk, queries=query, progress=progress)
+        return Found(near.indices, near.similarities)
+    lists = rerank(query, gallery, k1, k2, lambda_value, topk=topk, progress=progress)
+    pairs = zip(query, lists.indices, strict=True)
+    similarities = torch.stack([gallery[chosen] @ row for row, chosen in pairs])
+    return Found(lists.indices, similarities, lists.distances)
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+def as_images(images: Images) -> Sequence[Any]:
+    """Images, in any form :meth:`ReID.features` takes, one by one.
+
+    Raises:
+        DataError: no folder, no images. TypeError, ValueError: something else than images.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        path = Path(images).expanduser()
+        one = path.is_file() or path.suffix.lower() in IMAGE_SUFFIXES
+        return [path] if one and not path.is_dir() else image_files(path)
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[3] != 3 or str(images.dtype) not in ("uint8", "torch.uint8"):
+            raise ValueError(
+                f"images: must be (N, H, W, 3) uint8, RGB (got {shape} {images.dtype})"
+            )
+        listed: Sequence[Any] = images  # type: ignore[assignment]
+    else:
+        if not isinstance(images, Iterable):
+            raise TypeError(f"images: must be files or images (got {type(images).__name__})")
+        listed = list(images)
+        for index, image in enumerate(listed):
+            _check_one(index, image)
+    if not len(listed):
+        raise DataError("images: there must be at least one (got none)")
+    return listed
+
+
+def _check_one(index: int, image: Any) -> None:
+    if isinstance(image, (str, os.PathLike, Image.Image)):
+        return
+    if not isinstance(image, (torch.Tensor, np.ndarray)):
+        raise TypeError(
+            "images: must be files, PIL images or uint8 (H, W, 3) arrays "
+            f"(got {type(image).__name__} at {index})"
+        )
+    shape = tuple(image.shape)
+    if len(shape) != 3 or shape[2] != 3 or str(image.dtype) not in ("uint8", "torch.uint8"):
+        raise ValueError(
+            f"images: an array must be (H, W, 3) uint8, RGB (got {shape} {image.dtype} at {index})"
+        )
+
+
+def _pixels(image: Any) -> torch.Tensor:
+    """(3, H, W) uint8."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        try:
+            image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except Exception as error:  # files are decoded here; decoders raise nearly anything
+            raise DataError(f"image: {error}") from error
+    pixels: torch.Tensor = torch.as_tensor(image)
+    return pixels.permute(2, 0, 1)
+
+
+class _Source(Dataset[Any]):
+    """Items ``(pixels (3, H, W), index, reason)``; where there is a reason, pixels are zeros."""
+
+    def __init__(
+        self,
+        images: Sequence[Any],
+        transform: Callable[[torch.Tensor], torch.Tensor],
+        size: tuple[int, int],
+        skip: set[int],
+    ) -> None:
+        self._images, self._transform, self._size, self._skip = images, transform, size, skip
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
+        if index not in self._skip:
+            try:
+                return self._transform(_pixels(self._images[index])), index, ""
+            except DataError as error:
+                reason = str(error)
+        else:
+            reason = "not there"
+        return torch.zeros(3, *self._size), index, reason
+
+
+def _missing(images: Sequence[Any]) -> list[tuple[int, str]]:
+    """Files that are not there."""
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        return []
+    return [
+        (index, "no such file")
+        for index, image in enumerate(images)
+        if isinstance(image, (str, os.PathLike)) and not Path(image).expanduser().is_file()
+    ]
+
+
+def _bad_images(images: Sequence[Any], bad: list[tuple[int, str]]) -> DataError:
+    return DataError(
+        f"images: {len(bad):,} can't be read\n{_list_of_bad(images, bad)}\n"
+        "Repair or remove them, or leave them out with on_bad='skip' (--on-bad skip)."
+    )
+
+
+def _list_of_bad(images: Sequence[Any], bad: list[tuple[int, str]]) -> str:
+    """The first ten with their reasons."""
+    lines = []
+    for index, reason in bad[:10]:
+        image = images[index]
+        named = show(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else ""
+        # read_image names the file itself.
+        lines.append(f"  {reason}" if named and named in reason else f"  {index} {named}: {reason}")
+    if len(bad) > 10:
+        lines.append(f"  and {len(bad) - 10:,} more")
+    return "\n".join(lines)

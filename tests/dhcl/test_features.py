@@ -1,0 +1,315 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from dhcl.cli import main
+from dhcl.features import (
+    FeatureError,
+    NpyRows,
+    check_pair,
+    common_numbers,
+    feature_writer,
+    read_features,
+)
+
+ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+IDS = [3, 3, -1, 5, 5, 5]
+PATHS = [f"a b/ü{i}.jpg" for i in range(6)]
+
+
+def write(path, **content):
+    content = {"features": ROWS, "ids": np.array(IDS), "paths": np.array(PATHS), **content}
+    if path.suffix == ".npz":
+        np.savez(path, **content)
+    elif path.suffix == ".pt":
+        content["paths"] = PATHS
+        torch.save(
+            {k: torch.from_numpy(v) if k != "paths" else v for k, v in content.items()}, path
+        )
+    elif path.suffix == ".mat":
+        from scipy.io import savemat
+
+        savemat(path, content)
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        content["features"] = list(content["features"])
+        parquet.write_table(pyarrow.table(content), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".npz", ".pt", ".mat", ".parquet"])
+def test_every_kind_of_file_gives_the_same(kind, tmp_path):
+    found = read_features(write(tmp_path / f"f{kind}"))
+    assert torch.equal(found.values, torch.from_numpy(ROWS))
+    assert found.ids.tolist() == IDS
+    assert found.ids.dtype == np.int64
+    assert list(found.paths) == PATHS
+    assert found.cameras is None
+    assert torch.allclose(found.unit().norm(dim=1), torch.ones(6))
+
+
+def test_bare_arrays(tmp_path):
+    np.save(tmp_path / "f.npy", ROWS.astype(np.float64))
+    torch.save(torch.from_numpy(ROWS).bfloat16(), tmp_path / "f.pt")
+    assert torch.equal(read_features(tmp_path / "f.npy").values, torch.from_numpy(ROWS))
+    rounded = torch.from_numpy(ROWS).bfloat16().float()
+    assert torch.equal(read_features(tmp_path / "f.pt").values, rounded)
+    assert read_features(tmp_path / "f.npy").ids is None
+
+
+def test_a_file_of_both_sides_and_matlabs_shapes(tmp_path):
+    from scipy.io import savemat
+
+    both = {"query_f": ROWS[:2], "query_label": [[3.0, 5.0]], "query_cam": [[1, 2]]}
+    both |= {
+        "gallery_f": ROWS,
+        "gallery_label": np.array(IDS)[None],
+        "gallery_cam": np.ones((6, 1)),
+    }
+    savemat(tmp_path / "both.mat", both)
+    query = read_features(tmp_path / "both.mat", role="query")
+    gallery = read_features(tmp_path / "both.mat", role="gallery")
+    assert query.ids.tolist() == [3, 5]
+    assert query.cameras.tolist() == [1, 2]
+    assert gallery.ids.tolist() == IDS
+    assert len(gallery) == 6
+
+
+def test_the_only_matrix_of_floats_needs_no_name_and_a_key_chooses(tmp_path):
+    np.savez(tmp_path / "one.npz", stuff=ROWS, pids=np.array(IDS))
+    assert read_features(tmp_path / "one.npz").ids.tolist() == IDS
+    np.savez(tmp_path / "two.npz", stuff=ROWS, other=2 * ROWS)
+    with pytest.raises(FeatureError, match="it holds: 'stuff', 'other'"):
+        read_features(tmp_path / "two.npz")
+    chosen = read_features(tmp_path / "two.npz", key="other")
+    assert torch.equal(chosen.values, torch.from_numpy(2 * ROWS))
+    with pytest.raises(FeatureError, match="there is no 'third'"):
+        read_features(tmp_path / "two.npz", key="third")
+
+
+NAN = np.where(np.arange(24).reshape(6, 4) == 13, np.nan, ROWS)
+MISTAKES = {
+    "nan": ({"features": NAN}, "nan or inf in row 3, 1 such rows"),
+    "one dimension": ({"features": ROWS[0]}, r"must be \(N, d\).*shape \(4,\)"),
+    "no rows": ({"features": ROWS[:0]}, r"shape \(0, 4\)"),
+    "text": ({"features": np.full((6, 4), "x")}, "must be numbers"),
+    "too few ids": ({"ids": np.array([1, 2])}, r"'ids'.* must be 6 values.*shape \(2,\)"),
+    "a matrix of ids": ({"ids": np.ones((6, 6), int)}, r"shape \(6, 6\)"),
+    "half an id": ({"ids": np.full(6, 0.5)}, "whole numbers or texts"),
+    "too few cameras": ({"cameras": np.arange(5)}, "'cameras'"),
+    "too few paths": ({"paths": np.array(["a"])}, r"'paths'.* must be 6 paths.*got 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_files_are_named(mistake, tmp_path):
+    content, message = MISTAKES[mistake]
+    with pytest.raises(FeatureError, match=message):
+        read_features(write(tmp_path / "f.npz", **content))
+
+
+def test_files_that_are_no_features(tmp_path):
+    with pytest.raises(FeatureError, match=r"no such file.*none\.npy"):
+        read_features(tmp_path / "none.npy")
+    (tmp_path / "f.txt").write_text("1 2")
+    with pytest.raises(FeatureError, match=r"must be one of \.npy"):
+        read_features(tmp_path / "f.txt")
+    for kind in (".npy", ".npz", ".pt", ".mat", ".parquet"):
+        (tmp_path / f"f{kind}").write_bytes(b"no features at all, of no kind" * 20)
+        with pytest.raises(FeatureError, match=f"f{kind} can't be read"):
+            read_features(tmp_path / f"f{kind}")
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(FeatureError, match="can't be read"):
+        read_features(tmp_path / "o.npy")
+
+
+def test_lists_of_several_widths_are_no_matrix(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"features": [[1.0, 2.0], [1.0]]}), tmp_path / "f.parquet")
+    with pytest.raises(FeatureError, match=r"same width \(got widths \[1, 2\]"):
+        read_features(tmp_path / "f.parquet")
+
+
+def test_a_row_of_zeros_has_no_direction(tmp_path):
+    np.save(tmp_path / "f.npy", np.vstack([ROWS, np.zeros((1, 4))]))
+    with pytest.raises(FeatureError, match="zeros in row 6"):
+        read_features(tmp_path / "f.npy").unit()
+
+
+def test_common_numbers_of_numbers_and_texts():
+    numbers = common_numbers(np.array([7, -1]), np.array([7, 9]))
+    assert [column.tolist() for column in numbers] == [[7, -1], [7, 9]]
+    one, other = common_numbers(np.array(["bob", "7", ""]), np.array([7, -1]))
+    assert one[1] == other[0]
+    assert one[0] not in (one[1], -1)
+    assert one[2] == other[1] == -1
+
+
+@pytest.mark.parametrize("kind", [".npz", ".parquet"])
+def test_written_batch_by_batch_and_read_again(kind, tmp_path):
+    path = tmp_path / "new folder" / f"f{kind}"
+    rows = torch.from_numpy(ROWS)
+    names = ["bob", -1, 3, 3, "eve", "eve"]
+    with feature_writer(path, 4, "abc") as writer:
+        writer.append(rows[:4], PATHS[:4], names[:4], [1, 2, -1, 1])
+        writer.append(rows[4:], PATHS[4:], names[4:], [2, 2])
+    found = read_features(path)
+    assert torch.equal(found.values, rows)
+    assert list(found.paths) == PATHS
+    assert found.ids.tolist() == ["bob", "", "3", "3", "eve", "eve"]
+    assert found.cameras.tolist() == [1, 2, -1, 1, 2, 2]
+    assert found.model == "abc"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("kind", [".npz", ".parquet"])
+def test_a_writer_that_fails_leaves_the_old_file(kind, tmp_path):
+    path = tmp_path / f"f{kind}"
+    path.write_bytes(b"old")
+
+    def fail_in_the_middle():
+        with feature_writer(path, 4, "abc") as writer:
+            writer.append(torch.from_numpy(ROWS), PATHS, None, None)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_in_the_middle()
+    with pytest.raises(FeatureError, match="none to write"), feature_writer(path, 4, "abc"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"old"
+
+
+def test_rows_that_grow_are_a_numpy_file(tmp_path):
+    rows = NpyRows(tmp_path / "r.npy", 4)
+    for _ in range(40):
+        rows.append(ROWS)
+    with pytest.raises(ValueError, match=r"must be \(n, 4\)"):
+        rows.append(ROWS[:, :2])
+    rows.close()
+    assert np.array_equal(np.load(tmp_path / "r.npy", mmap_mode="r"), np.tile(ROWS, (40, 1)))
+
+
+def test_pairs_must_have_one_width_and_one_model(tmp_path):
+    paths = {}
+    for name, width, model in (("a", 4, "m"), ("b", 3, "m"), ("c", 4, "n")):
+        paths[name] = tmp_path / f"{name}.npz"
+        np.savez(paths[name], features=ROWS[:, :width], model=np.array(model))
+    a, b, c = (read_features(path) for path in paths.values())
+    with pytest.raises(FeatureError, match=r"one width \(got 4 in .*a.npz and 3 in .*b.npz"):
+        check_pair(a, b)
+    with pytest.raises(FeatureError, match="of one model"):
+        check_pair(a, c)
+
+
+def test_reading_needs_numpy_and_torch_alone():
+    code = """
+import sys
+import dhcl.features
+wrong = {"torchvision", "timm", "accelerate", "yaml", "tyro", "PIL", "scipy", "pyarrow", "sklearn"}
+assert not wrong & set(sys.modules), wrong & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
+    path = write(tmp_path / "f.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(FeatureError, match=r"pip install 'dhcl\[export\]'"):
+        read_features(path)
+    with pytest.raises(FeatureError, match="pyarrow"), feature_writer(path, 4, "abc"):
+        pass
+
+
+# ---- the commands -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def people(tmp_path):
+    """Features of 10 people in two cameras that hang together by person."""
+    noise = np.random.default_rng(1)
+    centers = noise.normal(size=(10, 32))
+    for name, count in (("query", 2), ("gallery", 8)):
+        ids = np.arange(10).repeat(count)
+        np.savez(
+            tmp_path / f"{name}.npz",
+            features=(centers[ids] + 0.3 * noise.normal(size=(len(ids), 32))).astype(np.float32),
+            ids=ids,
+            cameras=np.arange(len(ids)) % 2,
+        )
+    return tmp_path
+
+
+def test_metrics_of_saved_features(people, capsys):
+    import json
+
+    from dhcl_ops import evaluate_ranking
+
+    pair = ["--query", str(people / "query.npz"), "--gallery", str(people / "gallery.npz")]
+    assert main(["metrics", *pair, "--rerank", "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    query, gallery = (read_features(people / f"{n}.npz") for n in ("query", "gallery"))
+    expected = evaluate_ranking(
+        (query.unit(), gallery.unit()), query.ids, gallery.ids, query.cameras, gallery.cameras
+    )
+    assert got["features"]["mAP"] == expected.mAP
+    assert got["features"]["queries"] == 20
+    assert got["re-ranked"]["mAP"] >= 0.99
+    assert main(["metrics", *pair, "--metric", "euclidean"]) == 0
+    assert "20 of 20 queries" in capsys.readouterr().out
+
+
+def test_metrics_say_what_is_missing(people, capsys):
+    plain = people / "plain.npz"
+    np.savez(plain, features=read_features(people / "gallery.npz").values.numpy())
+    assert main(["metrics", "--query", str(people / "query.npz"), "--gallery", str(plain)]) == 2
+    assert "ids: there are none in" in capsys.readouterr().err
+    half = people / "half.npz"
+    gallery = read_features(people / "gallery.npz")
+    np.savez(half, features=gallery.values.numpy(), ids=gallery.ids)
+    assert main(["metrics", "--query", str(people / "query.npz"), "--gallery", str(half)]) == 2
+    assert "cameras: there are none in" in capsys.readouterr().err
+    assert main(["metrics", "--query", str(half), "--gallery", str(half)]) == 0
+    assert "no cameras are known" in capsys.readouterr().out
+
+
+def test_rerank_of_saved_features(people, capsys):
+    from dhcl_ops import rerank
+
+    pair = ["--query", str(people / "query.npz"), "--gallery", str(people / "gallery.npz")]
+    out = people / "lists.npz"
+    assert main(["rerank", *pair, "--topk", "8", "--out", str(out)]) == 0
+    query, gallery = (read_features(people / f"{n}.npz").unit() for n in ("query", "gallery"))
+    expected = rerank(query, gallery, topk=8)
+    with np.load(out) as lists:
+        assert np.array_equal(lists["indices"], expected.indices.numpy())
+        assert np.array_equal(lists["distances"], expected.distances.numpy())
+    assert main(["rerank", *pair, "--out", str(people / "lists.txt")]) == 2
+    narrow = people / "narrow.npy"
+    np.save(narrow, np.ones((5, 31)))
+    assert main(["rerank", *pair[:3], str(narrow), "--out", str(out)]) == 2
+    assert "must have one width (got 32 in" in capsys.readouterr().err
+
+
+def test_cluster_of_saved_features(people, capsys):
+    import csv
+
+    out = people / "labels.csv"
+    given = ["cluster", str(people / "gallery.npz"), "--out", str(out), "--k1", "8", "--k2", "3"]
+    assert main(given) == 0
+    assert "80 images, 10 clusters of 8 to 8 images, 0 in none" in capsys.readouterr().out
+    rows = list(csv.reader(out.open()))
+    assert rows[0] == ["row", "label"]
+    assert [int(label) for _, label in rows[1:]] == np.arange(10).repeat(8).tolist()
+    assert main([*given, "--eps", "1.5"]) == 2
+    assert "eps must be in (0, 1)" in capsys.readouterr().err
+    assert main([*given, "--run", "nowhere"]) == 2
+    assert "run: is for a folder" in capsys.readouterr().err
+    assert main(["cluster", str(people), "--out", str(out)]) == 2
+    assert "--run RUN" in capsys.readouterr().err

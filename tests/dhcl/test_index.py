@@ -1,0 +1,470 @@
+import fcntl
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from dhcl import ReID
+from dhcl.cli import main
+from dhcl.config import ConfigError
+from dhcl.data import DataError, image_files
+from dhcl.index import Index, add_images, create_index, remove_images
+from dhcl.reid import search
+from PIL import Image
+
+from tests.dhcl.toy import make_run, write_images
+
+PATTERN = r"(?P<id>-?\d+)_c(?P<camera>\d+)"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    return make_run(pictures, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return ReID.load(run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def other_run(pictures, tmp_path_factory):
+    return make_run(pictures, tmp_path_factory.mktemp("runs") / "other", seed=1)
+
+
+@pytest.fixture
+def gallery(pictures, tmp_path):
+    """16 images, some of them in a folder with another kind of name."""
+    folder = tmp_path / "gallery ä 人"
+    shutil.copytree(pictures / "bounding_box_test", folder)
+    (folder / "more images").mkdir()
+    for file in image_files(folder)[:4]:
+        file.rename(folder / "more images" / file.name)
+    return folder
+
+
+@pytest.fixture
+def index(gallery, model, tmp_path):
+    """The folder of an index of the gallery, and how many images the model saw since."""
+    create_index(tmp_path / "index", [gallery], model, pattern=PATTERN)
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def seen(model, monkeypatch):
+    """Names of the files whose features are extracted."""
+    names = []
+    real = model.batches
+
+    def batches(images, *args, **options):
+        names.extend(os.path.basename(path) for path in images)
+        return real(images, *args, **options)
+
+    monkeypatch.setattr(model, "batches", batches)
+    return names
+
+
+def paths(folder):
+    index = Index.open(folder)
+    return [index.path(row) for row in range(len(index))]
+
+
+def check(folder, model):
+    """Every row holds the features of its file, and the folder nothing but one generation."""
+    index = Index.open(folder)
+    files = [index.path(row) for row in range(len(index))]
+    assert len(set(files)) == len(files)
+    assert torch.allclose(torch.tensor(index.features), model.features(files), atol=1e-6)
+    present = {f"features-{index.generation}.npy", f"images-{index.generation}.jsonl"}
+    assert {file.name for file in folder.iterdir()} == {"index.json", ".lock", *present}
+    return index
+
+
+def test_an_index_holds_paths_features_and_what_the_pattern_knows(index, gallery, model):
+    opened = check(index, model)
+    assert sorted(paths(index)) == image_files(gallery)
+    assert opened.model == model.id
+    assert opened.roots == (str(gallery),)
+    assert opened.records[0].path.startswith("0")
+    for record in opened.records:
+        identity, camera = os.path.basename(record.path).split("_")[:2]
+        assert (record.id, record.camera) == (int(identity), int(camera[1]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+@pytest.mark.parametrize("block", [3, 1000])
+def test_search_is_exact_in_blocks_with_either_backend(
+    backend, block, index, model, pictures, monkeypatch
+):
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    monkeypatch.setattr("dhcl.index._BLOCK", block)
+    opened = Index.open(index)
+    query = model.features(pictures / "query")
+    expected = search(query, torch.tensor(opened.features), 7)
+    for row, found in enumerate(opened.search(query, 7, backend=backend)):
+        assert torch.equal(found.indices, expected.indices[row])
+        assert torch.allclose(found.similarities, expected.similarities[row], atol=1e-6)
+    assert len(opened.search(query, 99, backend=backend)[0].indices) == 16
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_equal_images_come_in_the_order_of_the_index(
+    backend, pictures, model, tmp_path, monkeypatch
+):
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    monkeypatch.setattr("dhcl.index._BLOCK", 3)
+    folder = tmp_path / "same"
+    folder.mkdir()
+    source = image_files(pictures / "query")[0]
+    for number in range(8):
+        shutil.copy(source, folder / f"{number}.png")
+    create_index(tmp_path / "index", [folder], model)
+    [found] = Index.open(tmp_path / "index").search(model.features([source]), 5, backend=backend)
+    assert found.indices.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_cameras_are_chosen_and_left_out(index, model, pictures):
+    opened = Index.open(index)
+    query = model.features(pictures / "query")
+    cameras = np.array([record.camera for record in opened.records])
+    features = torch.tensor(opened.features)
+    only = np.flatnonzero(cameras == 2)
+    expected = torch.from_numpy(only)[search(query, features[only], 5).indices]
+    for row, found in enumerate(opened.search(query, 5, cameras=[2])):
+        assert torch.equal(found.indices, expected[row])
+    own = [1, 2] * 7 + [1, -1]
+    for camera, found in zip(own, opened.search(query, 16, leave_out=own), strict=True):
+        assert len(found.indices) == (16 if camera == -1 else 8)
+        assert camera not in cameras[found.indices]
+    assert len(opened.search(query[:1], 5, cameras=[2], leave_out=[2])[0].indices) == 0
+    with pytest.raises(ConfigError, match=r"no 9 in .*, known are 1, 2"):
+        opened.search(query, 5, cameras=[9])
+
+
+def test_reranked_search(index, model, pictures):
+    opened = Index.open(index)
+    query = model.features(pictures / "query")
+    expected = search(query, torch.tensor(opened.features), 5, True)
+    for row, found in enumerate(opened.search(query, 5, rerank=True)):
+        assert torch.equal(found.indices, expected.indices[row])
+        assert torch.equal(found.distances, expected.distances[row])
+
+
+def test_queries_of_another_width_are_refused(index):
+    with pytest.raises(
+        ConfigError, match=r"must be \(Q, 512\), as the index has them \(got \(1, 3"
+    ):
+        Index.open(index).search(torch.ones(1, 3))
+
+
+def test_added_and_changed_images_alone_are_extracted(index, gallery, model, pictures, seen):
+    assert add_images(index, [gallery], model).unchanged == 16
+    assert Index.open(index).generation == 1
+    new = image_files(pictures / "query")[:2]
+    for file in new:
+        shutil.copy(file, gallery / f"new {file.name}")
+    changed = image_files(gallery / "more images")[0]
+    Image.open(changed).rotate(180).save(changed)
+    update = add_images(index, [gallery], model)
+    assert (update.added, update.changed, update.unchanged, update.total) == (2, 1, 15, 18)
+    assert sorted(seen) == sorted([changed.name, *(f"new {file.name}" for file in new)])
+    check(index, model)
+
+
+def test_another_folder_can_be_added_and_removed(index, gallery, model, pictures, seen):
+    update = add_images(index, [pictures / "query"], model)
+    assert (update.added, update.total) == (16, 32)
+    opened = check(index, model)
+    assert opened.roots == (str(gallery), str(pictures / "query"))
+    seen.clear()
+    gone = image_files(gallery)[:3]
+    assert remove_images(index, [pictures / "query", *gone]).removed == 19
+    assert not seen
+    check(index, model)
+    assert set(paths(index)) == set(image_files(gallery)) - set(gone)
+    with pytest.raises(ConfigError, match="has no image"):
+        remove_images(index, [gone[0]])
+    with pytest.raises(ConfigError, match="would be empty"):
+        remove_images(index, [gallery])
+    check(index, model)
+
+
+def test_sync_removes_what_is_gone_below_the_folders_given(index, gallery, model, pictures):
+    add_images(index, [pictures / "query"], model)
+    image_files(gallery / "more images")[0].unlink()
+    update = add_images(index, [gallery], model)
+    assert (update.removed, update.total) == (0, 32)
+    update = add_images(index, [gallery], model, sync=True)
+    assert (update.removed, update.added, update.total) == (1, 0, 31)
+    check(index, model)
+
+
+def test_another_model_is_refused(index, gallery, other_run):
+    other = ReID.load(other_run, device="cpu")
+    with pytest.raises(ConfigError, match=r"was made by model .* features of two models"):
+        add_images(index, [gallery], other)
+    with pytest.raises(ConfigError, match="was made by model"):
+        Index.open(index).load_model(other_run)
+    assert Index.open(index).load_model().id != other.id
+
+
+def test_statistics_per_camera_where_the_cameras_are_those_of_the_training(
+    gallery, model, tmp_path
+):
+    options = {"pattern": PATTERN, "trained_cameras": True}
+    create_index(tmp_path / "index", [gallery], model, **options)
+    opened = Index.open(tmp_path / "index")
+    cameras = [record.camera - 1 for record in opened.records]
+    files = paths(tmp_path / "index")
+    expected = model.features(files, cameras)
+    assert torch.allclose(torch.tensor(opened.features), expected, atol=1e-6)
+    assert not torch.allclose(model.features(files), expected, atol=1e-3)
+
+
+def test_a_failure_leaves_the_index_as_it_was(index, gallery, model, monkeypatch):
+    before = {file.name: file.read_bytes() for file in index.iterdir()}
+    (gallery / "cut.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"cut\.png"):
+        add_images(index, [gallery], model)
+    assert {file.name: file.read_bytes() for file in index.iterdir()} == before
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dhcl.index.write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            add_images(index, [gallery], model, on_bad="skip", batch_size=2)
+    assert {file.name: file.read_bytes() for file in index.iterdir()} == before
+    shutil.copy(image_files(gallery)[0], gallery / "good.png")
+    update = add_images(index, [gallery], model, on_bad="skip")
+    assert (update.added, update.total) == (1, 17)
+    assert "cut.png" in update.bad[0]
+    check(index, model)
+
+
+def test_a_changed_image_that_is_damaged_now_leaves_the_index(index, gallery, model):
+    image_files(gallery)[0].write_bytes(b"damaged")
+    update = add_images(index, [gallery], model, on_bad="skip")
+    assert (update.added, update.changed, update.total, len(update.bad)) == (0, 0, 15, 1)
+    check(index, model)
+
+
+def test_an_index_that_fails_at_first_leaves_no_folder(gallery, model, tmp_path):
+    (gallery / "cut.png").write_bytes(b"no image")
+    with pytest.raises(DataError):
+        create_index(tmp_path / "new", [gallery], model)
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_no_place_for_an_index(index, gallery, model, tmp_path):
+    with pytest.raises(ConfigError, match="is an index already"):
+        create_index(index, [gallery], model)
+    with pytest.raises(ConfigError, match="new or empty folder"):
+        create_index(gallery, [gallery], model)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="images: none in"):
+        create_index(tmp_path / "new", [tmp_path / "empty"], model)
+    with pytest.raises(DataError, match="regular expression"):
+        create_index(tmp_path / "new", [gallery], model, pattern="(")
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_writers_do_not_meet(index, gallery, model, pictures):
+    with (index / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            add_images(index, [pictures / "query"], model)
+    assert add_images(index, [pictures / "query"], model).added == 16
+
+
+def test_what_an_interrupted_change_left_is_cleared(index, gallery, model, pictures):
+    (index / "features-2.npy").write_bytes(b"half")
+    (index / "images-2.jsonl.partial").write_bytes(b"half")
+    assert len(Index.open(index)) == 16
+    add_images(index, [pictures / "query"], model)
+    check(index, model)
+
+
+def test_damaged_indexes_say_so(index, tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        Index.open(tmp_path / "none")
+    with pytest.raises(DataError, match=r"has no index\.json"):
+        Index.open(tmp_path)
+    lines = (index / "images-1.jsonl").read_text().splitlines(keepends=True)
+    (index / "images-1.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(DataError, match=r"damaged .*15 images"):
+        Index.open(index)
+    (index / "images-1.jsonl").write_text("".join(lines)[:-20])
+    with pytest.raises(DataError, match="damaged"):
+        Index.open(index)
+    (index / "images-1.jsonl").unlink()
+    with pytest.raises(DataError, match="damaged"):
+        Index.open(index)
+    about = json.loads((index / "index.json").read_text())
+    (index / "index.json").write_text(json.dumps({**about, "format": 9}))
+    with pytest.raises(DataError, match=r"format 1 \(got 9\)"):
+        Index.open(index)
+    (index / "index.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        Index.open(index)
+
+
+# ---- the commands -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_command(run, gallery, tmp_path):
+    out = str(tmp_path / "index")
+    made = ["index", str(gallery), "--run", str(run), "--out", out, "--pattern", PATTERN]
+    assert main([*made, "--workers", "0"]) == 0
+    return out
+
+
+def test_search_prints_a_table_or_json(by_command, pictures, model, capsys):
+    queries = image_files(pictures / "query")[:2]
+    capsys.readouterr()
+    given = ["search", by_command, *map(str, queries), "--topk", "3"]
+    assert main(given) == 0
+    table = capsys.readouterr().out
+    assert f"{queries[0]}  (id 9, camera 1)" in table
+    opened = Index.open(by_command)
+    # The pattern is searched in the path as it is given: nothing else in it must match.
+    found = opened.search(model.features(queries), 3)
+    for one in found:
+        for row in one.indices.tolist():
+            assert str(opened.path(row)) in table
+    assert main([*given, "--json", "--rerank"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["model"] == model.id
+    assert [query["path"] for query in answer["queries"]] == [str(query) for query in queries]
+    for query in answer["queries"]:
+        assert [each["rank"] for each in query["results"]] == [1, 2, 3]
+        for each in query["results"]:
+            assert each["right"] == (each["id"] == query["id"])
+            assert each["distance"] >= 0
+    assert main([*given, "--json", "--other-cameras", "--backend", "torch"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {each["camera"] for each in answer["queries"][0]["results"]} == {2}
+    assert main([*given, "--json", "--camera", "1"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {each["camera"] for each in answer["queries"][1]["results"]} == {1}
+
+
+def test_search_draws_pictures(by_command, gallery, pictures, tmp_path, capsys):
+    gone = image_files(gallery)[0]
+    gone.unlink()
+    page, sheet = tmp_path / "new" / "ranked.html", tmp_path / "ranked.png"
+    given = ["search", by_command, str(pictures / "query"), "--topk", "16"]
+    assert main([*given, "--html", str(page), "--png", str(sheet)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<section>") == 16
+    assert text.count("data:image/jpeg;base64,") == 16 + 16 * 15  # one image is gone
+    assert text.count("not there") == 16
+    assert text.count('class="right"') == 16 * 2
+    assert "http" not in text
+    with Image.open(sheet) as picture:
+        assert picture.width > 17 * 100
+        colors = {color for _, color in picture.getcolors(1 << 24)}
+    assert {(0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)} <= colors
+
+
+def test_names_are_escaped_in_pages(model, run, pictures, tmp_path):
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    shutil.copy(image_files(pictures / "query")[0], folder / "<b>&'\".png")
+    create_index(tmp_path / "index", [folder], model)
+    page = tmp_path / "ranked.html"
+    assert main(["search", str(tmp_path / "index"), str(folder), "--html", str(page)]) == 0
+    assert "<b>&" not in page.read_text()
+    assert "&lt;b&gt;&amp;&#x27;&quot;.png" in page.read_text()
+
+
+def test_names_of_any_bytes(model, pictures, tmp_path, capsys):
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9 1.png")
+    try:
+        shutil.copy(image_files(pictures / "query")[0], folder / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    create_index(tmp_path / "index", [folder], model)
+    assert main(["search", str(tmp_path / "index"), str(folder)]) == 0
+    assert r"caf\udce9 1.png" in capsys.readouterr().out
+    assert main(["search", str(tmp_path / "index"), str(folder), "--json"]) == 0
+    page = tmp_path / "ranked.html"
+    assert main(["search", str(tmp_path / "index"), str(folder), "--html", str(page)]) == 0
+    assert r"caf\udce9 1.png" in page.read_text()
+
+
+def test_the_index_command_adds_and_removes(by_command, gallery, pictures, capsys):
+    query = str(pictures / "query")
+    assert main(["index", query, "--out", by_command, "--add", "--workers", "0"]) == 0
+    assert "16 added, 16 unchanged; 32 images" in capsys.readouterr().out
+    assert main(["index", query, "--out", by_command, "--remove"]) == 0
+    assert "16 removed; 16 images" in capsys.readouterr().out
+    assert main(["index", str(gallery), "--out", by_command, "--sync", "--workers", "0"]) == 0
+    assert "16 unchanged; 16 images" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "no run": (["index", "GALLERY", "--out", "NEW"], "run: the folder of a run"),
+    "two ways": (["index", "GALLERY", "--out", "INDEX", "--add", "--remove"], "choose one"),
+    "other pattern": (
+        ["index", "GALLERY", "--out", "INDEX", "--add", "--pattern", "(?P<id>x)"],
+        "x",
+    ),
+    "already there": (["index", "GALLERY", "--out", "INDEX", "--run", "RUN"], "--add"),
+    "another model": (
+        ["index", "GALLERY", "--out", "INDEX", "--run", "OTHER", "--add"],
+        "two models",
+    ),
+    "nothing to add to": (["index", "GALLERY", "--out", "NEW", "--add"], "not an index"),
+    "no pattern": (
+        ["index", "GALLERY", "--out", "NEW", "--run", "RUN", "--trained-cameras"],
+        "--pattern",
+    ),
+    "no index": (["search", "NEW", "QUERY"], "not an index"),
+    "no query": (["search", "INDEX", "NEW.jpg"], "NEW.jpg: no such file"),
+    "no such camera": (["search", "INDEX", "QUERY", "--camera", "7"], "known are 1, 2"),
+    "topk": (["search", "INDEX", "QUERY", "--topk", "0"], "topk: must be at least 1"),
+    "search by another": (["search", "INDEX", "QUERY", "--run", "OTHER"], "two models"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_message_and_status_2(
+    mistake, by_command, run, other_run, gallery, pictures, tmp_path, capsys
+):
+    arguments, message = MISTAKES[mistake]
+    places = {"INDEX": by_command, "RUN": run, "OTHER": other_run, "GALLERY": gallery}
+    places |= {
+        "QUERY": pictures / "query",
+        "NEW": tmp_path / "NEW",
+        "NEW.jpg": tmp_path / "NEW.jpg",
+    }
+    assert main([str(places.get(each, each)) for each in arguments]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "NEW").exists()
+    assert len(Index.open(by_command)) == 16
+
+
+def test_without_faiss_torch_is_taken(index, model, pictures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    opened = Index.open(index)
+    query = model.features(pictures / "query")
+    assert len(opened.search(query, 3)) == 16
+    with pytest.raises(ConfigError, match="pip install faiss-cpu"):
+        opened.search(query, 3, backend="faiss")
