@@ -38,7 +38,7 @@ class Pretrain:
     images_per_camera: int = 2
     """Mean number of images of a pedestrian in a camera."""
     epochs: int = 10
-    """Rounds of batches, the last fifth at a tenth of the learning rate. More learn the drawings."""
+    """Rounds of batches, the last fifth at a tenth of the learning rate."""
     iterations: int = 60
     """Batches of 64 per epoch."""
     color_jitter: float = 0.5

@@ -54,7 +54,7 @@ def randomised(norm, seed=0):
         ("vit_small", {}, 384),
         ("timm:vit_tiny_patch16_224", {"pooling": "avg-halves"}, 384),
         ("timm:convnext_atto", {}, 320),
-        ("timm:swin_tiny_patch4_window7_224", {"image_size": (56, 28)}, 768),
+        ("timm:swin_tiny_patch4_window7_224", {"image_size": (224, 112)}, 768),
     ],
 )
 def test_features_have_unit_length(name, options, dim):

@@ -76,7 +76,7 @@ def _decode(data: bytes) -> torch.Tensor:
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # convert() would clip at 255
+        if upright.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)

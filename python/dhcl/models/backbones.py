@@ -184,7 +184,12 @@ def _timm(name: str, model: str, image_size: tuple[int, int]) -> Backbone:
     assert config is not None
     # Networks with position embeddings or windows are made for one size.
     sized: dict[str, Any] = {"img_size": image_size} if config.fixed_input_size else {}
-    net = timm.create_model(model, pretrained=False, num_classes=0, global_pool="", **sized)
+    try:
+        net = timm.create_model(model, pretrained=False, num_classes=0, global_pool="", **sized)
+    except RuntimeError as error:  # from inside, when a window would have no pixels
+        raise ValueError(
+            f"image_size: {name} can't be built for {image_size[0]} x {image_size[1]} ({error})"
+        ) from error
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1, 1))
     if any(size % side for size, side in zip(image_size, patch, strict=True)):
         raise ValueError(
