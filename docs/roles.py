@@ -16,7 +16,11 @@ def _markdown(match: re.Match[str]) -> str:
     """A link to a public op, else the name as code."""
     name = match[1].rsplit(".", 1)[-1]
     shown = match[1] if "." in match[1] else name
-    if name in dhcl_ops.__all__ and hasattr(dhcl_ops, name) and shown.startswith(("dhcl_ops", name)):
+    if (
+        name in dhcl_ops.__all__
+        and hasattr(dhcl_ops, name)
+        and shown.startswith(("dhcl_ops", name))
+    ):
         return f"[`{shown}`][dhcl_ops.{name}]"
     return f"`{shown}`"
 
