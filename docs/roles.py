@@ -14,15 +14,12 @@ _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`~?([\w.]+)`")
 
 def _markdown(match: re.Match[str]) -> str:
     """A link to a public op, else the name as code."""
-    name = match[1].rsplit(".", 1)[-1]
-    shown = match[1] if "." in match[1] else name
-    if (
-        name in dhcl_ops.__all__
-        and hasattr(dhcl_ops, name)
-        and shown.startswith(("dhcl_ops", name))
-    ):
-        return f"[`{shown}`][dhcl_ops.{name}]"
-    return f"`{shown}`"
+    shown = match[1]
+    name = shown.rsplit(".", 1)[-1]
+    if name not in dhcl_ops.__all__:
+        return f"`{shown}`"
+    # The module knn bears the name of its function.
+    return f"[`{shown}`][dhcl_ops.{'knn.knn' if name == 'knn' else name}]"
 
 
 class Roles(griffe.Extension):
