@@ -141,7 +141,7 @@ def benchmarks() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
         stored = json.loads(path.read_text())
         machine = stored["machine"]
-        command = " ".join(machine["command"])
+        command = re.sub(r" --json \S+", "", " ".join(machine["command"]))
         lines += [
             "",
             f"## {path.stem}, {path.parent.name}",
@@ -204,8 +204,17 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def _indented(lines: list[str]) -> Iterator[str]:
-    """Paragraphs of list items by four spaces instead of two or three."""
-    fenced = False
+    """Paragraphs of list items by four spaces instead of two or three, and a line after them."""
+    fenced = own_paragraph = False
+    before = ""
     for line in lines:
         fenced ^= line.lstrip().startswith("```")
-        yield re.sub(r"^ {2,3}(?=\S)", "    ", line) if not fenced else line
+        if not fenced:
+            line = re.sub(r"^ {2,3}(?=\S)", "    ", line)
+            if line.startswith("    ") and not before:
+                own_paragraph = True
+            elif own_paragraph and re.match(r"- |\d+\. ", line):
+                yield ""
+            own_paragraph &= line.startswith("    ")
+        yield line
+        before = line

@@ -1,4 +1,4 @@
-"""Turns the roles of docstrings, such as ``:func:`knn```, into Markdown for mkdocstrings."""
+"""Turns docstrings, with roles such as ``:func:`knn```, into Markdown for mkdocstrings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import griffe
 
 import dhcl_ops
 
+# Paragraphs of code that are marked as such already, and rules that Markdown takes for quotations.
+_FORMULA = re.compile(r"^( {4})``(.*)``([,.]?)$", re.MULTILINE)
+_RULE = re.compile(r"^( +[\w, ]+: )>", re.MULTILINE)
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`~?([\w.]+)`")
 
 
@@ -28,4 +31,6 @@ class Roles(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """One function, class, module or attribute."""
         if obj.docstring:
-            obj.docstring.value = _ROLE.sub(_markdown, obj.docstring.value)
+            text = _ROLE.sub(_markdown, obj.docstring.value)
+            text = _FORMULA.sub(r"\1\2\3", text)
+            obj.docstring.value = _RULE.sub(r"\1\\>", text)
