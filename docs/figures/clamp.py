@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from dhcl_ops import MemoryBank, debiased_contrastive_loss, evaluate_ranking
+from docs.figures import style
 
 WIDTH, VARIATIONS = 64, 8
 # Shares of an image's squared length; what is left is variation within the identity.
@@ -99,18 +100,9 @@ def draw(path: Path) -> None:
     """Train with each of the settings and draw both curves."""
     import matplotlib.pyplot as plt
 
-    ink = "#7d8590"  # readable on white and on black
-    plt.rcParams.update(
-        {
-            "svg.hashsalt": "clamp",
-            "font.family": "sans-serif",
-            "font.size": 11,
-            **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color"], ink),
-            "axes.edgecolor": ink,
-        }
-    )
+    style.apply("clamp")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9))
-    looks = [("#e5484d", "-"), ("#d99000", "-"), ("#3b82f6", "-"), (ink, "--")]
+    looks = [*((colour, "-") for colour in style.COLOURS[:3]), (style.INK, "--")]
     for (name, settings), (colour, dashes) in zip(SETTINGS.items(), looks, strict=True):
         curves = train(settings, steps=300, every=10)
         blocks = curves.clamped[:300].view(-1, 10).mean(1)
@@ -121,9 +113,7 @@ def draw(path: Path) -> None:
     right.set_ylabel("mAP, unseen identities")
     for axes in (left, right):
         axes.set(xlabel="training step", xlim=(0, 300), ylim=(-0.03, 1.03))
-        axes.grid(color=ink, alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_facecolor("none")
+        style.frame(axes)
     figure.legend(*right.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0.15, 1, 1))
     figure.savefig(path, transparent=True, metadata={"Date": None})

@@ -1,0 +1,36 @@
+"""Turns docstrings, with roles such as ``:func:`knn```, into Markdown for mkdocstrings."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+import dhcl_ops
+
+# Paragraphs of code that are marked as such already, and rules that Markdown takes for quotations.
+_FORMULA = re.compile(r"^( {4})``(.*)``([,.]?)$", re.MULTILINE)
+_RULE = re.compile(r"^( +[\w, ]+: )>", re.MULTILINE)
+_ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`~?([\w.]+)`")
+
+
+def _markdown(match: re.Match[str]) -> str:
+    """A link to a public op, else the name as code."""
+    shown = match[1]
+    name = shown.rsplit(".", 1)[-1]
+    if name not in dhcl_ops.__all__:
+        return f"`{shown}`"
+    # The module knn bears the name of its function.
+    return f"[`{shown}`][dhcl_ops.{'knn.knn' if name == 'knn' else name}]"
+
+
+class Roles(griffe.Extension):
+    """Rewrites every docstring as it is loaded."""
+
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """One function, class, module or attribute."""
+        if obj.docstring:
+            text = _ROLE.sub(_markdown, obj.docstring.value)
+            text = _FORMULA.sub(r"\1\2\3", text)
+            obj.docstring.value = _RULE.sub(r"\1\\>", text)
