@@ -12,6 +12,8 @@ import dhcl_ops
 # Paragraphs of code that are marked as such already, and rules that Markdown takes for quotations.
 _FORMULA = re.compile(r"^( {4})``(.*)``([,.]?)$", re.MULTILINE)
 _RULE = re.compile(r"^( +[\w, ]+: )>", re.MULTILINE)
+# A result's text up to a colon would be taken for its type.
+_RESULT = re.compile(r"^(Returns:\n(?:[^:`]|`+[^`]*`+)*?): ", re.MULTILINE)
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`~?([\w.]+)`")
 
 
@@ -33,4 +35,5 @@ class Roles(griffe.Extension):
         if obj.docstring:
             text = _ROLE.sub(_markdown, obj.docstring.value)
             text = _FORMULA.sub(r"\1\2\3", text)
+            text = _RESULT.sub(r"\1&#58; ", text)
             obj.docstring.value = _RULE.sub(r"\1\\>", text)
