@@ -274,6 +274,9 @@ def _contradictions(c: TrainConfig) -> Iterable[str]:
     return [rule for rule, broken in rules.items() if broken]
 
 
+_PATHS = {"root", "weights", "out"}
+
+
 # ---- presets ------------------------------------------------------------------------------------
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -310,7 +313,10 @@ def preset(name: str) -> TrainConfig:
 
 
 def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The options with some of them changed; of beta and hardness the one named here counts."""
+    """The options with some of them changed; of beta and hardness the one named here counts.
+
+    Paths may be given as strings.
+    """
     names = [field.name for field in dataclasses.fields(config)]
     for name in changes:
         if name not in names:
@@ -323,6 +329,9 @@ def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig
         )
     if "beta" in changes:
         changes["hardness"] = None
+    for name in _PATHS & changes.keys():
+        if changes[name] is not None:
+            changes[name] = Path(changes[name])
     return dataclasses.replace(config, **changes)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -130,3 +131,8 @@ def test_learning_rates_of_the_schedules():
     assert [learning_rate(warm, e) for e in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     cosine = TrainConfig(lr=1.0, schedule="cosine", epochs=4)
     assert [learning_rate(cosine, e) for e in (0, 2)] == pytest.approx([1.0, 0.5])
+
+
+def test_paths_may_be_strings():
+    config = with_changes(TrainConfig(), {"root": "some/where", "out": "run", "weights": None})
+    assert (config.root, config.out, config.weights) == (Path("some/where"), Path("run"), None)

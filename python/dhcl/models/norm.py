@@ -57,7 +57,7 @@ class _Groups:
 class _MapMoments(torch.autograd.Function):
     """Mean and variance (B, F) over the positions of maps (B, F, H, W).
 
-    :func:`torch.var_mean` does it in one call, and ten times slower on the CPU.
+    :func:`torch.var_mean` does it in one call, and two to three times slower on the CPU.
     """
 
     @staticmethod
