@@ -1,4 +1,4 @@
-"""The command ``dhcl``: train, eval, synth, demo, doctor.
+"""The command ``dhcl``: train, eval, synth, demo, report, compare, doctor.
 
 Exit status: 0 done, 1 a run that could not go on, 2 a wrong option or wrong data, 128 + n a run
 that signal n interrupted. Without the extra ``train`` only ``dhcl doctor`` works.
@@ -21,9 +21,20 @@ _COMMANDS = {
     "eval": "evaluate a run's model",
     "synth": "draw pedestrians: a data set of any size, with identities",
     "demo": "draw data, train every preset on it and compare, in minutes",
+    "report": "write what a run did as one HTML file",
+    "compare": "write the charts of several runs as one HTML file",
     "doctor": "report versions, compilers and what runs each op",
 }
-_LIBRARIES = ("torchvision", "timm", "accelerate", "scikit-learn", "tensorboard", "tyro", "Pillow")
+_LIBRARIES = (
+    "torchvision",
+    "timm",
+    "accelerate",
+    "scikit-learn",
+    "tensorboard",
+    "tyro",
+    "Pillow",
+    "plotly",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,13 +17,16 @@ from tqdm import tqdm
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.demo import Demo, run_demo
 from dhcl.engine import Interrupted
+from dhcl.report.command import compare, report
 from dhcl.runs import evaluate_run, train
 from dhcl.synth import contact_sheet, render_dataset
 
 __all__ = ["COMMANDS", "train_options"]
 
 # What may differ when a run goes on: nothing that decides a bit of the result.
-_FREE = "root workers cache_gb epochs eval_every rerank checkpoint_minutes checkpoint_iterations"
+_FREE = (
+    "root workers cache_gb epochs eval_every rerank report checkpoint_minutes checkpoint_iterations"
+)
 
 
 # ---- train --------------------------------------------------------------------------------------
@@ -236,4 +239,6 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "eval": _eval,
     "synth": _synth,
     "demo": _demo,
+    "report": report,
+    "compare": compare,
 }

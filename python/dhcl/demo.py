@@ -59,6 +59,7 @@ _COMMON: dict[str, Any] = {
     "cache_gb": 0.25,
     "eval_every": 0,
     "rerank": False,
+    "report": False,
     "checkpoint_minutes": 0.0,
     "device": "cpu",
 }
