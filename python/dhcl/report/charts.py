@@ -72,7 +72,13 @@ def _layout(x: str, y: str, **more: Any) -> dict[str, Any]:
         "yaxis": {**axis, "title": {"text": y}, "rangemode": "tozero"},
         "height": 320,
         "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "legend": {
+            "traceorder": "normal",
+            "orientation": "h",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "x": 0,
+        },
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": "@text", "size": 13},
@@ -133,8 +139,7 @@ def lines(
     layout = _layout("epoch", "", showlegend=len(data) > 1, hovermode="x unified")
     # Whole epochs only.
     layout["xaxis"].update(rangemode="normal", tickformat="d", dtick=_step(longest))
-    if longest <= 1 or all(len(each["x"]) == 1 for each in data):
-        layout["xaxis"]["range"] = [0, longest + 1]
+    layout["xaxis"]["range"] = [0.5, longest + 0.5]
     if percent:
         layout["yaxis"]["tickformat"] = ".0%"
         layout["yaxis"]["hoverformat"] = ".1%"
@@ -220,6 +225,7 @@ def cluster_sizes(series: Sequence[tuple[str, Any]]) -> Chart:
     """How many clusters there are of each size; of one run, or of several as lines."""
     data: list[dict[str, Any]] = []
     parts = []
+    several = len(series) > 1
     largest = max((int(sizes.max()) for _, sizes in series if len(sizes)), default=1)
     width = max(1, math.ceil(largest / 40))
     edges = np.arange(0, largest + width + 1, width) + 0.5
@@ -253,13 +259,16 @@ def cluster_sizes(series: Sequence[tuple[str, Any]]) -> Chart:
                 "dash": _DASHES[number // _COLOURS % len(_DASHES)],
             }
             data.append({**shared, "type": "scatter", "mode": "lines", "line": line})
-    layout = _layout("images in the cluster", "clusters", showlegend=len(series) > 1)
+    layout = _layout(
+        "images in the cluster", "clusters", showlegend=len(series) > 1, height=260 + 60 * several
+    )
     return Chart(
         "sizes",
         "Cluster sizes",
         "How many clusters have how many images. Few very large ones often hold several people.",
         "; ".join(parts),
         {"data": data, "layout": layout},
+        wide=True,
     )
 
 
@@ -320,6 +329,7 @@ def cameras(found: Retrieval, key: str = "cameras", title: str = "") -> Chart:
         "hovertemplate": "queries of %{y}, gallery of %{x}: mAP %{z:.1%}<extra></extra>",
         "hoverongaps": False,
         "colorbar": {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
+        "textfont": {"color": "@text"},
         "texttemplate": "%{z:.0%}" if count <= 12 else "",
     }
     layout = _layout("gallery of", "queries of")

@@ -58,7 +58,7 @@ class Limits:
     queries: int = 10  # of the best, the median and the worst each
     topk: int = 10  # of a ranked list
     clusters: int = 8  # of a kind
-    members: int = 12  # of a cluster
+    members: int = 14  # of a cluster
     outliers: int = 60
     points: int = 1500  # of the map
 

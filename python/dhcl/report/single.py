@@ -331,11 +331,10 @@ def _image(
     person, camera = int(images.ids[number]), int(images.cameras[number])
     mark = {"right": "<b>✓</b> ", "wrong": "<b>✗</b> "}.get(kind, "")
     known = [f"id {person}" if person >= 0 else "", f"c{camera + 1}" if camera >= 0 else ""]
-    line = mark + escape(" · ".join(k for k in known if k))
+    lines = [mark + escape(known[0]), escape(" · ".join(k for k in (known[1], *more) if k))]
     path = images.paths[number]
     said = ", ".join(s for s in (before, kind, *known, show(path.name)) if s)
-    below = [each for each in (line, *map(escape, more)) if each]
-    return picture(pictures.add(path), kind, said, below)
+    return picture(pictures.add(path), kind, said, [line for line in lines if line])
 
 
 # ---- retrieval ----------------------------------------------------------------------------------
@@ -349,7 +348,7 @@ def _retrieval(found: Findings, grid: Any) -> str:
     full = int((r.ap[valid] >= 1).sum())
     text = (
         f"{valid.sum():,} of {len(r.ap):,} queries have a right match in the gallery; of these "
-        f"{full:,} are ranked without an error (average precision 100 %). mAP {percent(r.mAP)}, "
+        f"{full or 'none'} are ranked without an error (average precision 100 %). mAP {percent(r.mAP)}, "
         f"rank-1 {percent(r.rank1)}, of the last checkpoint."
     )
     drawn = []
@@ -383,7 +382,7 @@ def _lists(found: Findings, pictures: Pictures) -> str:
         "the query's identity in its own camera, and junk, are not in the lists."
     )
     cards = "".join(_ranked(one, found.data, pictures) for one in r.lists)
-    return f'<h3>Ranked lists</h3><p class="note">{about}</p>{form}{cards}'
+    return f'<h3 class="apart">Ranked lists</h3><p class="note">{about}</p>{form}{cards}'
 
 
 def _ranked(one: RankedList, data: ReIDData, pictures: Pictures) -> str:
@@ -457,7 +456,7 @@ def _configuration(record: Record) -> str:
     if record.options.get("preset") in PRESETS:
         base = vars(preset(record.options["preset"]))
     rows, changed = [], []
-    own = ("data", "root", "out", "preset", "seed")  # of every run, no change of a method
+    own = "data root out preset seed workers cache_gb device report".split()  # no change of method
     for number, (name, value) in enumerate(record.options.items()):
         default = base.get(name)
         default = list(default) if isinstance(default, tuple) else default
