@@ -135,7 +135,7 @@ def run_demo(demo: Demo) -> dict[str, Any]:
 
 
 def _write_pages(demo: Demo, root: Path) -> None:
-    """A report of the method itself and a comparison of all runs; without them, one line says so."""
+    """A report of the method itself and a comparison of all runs, or one line why not."""
     from dhcl.report import write_comparison, write_report  # which stand on dhcl.runs
 
     runs = {(n, s): _options(demo, root, n, s).run for s in demo.seeds for n in METHODS}

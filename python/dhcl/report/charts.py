@@ -137,6 +137,7 @@ def lines(
             }
         )
     layout = _layout("epoch", "", showlegend=len(data) > 1, hovermode="x unified")
+    layout["height"] += 10 * max(len(data) - 4, 0)  # for the legend
     # Whole epochs only.
     layout["xaxis"].update(rangemode="normal", tickformat="d", dtick=_step(longest))
     layout["xaxis"]["range"] = [0.5, longest + 0.5]

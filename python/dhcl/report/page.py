@@ -157,9 +157,13 @@ def table(
     *,
     changed: Iterable[int] = (),
     numeric: bool = True,
+    name: str = "Table",
     caption: str = "",
 ) -> str:
-    """Rows of text; the first cell is the row's heading. Rows in ``changed`` stand out."""
+    """Rows of text; the first cell is the row's heading. Rows in ``changed`` stand out.
+
+    ``name`` is for those who can't see it; a ``caption`` is shown and takes its place.
+    """
     kind = ' class="number"' if numeric else ""
     marked = set(changed)
     lines = "".join(
@@ -173,7 +177,7 @@ def table(
     )
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or "Table")}">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or name)}">'
         f"<table>{named}<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 

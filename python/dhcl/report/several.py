@@ -98,7 +98,7 @@ def _metrics(names: list[str], records: list[Record]) -> str:
             ]
         )
     text = '<p class="note">Of the last epoch; a run that is not finished has no metrics yet.</p>'
-    return text + table(head, rows, caption="Final metrics")
+    return text + table(head, rows, name="Final metrics")
 
 
 def _gaps(names: list[str], found: Sequence[Findings]) -> str:
@@ -121,7 +121,7 @@ def _settings(names: list[str], records: list[Record]) -> str:
             rows.append([key, *values])
     if not rows:
         return "<p>None: the options of all runs are the same, but for their folders.</p>"
-    return table(["option", *names], rows, numeric=False, caption="Settings that differ")
+    return table(["option", *names], rows, numeric=False, name="Settings that differ")
 
 
 def _value(options: dict[str, Any], key: str) -> str:

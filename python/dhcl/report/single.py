@@ -25,6 +25,8 @@ from dhcl.report.record import Record, read_record
 __all__ = ["EPOCH_CHARTS", "epoch_series", "percent", "subtitle", "write_file", "write_report"]
 
 _KINDS = ("largest", "purest", "most mixed", "most cross-camera", "any size")
+# Options that change no method.
+_OWN = ("data", "root", "out", "preset", "seed", "workers", "cache_gb", "device", "report")
 _MAP_HEIGHT = 72  # pixels of a thumbnail that only the map shows
 # Key, title, text, unit, and the lines: name and key in the log.
 EPOCH_CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
@@ -306,9 +308,12 @@ def _radio(name: str, value: str, text: str, checked: bool) -> str:
 
 
 def _cluster(cluster: Cluster, train: ImageList, pictures: Pictures) -> str:
-    parts = [f"{cluster.size} images", f"{cluster.cameras} cameras" if cluster.cameras else ""]
+    parts = [f"{cluster.size} images"]
+    if cluster.cameras:
+        parts.append(_count(cluster.cameras, "camera", "cameras"))
     if cluster.main_id >= 0:
-        parts.append(f"{cluster.ids} identities, purity {percent(cluster.purity, 0)}")
+        parts.append(_count(cluster.ids, "identity", "identities"))
+        parts.append(f"purity {percent(cluster.purity, 0)}")
     items = []
     for i in cluster.shown:
         known = cluster.main_id >= 0 and train.ids[i] >= 0
@@ -318,10 +323,14 @@ def _cluster(cluster: Cluster, train: ImageList, pictures: Pictures) -> str:
     return (
         f'<article class="sheet" data-in="clusters" data-size="{cluster.size}" '
         f'data-kinds="{escape("|".join(cluster.kinds))}"><h3>Cluster {cluster.label}{tags}</h3>'
-        f'<p class="about">{escape(", ".join(p for p in parts if p))}</p>'
+        f'<p class="about">{escape(", ".join(parts))}</p>'
         f'<ul class="row" tabindex="0" aria-label="Images of cluster {cluster.label}">'
         f"{''.join(items)}</ul></article>"
     )
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _image(
@@ -348,8 +357,8 @@ def _retrieval(found: Findings, grid: Any) -> str:
     full = int((r.ap[valid] >= 1).sum())
     text = (
         f"{valid.sum():,} of {len(r.ap):,} queries have a right match in the gallery; of these "
-        f"{full or 'none'} are ranked without an error (average precision 100 %). mAP {percent(r.mAP)}, "
-        f"rank-1 {percent(r.rank1)}, of the last checkpoint."
+        f"{full or 'none'} are ranked without an error (average precision 100 %). "
+        f"mAP {percent(r.mAP)}, rank-1 {percent(r.rank1)}, of the last checkpoint."
     )
     drawn = []
     if r.similarities is not None:
@@ -456,16 +465,15 @@ def _configuration(record: Record) -> str:
     if record.options.get("preset") in PRESETS:
         base = vars(preset(record.options["preset"]))
     rows, changed = [], []
-    own = "data root out preset seed workers cache_gb device report".split()  # no change of method
     for number, (name, value) in enumerate(record.options.items()):
         default = base.get(name)
         default = list(default) if isinstance(default, tuple) else default
-        differs = name in base and name not in own and default != value
+        differs = name in base and name not in _OWN and default != value
         rows.append([name, _option(value), _option(default) if differs else ""])
         if differs:
             changed.append(number)
     head = ("option", "value", "the preset's, where it differs")
-    return table(head, rows, changed=changed, numeric=False, caption="Options of the run")
+    return table(head, rows, changed=changed, numeric=False, name="Options of the run")
 
 
 def _option(value: Any) -> str:
