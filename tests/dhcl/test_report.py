@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import yaml
 from dhcl.checkpoint import load_checkpoint, save_checkpoint
 from dhcl.cli import main
 from dhcl.config import ConfigError
-from dhcl.data import ImageList
+from dhcl.data import ImageList, load_data
 from dhcl.report import charts, write_comparison, write_report
 from dhcl.report.gather import (
     Limits,
@@ -26,9 +27,10 @@ from dhcl.report.page import page, table
 from dhcl.report.pictures import Pictures
 from dhcl.report.record import labels_of, read_record
 from dhcl.runs import train
-from dhcl_ops import evaluate_ranking
+from dhcl.trainer import fingerprint
 from PIL import Image
 
+from dhcl_ops import evaluate_ranking
 from tests.dhcl.toy import options, write_images
 
 
@@ -362,10 +364,6 @@ def test_size_is_bounded_at_20_000_images(run, pictures, tmp_path):
         shutil.copytree(pictures / name, root / name)
     many = shutil.copytree(run, tmp_path / "run")
     state = load_checkpoint(many / "checkpoints" / "last.pt")
-    record = replaced(many, root)
-    from dhcl.data import load_data
-    from dhcl.trainer import fingerprint
-
     train_images = load_data("market1501", root).train
     rng = np.random.default_rng(1)
     state["labels"] = torch.from_numpy(np.where(rng.random(count) < 0.2, -1, train_images.ids))
@@ -434,7 +432,7 @@ def test_report_in_a_browser(run, open_page):
     assert tab.locator("img[data-picture]").count() > 50
     levels = tab.eval_on_selector_all("h1, h2, h3", "all => all.map(h => +h.tagName[1])")
     assert levels[0] == 1
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
 def test_filters_in_a_browser(run, open_page):
@@ -514,7 +512,7 @@ def test_comparison_in_a_browser(run, copy, tmp_path, open_page):
     boxes = tab.locator(".chart")
     assert boxes.count() > 10
     assert all(boxes.nth(i).locator("svg.main-svg").count() for i in range(boxes.count()))
-    assert "run <i>" in tab.locator("#chart-loss-0 .legendtext").first.inner_text()
+    assert "run <i>" in tab.locator("#chart-loss-0 .legendtext").first.text_content()
 
 
 def test_half_written_run_in_a_browser(copy, open_page):

@@ -34,8 +34,8 @@ class _ReportArguments:
     """Clusters of a kind to show: largest, purest, most mixed, most cross-camera, any size."""
     points: int = 1500
     """Points of the map, at most."""
-    workers: int = 4
-    """Processes that load images."""
+    workers: int | None = None
+    """Processes that load images; as in training by default."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def report(arguments: list[str]) -> None:
     for name in ("queries", "topk", "clusters", "points"):
         if getattr(given, name) < 1:
             raise ConfigError(f"{name}: must be at least 1 (got {getattr(given, name)})")
-    if given.workers < 0:
+    if given.workers is not None and given.workers < 0:
         raise ConfigError(f"workers: must be at least 0 (got {given.workers})")
     record = read_record(given.run)
     record.change(root=given.root, workers=given.workers)

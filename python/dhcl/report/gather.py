@@ -639,7 +639,8 @@ def draw_map(features: NDArray[np.float32]) -> Floats | None:
     if count < 5:
         return None
     pca = PCA(min(50, count, wide), svd_solver="randomized", random_state=0)
-    rows = np.ascontiguousarray(pca.fit_transform(features), dtype=np.float32)
+    with np.errstate(invalid="ignore"):  # its shares of variance, where all rows are the same
+        rows = np.ascontiguousarray(pca.fit_transform(features), dtype=np.float32)
     # scikit-learn's own start from the components divides by 0 where all rows are the same.
     start = rows[:, :2] * (1e-4 / max(float(rows[:, 0].std()), 1e-12))
     perplexity = min(30.0, (count - 1) / 3)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dhcl.checkpoint import write_atomic
 from dhcl.config import ConfigError
 from dhcl.logs import duration, flat
 from dhcl.report import charts
@@ -15,7 +16,7 @@ from dhcl.report.charts import Chart, Series
 from dhcl.report.gather import Findings, look
 from dhcl.report.page import chart_grid, missing, page, table
 from dhcl.report.record import Record, labels_of, read_record
-from dhcl.report.single import EPOCH_CHARTS, epoch_series, percent, write_file
+from dhcl.report.single import EPOCH_CHARTS, check_file, epoch_series, percent
 
 __all__ = ["write_comparison"]
 
@@ -41,6 +42,7 @@ def write_comparison(
     """
     if len(runs) < 2:
         raise ConfigError(f"runs: at least two are needed to compare (got {len(runs)})")
+    check_file(out)
     records = [read_record(run) for run in runs]
     found = []
     for record in records:
@@ -50,7 +52,7 @@ def write_comparison(
             if retrieval
             else Findings(record, sizes=record.sizes, missing=dict(record.missing))
         )
-    write_file(out, render(found, retrieval=retrieval))
+    write_atomic(out, render(found, retrieval=retrieval))
     return out
 
 

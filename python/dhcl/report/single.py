@@ -22,7 +22,7 @@ from dhcl.report.page import chart_grid, escape, missing, numbers, page, picture
 from dhcl.report.pictures import Pictures
 from dhcl.report.record import Record, read_record
 
-__all__ = ["EPOCH_CHARTS", "epoch_series", "percent", "subtitle", "write_file", "write_report"]
+__all__ = ["EPOCH_CHARTS", "check_file", "epoch_series", "percent", "subtitle", "write_report"]
 
 _KINDS = ("largest", "purest", "most mixed", "most cross-camera", "any size")
 # Options that change no method.
@@ -94,19 +94,19 @@ def write_report(
         ConfigError: no such run, or Plotly is not installed. OSError: the file can't be written.
     """
     record = record or read_record(run)
-    found = look(record, data=data, engine=engine, features=features, limits=limits)
     out = out or run / "report.html"
-    write_file(out, render(found))
+    check_file(out)
+    found = look(record, data=data, engine=engine, features=features, limits=limits)
+    write_atomic(out, render(found))
     return out
 
 
-def write_file(out: Path, content: bytes) -> None:
-    """Write a page, whole or not at all."""
+def check_file(out: Path) -> None:
+    """Raise :class:`ConfigError` if no page can be written there, before there is one to write."""
     if not out.parent.is_dir():
         raise ConfigError(f"out: there is no folder {show(out.parent)} to write {out.name} in")
     if out.is_dir():
         raise ConfigError(f"out: must be a file (got the folder {show(out)})")
-    write_atomic(out, content)
 
 
 def render(found: Findings) -> bytes:
