@@ -82,6 +82,7 @@ def _layout(x: str, y: str, **more: Any) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": "@text", "size": 13},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "@muted", "activecolor": "@text"},
         "hoverlabel": {"bgcolor": "@page", "bordercolor": "@muted", "font": {"color": "@text"}},
     }
     for name, value in more.items():

@@ -157,8 +157,8 @@ def subtitle(record: Record) -> str:
     o = record.options
     parts = [f"{o[key]}" for key in ("data", "backbone") if o.get(key)]
     parts += [f"{key} {o[key]}" for key in ("preset", "seed") if o.get(key) is not None]
-    if o.get("root"):
-        parts.append(f"images in {show(str(o['root']))}")
+    if record.config and record.config.root:
+        parts.append(f"images in {show(record.config.root)}")
     return ", ".join(parts)
 
 
