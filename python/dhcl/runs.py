@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from dhcl.checkpoint import load_checkpoint, write_atomic
 from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import ReIDData, check_images, load_data
+from dhcl.data.datasets import show
 from dhcl.engine import Engine
 from dhcl.evaluation import Evaluator, IdentityObserver, table
 from dhcl.models import ReIDModel, UnavailableWeights, build_model
@@ -142,7 +143,7 @@ def _write_report(
         reason = (str(error) or type(error).__name__).splitlines()[0]
         engine.say(f"warning: no report of the run: {reason}")
     else:
-        engine.say(f"report: {path}")
+        engine.say(f"report: {show(path)}")
 
 
 def _check_batches(config: TrainConfig, engine: Engine, data: ReIDData) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from dhcl.config import ConfigError
+from dhcl.data.datasets import show
 from dhcl.report.gather import Limits
 from dhcl.report.record import read_record
 from dhcl.report.several import write_comparison
@@ -66,11 +67,11 @@ def report(arguments: list[str]) -> None:
         queries=given.queries, topk=given.topk, clusters=given.clusters, points=given.points
     )
     path = write_report(given.run, out=given.out, limits=limits, record=record)
-    print(f"report: {path}")
+    print(f"report: {show(path)}")
 
 
 def compare(arguments: list[str]) -> None:
     """Run ``dhcl compare``."""
     given = tyro.cli(_CompareArguments, prog="dhcl compare", args=arguments)
     path = write_comparison(given.runs, out=given.out, root=given.root, retrieval=given.retrieval)
-    print(f"comparison: {path}")
+    print(f"comparison: {show(path)}")
