@@ -28,9 +28,20 @@ _COMMANDS = {
     "synth": "draw pedestrians: a data set of any size, with identities",
     "demo": "draw data, train every preset on it and compare, in minutes",
     "pretrain": "draw pedestrians and learn them, for weights to start from",
+    "report": "write what a run did as one HTML file",
+    "compare": "write the charts of several runs as one HTML file",
     "doctor": "report versions, compilers and what runs each op",
 }
-_LIBRARIES = ("torchvision", "timm", "accelerate", "scikit-learn", "tensorboard", "tyro", "Pillow")
+_LIBRARIES = (
+    "torchvision",
+    "timm",
+    "accelerate",
+    "scikit-learn",
+    "tensorboard",
+    "tyro",
+    "Pillow",
+    "plotly",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

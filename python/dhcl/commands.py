@@ -18,6 +18,7 @@ from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.demo import Demo, run_demo
 from dhcl.engine import Interrupted
 from dhcl.pretrain import Pretrain, pretrain
+from dhcl.report.command import compare, report
 from dhcl.runs import evaluate_run, train
 from dhcl.services import SERVICES
 from dhcl.synth import contact_sheet, render_dataset
@@ -25,7 +26,9 @@ from dhcl.synth import contact_sheet, render_dataset
 __all__ = ["COMMANDS", "train_options"]
 
 # What may differ when a run goes on: nothing that decides a bit of the result.
-_FREE = "root workers cache_gb epochs eval_every rerank checkpoint_minutes checkpoint_iterations"
+_FREE = (
+    "root workers cache_gb epochs eval_every rerank report checkpoint_minutes checkpoint_iterations"
+)
 
 
 # ---- train --------------------------------------------------------------------------------------
@@ -244,4 +247,6 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "demo": _demo,
     "pretrain": _pretrain,
     **SERVICES,
+    "report": report,
+    "compare": compare,
 }

@@ -167,6 +167,8 @@ class TrainConfig:
     """Images per batch without gradients."""
     rerank: bool = True
     """Evaluate the last epoch with k-reciprocal re-ranking too."""
+    report: bool = True
+    """At the end, write report.html to the run's folder."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints within an epoch; 0 writes them at its end only."""
     checkpoint_iterations: int = 0

@@ -59,6 +59,7 @@ _COMMON: dict[str, Any] = {
     "cache_gb": 0.25,
     "eval_every": 0,
     "rerank": False,
+    "report": False,
     "checkpoint_minutes": 0.0,
     "device": "cpu",
 }
@@ -138,7 +139,25 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     write_atomic(demo.out / "results.json", json.dumps(results, indent=1).encode())
     write_atomic(demo.out / "results.md", (text + "\n").encode())
     tqdm.write(f"\n{text}\n\nIn {spent}; also in {demo.out / 'results.md'}")
+    _write_pages(demo, root)
     return results
+
+
+def _write_pages(demo: Demo, root: Path) -> None:
+    """A report of the method itself and a comparison of all runs, or one line why not."""
+    from dhcl.report import write_comparison, write_report  # which stand on dhcl.runs
+
+    runs = {(n, s): _options(demo, root, n, s).run for s in demo.seeds for n in METHODS}
+    one = runs["dhcl, both", demo.seeds[0]]
+    try:
+        report = write_report(one, out=demo.out / "report.html")
+        # Similarities of every run take as long as evaluating each again.
+        page = write_comparison(list(runs.values()), out=demo.out / "compare.html", retrieval=False)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        tqdm.write(f"warning: no report: {reason}")
+    else:
+        tqdm.write(f"\nreport of {one.name}: {report}\nall runs compared: {page}")
 
 
 def draw(root: Path, **arguments: Any) -> None:

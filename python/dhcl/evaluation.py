@@ -55,10 +55,20 @@ class Evaluator:
         With ``reranked`` there is a dictionary of the same under ``"reranked"``. To be called on
         every process; the first one alone gets metrics.
         """
+        return self.metrics(*self.features(model), reranked=reranked)
+
+    def features(self, model: ReIDModel) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of query (Q, d) and gallery (G, d), float32 of unit length, on every process."""
         query, gallery = (
             self._engine.extract(model, images, name)
             for images, name in zip(self._sets, ("query", "gallery"), strict=True)
         )
+        return query, gallery
+
+    def metrics(
+        self, query: torch.Tensor, gallery: torch.Tensor, *, reranked: bool = False
+    ) -> dict[str, Any]:
+        """Those of :meth:`__call__`, from features."""
         if not self._engine.is_main:
             return {}
         metrics: dict[str, Any] = by_name(self._rank((query, gallery)))

@@ -79,6 +79,7 @@ class Pretrain:
                 "seed": self.seed,
                 "eval_every": 0,
                 "rerank": False,
+                "report": False,
             },
         ).resolved()
 

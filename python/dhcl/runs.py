@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from dhcl.checkpoint import load_checkpoint, write_atomic
 from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import ReIDData, check_images, load_data
+from dhcl.data.datasets import show
 from dhcl.engine import Engine
 from dhcl.evaluation import Evaluator, IdentityObserver, table
 from dhcl.models import ReIDModel, UnavailableWeights, build_model
@@ -118,9 +119,35 @@ def train(
         trainer.log.close()
     if evaluator is None:
         engine.say(f"trained: {trainer.checkpoint}. No identities to evaluate on.")
+        _write_report(config, engine, data, None)
         return {}
-    last = evaluator(trainer.model, reranked=config.rerank)
-    return _report(config, engine, trainer, last, quiet) if engine.is_main else {}
+    features = evaluator.features(trainer.model)
+    last = evaluator.metrics(*features, reranked=config.rerank)
+    if not engine.is_main:
+        return {}
+    results = _report(config, engine, trainer, last, quiet)
+    _write_report(config, engine, data, features)
+    return results
+
+
+def _write_report(
+    config: TrainConfig,
+    engine: Engine,
+    data: ReIDData,
+    features: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """Write the report of a finished training, which it can't make fail any more."""
+    if not config.report or not engine.is_main:
+        return
+    try:
+        from dhcl.report import write_report  # which stands on this module
+
+        path = write_report(config.run, data=data, engine=engine, features=features)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        engine.say(f"warning: no report of the run: {reason}")
+    else:
+        engine.say(f"report: {show(path)}")
 
 
 def _drawn_classes(config: TrainConfig, data: ReIDData) -> torch.Tensor:

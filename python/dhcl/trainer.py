@@ -50,7 +50,7 @@ from dhcl_ops import (
     suspected_false_negatives,
 )
 
-__all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "learning_rate"]
+__all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "learning_rate"]
 
 _FORMAT = 1
 # Averages over an epoch's steps, in the order of the list in Trainer.step.
@@ -101,6 +101,13 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
         done = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1)
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
     return config.lr
+
+
+def fingerprint(images: ImageList) -> str:
+    """A hash of the images' names and cameras in their order, by which a checkpoint knows them."""
+    pairs = zip(images.paths, images.cameras, strict=True)
+    text = "\n".join(f"{path.name} {camera}" for path, camera in pairs)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Trainer:
@@ -518,7 +525,7 @@ class Trainer:
             "loose": self.loose,
             "progress": dataclasses.asdict(self.at),
             "random": states,
-            "images": self._fingerprint(),
+            "images": fingerprint(self._images),
             "log_size": self.log.size,
         }
         save_checkpoint(self.checkpoint, state)
@@ -526,7 +533,7 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("format") != _FORMAT:
             raise ConfigError(f"checkpoint: {self.checkpoint} is of another version of dhcl")
-        if state["images"] != self._fingerprint():
+        if state["images"] != fingerprint(self._images):
             raise ConfigError(
                 f"checkpoint: {self.checkpoint} was written with other training images; "
                 "to go on, the data must be as it was"
@@ -572,10 +579,3 @@ class Trainer:
     def _check_weights(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             self._diverged("weights are")
-
-    def _fingerprint(self) -> str:
-        text = "\n".join(
-            f"{path.name} {camera}"
-            for path, camera in zip(self._images.paths, self._images.cameras, strict=True)
-        )
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -157,6 +157,8 @@ def test_the_demo_ends_with_a_table_and_goes_on_where_it_was_stopped(tmp_path, c
     sizes = ["--ids", "8", "--cameras", "2", "--images-per-camera", "3", "--image-size", "32", "16"]
     given = ["demo", "--out", str(tmp_path / "demo"), *sizes, "--epochs", "1", "--iterations", "2"]
     assert main([*given, "--seeds", "0", "1"]) == 0
+    assert "<h1>Run dhcl-both-seed0" in (tmp_path / "demo" / "report.html").read_text()
+    assert "Comparison of 12 runs" in (tmp_path / "demo" / "compare.html").read_text()
     text = (tmp_path / "demo" / "results.md").read_text()
     assert text.strip() in capsys.readouterr().out
     for name in ("untrained", "spcl", "cluster-contrast", "dhcl, neither", "dhcl, both"):

@@ -51,6 +51,7 @@ OPTIONS = {
     "warmup_epochs": 1,
     "eval_every": 0,
     "rerank": False,
+    "report": False,
     "deterministic": True,
 }
 

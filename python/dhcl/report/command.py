@@ -1,0 +1,77 @@
+"""The commands ``dhcl report`` and ``dhcl compare``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from dhcl.config import ConfigError
+from dhcl.data.datasets import show
+from dhcl.report.gather import Limits
+from dhcl.report.record import read_record
+from dhcl.report.several import write_comparison
+from dhcl.report.single import write_report
+
+__all__ = ["compare", "report"]
+
+
+@dataclass(frozen=True)
+class _ReportArguments:
+    """Write what a run did as one HTML file: curves, clusters, ranked lists, a map."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, finished or not."""
+    out: Path | None = None
+    """File to write; report.html in the run by default."""
+    root: Path | None = None
+    """Where the images lie now, if not where they lay in training."""
+    queries: int = 10
+    """Best, median and worst queries to show, of each."""
+    topk: int = 10
+    """Images of a ranked list."""
+    clusters: int = 8
+    """Clusters of a kind to show: largest, purest, most mixed, most cross-camera, any size."""
+    points: int = 1500
+    """Points of the map, at most."""
+    workers: int | None = None
+    """Processes that load images; as in training by default."""
+
+
+@dataclass(frozen=True)
+class _CompareArguments:
+    """Write the charts of several runs as one HTML file, and what differs in their settings."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the runs."""
+    out: Path = Path("compare.html")
+    """File to write."""
+    root: Path | None = None
+    """Where the images of all runs lie now, if not where they lay in training."""
+    retrieval: bool = True
+    """Extract test features for the similarities and the camera matrix of each run."""
+
+
+def report(arguments: list[str]) -> None:
+    """Run ``dhcl report``."""
+    given = tyro.cli(_ReportArguments, prog="dhcl report", args=arguments)
+    for name in ("queries", "topk", "clusters", "points"):
+        if getattr(given, name) < 1:
+            raise ConfigError(f"{name}: must be at least 1 (got {getattr(given, name)})")
+    if given.workers is not None and given.workers < 0:
+        raise ConfigError(f"workers: must be at least 0 (got {given.workers})")
+    record = read_record(given.run)
+    record.change(root=given.root, workers=given.workers)
+    limits = Limits(
+        queries=given.queries, topk=given.topk, clusters=given.clusters, points=given.points
+    )
+    path = write_report(given.run, out=given.out, limits=limits, record=record)
+    print(f"report: {show(path)}")
+
+
+def compare(arguments: list[str]) -> None:
+    """Run ``dhcl compare``."""
+    given = tyro.cli(_CompareArguments, prog="dhcl compare", args=arguments)
+    path = write_comparison(given.runs, out=given.out, root=given.root, retrieval=given.retrieval)
+    print(f"comparison: {show(path)}")

@@ -1,0 +1,192 @@
+"""What lies in a run's folder, whole or not: options, log, metrics, pseudo-labels and bank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from dhcl.checkpoint import CheckpointError, load_checkpoint
+from dhcl.config import ConfigError, TrainConfig, with_changes
+from dhcl.data.datasets import show
+
+__all__ = ["Record", "labels_of", "read_record"]
+
+_PATHS = ("root", "out", "weights")
+
+
+@dataclass
+class Record:
+    """The files of a run as numbers.
+
+    Attributes:
+        run: its folder.
+        options: what ``config.yaml`` says, empty if it can't be read.
+        config: the same as options, None if they are not ones of this version.
+        log: entries of ``log.jsonl``, one an epoch.
+        metrics: of ``metrics.json``.
+        labels: (N,) pseudo-labels of the training images, -1 for outliers.
+        labels_epoch: the epoch they were made in, from 1.
+        bank: (N, d) float32, a row per training image; None if the memory has rows per cluster.
+        images: hash of the training images' names and cameras.
+        missing: what is not there, with the reason.
+    """
+
+    run: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    config: TrainConfig | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    labels: NDArray[np.int64] | None = None
+    labels_epoch: int = 0
+    bank: NDArray[np.float32] | None = None
+    images: str | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, printable."""
+        return show(self.run.resolve().name)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(C,) images of each cluster."""
+        if self.labels is None:
+            return np.zeros(0, np.int64)
+        return np.bincount(self.labels[self.labels >= 0])
+
+    def change(self, *, root: Path | None = None, workers: int | None = None) -> None:
+        """Look for the images elsewhere, or load them with other processes."""
+        changes = {k: v for k, v in (("root", root), ("workers", workers)) if v is not None}
+        if self.config is not None:
+            self.config = dataclasses.replace(self.config, **changes)  # type: ignore[arg-type]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Metrics of the last epoch's model, empty if the training has not come to its end."""
+        last: dict[str, Any] = self.metrics.get("last", {})
+        return last
+
+
+def read_record(run: Path) -> Record:
+    """Read what there is.
+
+    Raises:
+        ConfigError: no such folder, or nothing of a run in it.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"run: there is no folder {show(run)}")
+    if not any((run / name).exists() for name in ("config.yaml", "log.jsonl")):
+        raise ConfigError(
+            f"run: {show(run)} is not the folder of a run; it holds neither config.yaml nor "
+            "log.jsonl"
+        )
+    record = Record(run)
+    _read_options(record)
+    _read_log(record)
+    _read_metrics(record)
+    _read_checkpoint(record)
+    return record
+
+
+def _read_options(record: Record) -> None:
+    file = record.run / "config.yaml"
+    try:
+        options = yaml.safe_load(file.read_text())
+        if not isinstance(options, dict):
+            raise ConfigError("it must hold `option: value` lines")
+        record.options = {str(name): value for name, value in options.items()}
+        changes = dict(record.options)
+        for name in _PATHS:
+            if changes.get(name) is not None:
+                changes[name] = Path(changes[name])
+        if "image_size" in changes:
+            changes["image_size"] = tuple(changes["image_size"])
+        config = with_changes(TrainConfig(), changes)
+        config.validate()
+        record.config = config
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ConfigError) as error:
+        record.missing["configuration"] = f"config.yaml can't be used ({_why(error)})"
+
+
+def _read_log(record: Record) -> None:
+    file, broken = record.run / "log.jsonl", 0
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except OSError as error:
+        record.missing["log"] = f"log.jsonl can't be read ({_why(error)}), so nothing over epochs"
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            record.log.append({**entry, "epoch": int(entry["epoch"])})
+        except (ValueError, TypeError, KeyError):
+            broken += 1
+    if broken:
+        record.missing["log"] = f"{broken} of {len(lines)} lines of log.jsonl can't be read"
+    elif not lines:
+        record.missing["log"] = "log.jsonl is empty: no epoch has come to its end yet"
+
+
+def _read_metrics(record: Record) -> None:
+    try:
+        metrics = json.loads((record.run / "metrics.json").read_text())
+        record.metrics = metrics if isinstance(metrics, dict) else {}
+    except FileNotFoundError:
+        total, done = record.options.get("epochs"), len(record.log)
+        why = "there were no identities to evaluate on, or it was not written"
+        if isinstance(total, int) and done < total:
+            why = f"the log has {done} of {total} epochs, and metrics are of the last one"
+        record.missing["metrics"] = f"there is no metrics.json: {why}"
+    except (OSError, ValueError) as error:
+        record.missing["metrics"] = f"metrics.json can't be read ({_why(error)})"
+
+
+def _read_checkpoint(record: Record) -> None:
+    file = record.run / "checkpoints" / "last.pt"
+    if not file.exists():
+        record.missing["checkpoint"] = (
+            "there is no checkpoints/last.pt, so neither model, pseudo-labels nor bank"
+        )
+        return
+    try:
+        state = load_checkpoint(file)
+        at, rows = state["progress"], state["bank"]["features"].float().numpy()
+        record.labels = state["labels"].numpy().astype(np.int64)
+        record.images = str(state["images"])
+    except (CheckpointError, KeyError, AttributeError) as error:
+        record.missing["checkpoint"] = f"checkpoints/last.pt can't be used ({_why(error)})"
+        return
+    # An epoch under way has an entry; its labels are the current ones.
+    record.labels_epoch = at["epoch"] + bool(at["entry"])
+    if len(rows) == len(record.labels):
+        record.bank = rows
+
+
+def _why(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return show(" ".join(text.split()))
+
+
+def labels_of(records: list[Record]) -> list[str]:
+    """A name for each run, all different: of the folder, with as many parents as it takes."""
+    parts = [r.run.resolve().parts for r in records]
+    names = [show(p[-1]) for p in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        if not twice:
+            break
+        names = [
+            show("/".join(p[-depth:])) if name in twice else name
+            for name, p in zip(names, parts, strict=True)
+        ]
+    return [
+        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]

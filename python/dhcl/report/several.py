@@ -1,0 +1,194 @@
+"""``dhcl compare``: the charts of several runs together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dhcl.checkpoint import write_atomic
+from dhcl.config import ConfigError
+from dhcl.logs import duration, flat
+from dhcl.report import charts
+from dhcl.report.charts import Chart, Series
+from dhcl.report.gather import Findings, look
+from dhcl.report.page import chart_grid, missing, page, table
+from dhcl.report.record import Record, labels_of, read_record
+from dhcl.report.single import EPOCH_CHARTS, check_file, epoch_series, percent
+
+__all__ = ["write_comparison"]
+
+_METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
+# Differ between any two runs and say nothing of the method.
+_OWN = ("out", "workers", "report")
+
+
+def write_comparison(
+    runs: Sequence[Path], *, out: Path, root: Path | None = None, retrieval: bool = True
+) -> Path:
+    """Write a page that compares runs, and return its file.
+
+    Args:
+        runs: folders of at least two runs, finished or not.
+        out: file.
+        root: where the images lie, if not where the options say.
+        retrieval: extract test features for similarities and cameras, which takes as long as an
+            evaluation of each run.
+
+    Raises:
+        ConfigError: fewer than two runs, or no such run. OSError: the file can't be written.
+    """
+    if len(runs) < 2:
+        raise ConfigError(f"runs: at least two are needed to compare (got {len(runs)})")
+    check_file(out)
+    records = [read_record(run) for run in runs]
+    found = []
+    for record in records:
+        record.change(root=root)
+        found.append(
+            look(record, pictures=False)
+            if retrieval
+            else Findings(record, sizes=record.sizes, missing=dict(record.missing))
+        )
+    write_atomic(out, render(found, retrieval=retrieval))
+    return out
+
+
+def render(found: Sequence[Findings], *, retrieval: bool = True) -> bytes:
+    """The page."""
+    records = [each.record for each in found]
+    names = labels_of(records)
+    drawn: list[Chart] = []
+
+    def grid(parts: list[Chart]) -> str:
+        drawn.extend(parts)
+        return chart_grid(parts) if parts else ""
+
+    sections = [
+        ("metrics", "Final metrics", _metrics(names, records) + _gaps(names, found)),
+        ("settings", "Settings that differ", _settings(names, records)),
+        ("epochs", "Over the epochs", _over_epochs(names, records, grid)),
+        ("time", "Time", _time(names, records, grid)),
+        ("clusters", "Clusters", _clusters(names, found, grid)),
+    ]
+    if retrieval:
+        sections.append(("retrieval", "Retrieval", _retrieval(names, found, grid)))
+    title = f"Comparison of {len(names)} runs"
+    return page(title, ", ".join(names), sections, drawn)
+
+
+def _metrics(names: list[str], records: list[Record]) -> str:
+    head = ["run", "epochs", "mAP", "rank-1", "rank-5", "rank-10", "mINP", "mAP, re-ranked", "ARI"]
+    head += ["clusters", "outliers", "time"]
+    rows = []
+    for name, record in zip(names, records, strict=True):
+        entry = flat(record.log[-1]) if record.log else {}
+        last = record.last
+        spent = sum(sum(e.get("seconds", {}).values()) for e in record.log)
+        rows.append(
+            [
+                name,
+                f"{len(record.log)} of {record.options.get('epochs', '?')}",
+                *(percent(last.get(key)) for key in _METRICS),
+                percent(last.get("reranked", {}).get("mAP")),
+                percent(entry.get("observed.ari")),
+                str(entry.get("clusters", "-")),
+                str(entry.get("outliers", "-")),
+                duration(spent) if record.log else "-",
+            ]
+        )
+    text = '<p class="note">Of the last epoch; a run that is not finished has no metrics yet.</p>'
+    return text + table(head, rows, name="Final metrics")
+
+
+def _gaps(names: list[str], found: Sequence[Findings]) -> str:
+    return missing(
+        {
+            f"{name}, {part}": why
+            for name, each in zip(names, found, strict=True)
+            for part, why in each.missing.items()
+            if part not in ("map",)
+        }
+    )
+
+
+def _settings(names: list[str], records: list[Record]) -> str:
+    keys = list(dict.fromkeys(key for r in records for key in r.options))
+    rows = []
+    for key in keys:
+        values = [_value(r.options, key) for r in records]
+        if key not in _OWN and len(set(values)) > 1:
+            rows.append([key, *values])
+    if not rows:
+        return "<p>None: the options of all runs are the same, but for their folders.</p>"
+    return table(["option", *names], rows, numeric=False, name="Settings that differ")
+
+
+def _value(options: dict[str, Any], key: str) -> str:
+    if key not in options:
+        return "not given"
+    return "-" if options[key] is None else str(options[key])
+
+
+def _over_epochs(names: list[str], records: list[Record], grid: Any) -> str:
+    drawn = []
+    for key, title, text, unit, lines in EPOCH_CHARTS:
+        for number, (line, logged) in enumerate(lines.items()):
+            series = [
+                Series(name, epoch_series(r, logged))
+                for name, r in zip(names, records, strict=True)
+            ]
+            # All values are 0 where a part of the loss is off.
+            if any(any(s.values.values()) for s in series):
+                about = f"{title}: {line}" if line.lower() not in title.lower() else line
+                heading = about[0].upper() + about[1:] if about != "mAP" else about
+                drawn.append(charts.lines(f"{key}-{number}", heading, text, series, unit=unit))
+    return str(grid(drawn)) if drawn else missing("no run has an epoch in its log yet")
+
+
+def _time(names: list[str], records: list[Record], grid: Any) -> str:
+    means = []
+    for record in records:
+        entries = [e["seconds"] for e in record.log if e.get("seconds")]
+        stages = charts.stage_names(entries)
+        means.append({s: sum(e.get(s, 0.0) for e in entries) / len(entries) for s in stages})
+    if not any(means):
+        return missing("no run has an epoch in its log yet")
+    stages = charts.stage_names(means)
+    rows = [
+        [
+            name,
+            *(f"{mean[s]:.3g}" if s in mean else "-" for s in stages),
+            f"{sum(mean.values()):.3g}",
+        ]
+        for name, mean in zip(names, means, strict=True)
+    ]
+    head = ["run", *stages, "all"]
+    chart = str(grid([charts.stages_of_runs(names, means)]))
+    return chart + table(head, rows, caption="Seconds per epoch, mean over the epochs")
+
+
+def _clusters(names: list[str], found: Sequence[Findings], grid: Any) -> str:
+    series = [(n, f.sizes) for n, f in zip(names, found, strict=True) if len(f.sizes)]
+    if not series:
+        return missing("no run has a checkpoint with clusters")
+    return str(grid([charts.cluster_sizes(series)]))
+
+
+def _retrieval(names: list[str], found: Sequence[Findings], grid: Any) -> str:
+    drawn = []
+    for number, (name, each) in enumerate(zip(names, found, strict=True)):
+        r = each.retrieval
+        if r is None:
+            continue
+        if r.similarities is not None:
+            drawn.append(
+                charts.similarity(r.similarities, f"similarity-{number}", f"Similarities: {name}")
+            )
+        if np.isfinite(r.matrix).any():
+            drawn.append(charts.cameras(r, f"cameras-{number}", f"From camera to camera: {name}"))
+    if not drawn:
+        return missing("no run has test images to look up; see above")
+    return str(grid(drawn))
