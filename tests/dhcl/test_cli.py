@@ -14,11 +14,6 @@ def command(name, config):
     return [sys.executable, "-m", "dhcl", name, *command_line(config)]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
-
-
 def test_train_then_eval(pictures, tmp_path, capsys):
     config = options(pictures, tmp_path / "run", epochs=1)
     assert main(["train", *command_line(config)]) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dhcl.checkpoint import load_checkpoint
 
-from tests.dhcl.toy import command_line, options, write_images
+from tests.dhcl.toy import command_line, options
 
 # A run in which every rank leaves what it has in memory.
 _SCRIPT = """
@@ -39,11 +39,6 @@ def torchrun(tmp_path, config, *more):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.mark.parametrize("name", ["dhcl", "cluster-contrast"])

@@ -17,24 +17,7 @@ from dhcl.models import build_model
 from PIL import Image
 from torchvision.transforms import v2
 
-from tests.dhcl.toy import make_run, write_images
-
 PATTERN = r"(?P<id>-?\d+)_c(?P<camera>\d+)"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def run(pictures, tmp_path_factory):
-    return make_run(pictures, tmp_path_factory.mktemp("runs") / "run")
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return ReID.load(run, device="cpu")
 
 
 def untrained(backbone, tmp_path, size=(64, 32)):

@@ -15,24 +15,9 @@ from dhcl.index import Index, add_images, create_index, remove_images
 from dhcl.reid import search
 from PIL import Image
 
-from tests.dhcl.toy import make_run, write_images
+from tests.dhcl.toy import make_run
 
 PATTERN = r"(?P<id>-?\d+)_c(?P<camera>\d+)"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def run(pictures, tmp_path_factory):
-    return make_run(pictures, tmp_path_factory.mktemp("runs") / "run")
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return ReID.load(run, device="cpu")
 
 
 @pytest.fixture(scope="module")

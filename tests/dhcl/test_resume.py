@@ -43,11 +43,6 @@ def finish(config, resume=False):
     assert process.exitcode == 0
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
-
-
 def result(config):
     """All that a run leaves that could differ, without times."""
     state = load_checkpoint(config.run / "checkpoints" / "last.pt")

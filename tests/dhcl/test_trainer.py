@@ -17,11 +17,6 @@ from tests.checks import same_bits
 from tests.dhcl.toy import options, write_images
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("pictures"))
-
-
 def weights(run, name="last"):
     return torch.load(run / "checkpoints" / f"{name}.pt", weights_only=True)["model"]
 
