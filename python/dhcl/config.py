@@ -109,8 +109,8 @@ class TrainConfig:
     """Divides similarities."""
     prototype_weight: float = 1.0
     """Weight of the loss over prototypes."""
-    instance_weight: float = 0.25
-    """Weight of the loss over instances, lambda."""
+    instance_weight: float = 0.0
+    """Weight of the loss over instances, lambda; un-clustered ones are told apart at 0 too."""
     instance_positives: Literal["self", "class"] = "self"
     """Positives of the instance loss: an image's own row, or all rows of its class."""
     kappa: float = 0.25

@@ -80,7 +80,10 @@ CONTRADICTIONS = [
     ({"k1_own": 31}, r"k1_own and k1: .*got 31 and 30"),
     ({"pattern": "x", "data": "market1501"}, "pattern and data"),
     ({"memory": "clusters", "instance_weight": 0.0}, "memory and cluster_on"),
-    ({"memory": "clusters", "cluster_on": "extracted"}, "memory and instance_weight"),
+    (
+        {"memory": "clusters", "cluster_on": "extracted", "instance_weight": 0.1},
+        "memory and instance_weight",
+    ),
     ({"update": "hard"}, "update and memory"),
     ({"outliers": "drop"}, "outliers and memory"),
     ({"prototype_weight": 0.0, "instance_weight": 0.0}, "prototype_weight and instance_weight"),

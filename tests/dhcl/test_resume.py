@@ -74,7 +74,15 @@ def assert_same(a, b, path="state"):
 
 # Clusters too, whose memory changes its size; and everything that has a state of its own.
 RECIPES = {
-    "dhcl": {"camera_bn": True, "suspects": "exclude", "eval_every": 1, "iterations": 12},
+    "dhcl": {
+        "camera_bn": True,
+        "suspects": "exclude",
+        "instance_weight": 0.25,
+        "kappa": 0.25,
+        "beta": 0.1,
+        "eval_every": 1,
+        "iterations": 12,
+    },
     "spcl": {"accumulate": 2, "iterations": 12, "workers": 1},
     "cluster-contrast": {"images_per_class": 4, "iterations": 12, "update": "hard"},
 }

@@ -52,6 +52,7 @@ VARIANTS = {
     "suspects excluded": {"suspects": "exclude"},
     "suspects counted": {"suspects": "kappa", "kappa": 0.0},
     "extracted": {"cluster_on": "extracted", "calibrate": "epoch"},
+    "H1": {"instance_weight": 0.25, "kappa": 0.25, "beta": 0.1},
     "H2": {"prototype_weight": 0.0, "instance_weight": 1.0, "instance_positives": "class"},
     "camera_bn": {"camera_bn": True},
     "neighbours by camera": {"k1_own": 3},
@@ -92,7 +93,9 @@ def test_training_learns(tmp_path):
 
 def test_a_step_is_the_loss_a_gradient_step_and_the_update(pictures, tmp_path):
     """The whole step again, from its parts, in double-checked plain form."""
-    config = options(pictures, tmp_path / "run", epochs=1, iterations=1, warmup_epochs=0)
+    once = {"epochs": 1, "iterations": 1, "warmup_epochs": 0}
+    method = {"instance_weight": 0.25, "kappa": 0.25, "beta": 0.1}
+    config = options(pictures, tmp_path / "run", **method, **once)
     trainer = make_trainer(config)
     features = trainer.recall()
     trainer.remember(features, trainer.cluster(features))
@@ -103,9 +106,7 @@ def test_a_step_is_the_loss_a_gradient_step_and_the_update(pictures, tmp_path):
     twin.load_state_dict(trainer.model.state_dict())
     twin.train()
     out = twin(images, cameras)
-    loss = hybrid_contrastive_loss(
-        out, trainer.bank, indices, instance_weight=0.25, kappa=0.25, beta=0.1
-    )
+    loss = hybrid_contrastive_loss(out, trainer.bank, indices, **method)
     loss.backward()
     trainer.step(images, indices, cameras)
     assert trainer.at.totals[0] == pytest.approx(loss.item(), rel=1e-5)
@@ -288,7 +289,7 @@ def test_neighbours_by_camera_need_two_cameras(tmp_path):
 
 
 def test_warm_up_epochs_have_no_kappa_and_beta(pictures, tmp_path):
-    config = options(pictures, tmp_path / "run", warmup_epochs=2)
+    config = options(pictures, tmp_path / "run", warmup_epochs=2, kappa=0.25, beta=0.1)
     train(config)
     assert [e["kappa"] > 0 for e in entries(config.run)] == [False, False, True]
     assert [e["beta"] > 0 for e in entries(config.run)] == [False, False, True]
