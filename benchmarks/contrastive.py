@@ -21,6 +21,7 @@ from benchmarks.memory import unit_rows
 WIDTH = 2048
 BATCHES = (64, 256, 1024, 4096)
 SIZES = (700, 13_000, 100_000, 1_000_000)
+QUICK_BATCHES, QUICK_SIZES = (16, 64), (700, 2_000)
 TEMPERATURE, KAPPA, BETA = 0.05, 0.25, 0.1
 # On the CPU: more operations than this take minutes a call; on CUDA nothing is left out.
 CPU_OPERATIONS = 4e12
@@ -165,15 +166,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of proxies K")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes B")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes B")
     options = parser.parse_args()
     bench = Bench(options)
     print(dhcl_ops.status().line)
     default = SIZES if bench.device.type == "cuda" else SIZES[:3]
-    sizes = options.sizes or (default[:2] if bench.quick else default)
+    sizes = options.sizes or (QUICK_SIZES if bench.quick else default)
     for count in sizes:
         proxies = unit_rows(count, bench.device)
-        for batch in options.batches:
+        for batch in options.batches or (QUICK_BATCHES if bench.quick else BATCHES):
             for parts in ("forward", "both", "backward"):
                 bench_case(bench, proxies, batch, parts)
         del proxies

@@ -81,13 +81,15 @@ class Variant:
     """One way to compute a case: ``call`` takes no arguments and returns the result.
 
     A call that changes its inputs in place needs its own copy of them. ``cuda_graph`` times
-    replays of the captured call on CUDA and has no effect on the CPU.
+    replays of the captured call on CUDA and has no effect on the CPU. ``context`` makes a context
+    manager that is entered around each block of calls; its own time does not count.
     """
 
     name: str
     call: Callable[[], Any]
     cuda_graph: bool = False
     note: str = ""
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def max_difference(result: Any, reference: Any) -> float:
@@ -468,7 +470,8 @@ class Bench:
         # The baseline comes first because its result is the default reference.
         for variant in sorted(variants, key=lambda v: v.name != baseline):
             try:
-                first, samples[variant.name] = self._prepare(variant, reference)
+                with variant.context():
+                    first, samples[variant.name] = self._prepare(variant, reference)
             except torch.cuda.OutOfMemoryError:
                 self.results.skipped.append(f"{label}: {variant.name}: out of GPU memory")
                 continue
@@ -478,12 +481,14 @@ class Bench:
         for turn in range(ROUNDS):
             # Alternating directions, so that no variant always follows the same other one.
             for sample in active if turn % 2 == 0 else reversed(active):
-                self._run_round(sample)
+                with sample.variant.context():
+                    self._run_round(sample)
         busy = (_others_seconds() - others) / (time.perf_counter() - start)
         crowd = f"other processes kept {busy:.1f} cores busy" if busy > 0.25 else ""
         for sample in active:  # last, as it leaves the allocator without memory at hand
             if sample.estimate <= MEMORY_BUDGETS * self.seconds:
-                sample.peak = peak_extra_bytes(sample.variant.call, self.device)
+                with sample.variant.context():
+                    sample.peak = peak_extra_bytes(sample.variant.call, self.device)
 
         base = samples.get(baseline)
         base_seconds = _quantile(base.times, 0.5) if base else None

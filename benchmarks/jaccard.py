@@ -16,19 +16,26 @@ import torch
 
 import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
+from benchmarks.reference import reference_ops
 from dhcl_ops.knn import Neighbours, knn
 
 K1, K2, EPS = 30, 6, 0.6
 
 
-def identities(n: int, d: int, per: float, seed: int = 0) -> torch.Tensor:
-    """Unit rows (n, d) of about n / per identities, in random order."""
+def identities(
+    n: int, d: int, per: float, seed: int = 0, *, crowded: bool = False
+) -> torch.Tensor:
+    """Unit rows (n, d) of about n / per identities, in random order.
+
+    Crowded identities overlap, as those of an untrained model do: expanded sets are longer, and
+    many more pairs lie within eps.
+    """
     r = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     sizes = r.lognormal(np.log(per) - 0.32, 0.8, int(2 * n / per) + 10).astype(int) + 1
     identity = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)[:n])
     identity = identity[torch.randperm(n, generator=generator)]
-    rank = 48
+    rank, within = (16, 0.8) if crowded else (48, 0.45)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -39,7 +46,7 @@ def identities(n: int, d: int, per: float, seed: int = 0) -> torch.Tensor:
     out = torch.empty(n, d)
     for begin in range(0, n, 8192):
         own = identity[begin : begin + 8192]
-        codes = (centres[own] + 0.45 * normal(len(own), rank)) / rank**0.5
+        codes = (centres[own] + within * normal(len(own), rank)) / rank**0.5
         rows = codes @ basis + mean + 0.3 * normal(len(own), d) / d**0.5
         rows += cameras[torch.randint(0, 6, (len(own),), generator=generator)]
         out[begin : begin + 8192] = torch.nn.functional.normalize(rows)
@@ -118,16 +125,21 @@ def bench_clustering(
     if hub:
         # Stored similarities would belong to other rows.
         found = with_hub(found)
-        found = found._replace(similarities=_similarities(features, found.indices))
+        found = found._replace(similarities=similarities(features, found.indices))
     sizes: dict[str, int] = {}
     variants = [Variant("dhcl", lambda: ours(features, found, sizes))]
     if dense:
         variants.append(Variant("dense NumPy", lambda: dense_closeness(features, found)))
+        reference = Variant(
+            "pytorch reference", lambda: ours(features, found, sizes), context=reference_ops
+        )
+        variants.append(reference)
     bench.run_case("cluster", params, variants, baseline="dense NumPy" if dense else "dhcl")
     print(f"{name}: {sizes}", file=sys.stderr)
 
 
-def _similarities(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def similarities(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Similarity of each row to the rows in its list, (N, k)."""
     blocks = zip(features.split(1024), indices.split(1024), strict=True)
     return torch.cat([torch.einsum("nd,nkd->nk", x, features[i]) for x, i in blocks])
 
@@ -151,8 +163,12 @@ def main() -> None:
     add_arguments(parser)
     bench = Bench(parser.parse_args())
     print(dhcl_ops.status().line)
-    bench_clustering(bench, "identities", 3_000, 2048, 17.2, dense=True)
-    if not bench.quick:
+    if bench.quick:
+        bench_clustering(bench, "identities", 1_000, 256, 17.2, dense=True)
+        bench_clustering(bench, "a hub in every list", 1_000, 256, 17.2, dense=False, hub=True)
+        bench_rerank(bench, 100, 900, 256, 50)
+    else:
+        bench_clustering(bench, "identities", 3_000, 2048, 17.2, dense=True)
         bench_clustering(bench, "Market-1501", 12_936, 2048, 17.2, dense=True)
         bench_clustering(bench, "MSMT17", 32_621, 768, 31.3, dense=False)
         bench_clustering(bench, "identities", 20_000, 256, 20.0, dense=False)

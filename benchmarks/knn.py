@@ -15,6 +15,7 @@ import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
 
 SIZES = ((12_936, 2048), (32_621, 768), (100_000, 256))
+QUICK_SIZES = ((3_000, 256),)
 K = 30
 IMAGES_PER_PERSON = 20
 ROWS = 1024  # of a block of products
@@ -69,14 +70,18 @@ def bench_knn(bench: Bench, n: int, d: int) -> None:
     if difference > 1e-5:
         raise SystemExit(f"knn differs from torch.topk by {difference}")
     note = f"{int(found.uncertified)} rows uncertified"
+    variants = [
+        Variant("one symmetric product", Product(rows)),
+        Variant("mm and topk", lambda: without_result(plain(rows))),
+        Variant("dhcl", lambda: without_result(dhcl_ops.knn(rows, K)), note=note),
+    ]
+    if not bench.quick:
+        compiled = torch.compile(plain)
+        variants.append(Variant("torch.compile", lambda: without_result(compiled(rows))))
     measured = bench.run_case(
         "knn",
         params,
-        [
-            Variant("one symmetric product", Product(rows)),
-            Variant("mm and topk", lambda: without_result(plain(rows))),
-            Variant("dhcl", lambda: without_result(dhcl_ops.knn(rows, K)), note=note),
-        ],
+        variants,
         baseline="one symmetric product",
         flop=n * n * d,
         bytes_read=4 * n * d,
@@ -93,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options)
     print(dhcl_ops.status().line)
-    for n, d in SIZES[:1] if bench.quick else SIZES:
+    for n, d in QUICK_SIZES if bench.quick else SIZES:
         bench_knn(bench, n, d)
     bench.finish()
 

@@ -16,6 +16,7 @@ from benchmarks.harness import Bench, Variant, add_arguments
 from dhcl_ops import _ops
 
 SIZES = (12_936, 32_621, 1_000_000)
+QUICK_SIZES = (3_000,)
 BATCHES = (64, 256, 4096)
 WIDTH = 2048
 MOMENTUM = 0.2
@@ -130,14 +131,18 @@ def bench_prototypes(bench: Bench, bank: torch.Tensor) -> None:
     reference = _ops.OPS["segment_mean"].reference
     lists = _ops.OPS["class_csr"].reference(labels, k)
     row = WIDTH * bank.element_size()
+    variants = [
+        Variant("pytorch index_add_", lambda: plain_prototypes(bank, labels, k)),
+        Variant("pytorch fixed order", lambda: reference(bank, *lists)),
+        Variant("dhcl", lambda: dhcl_ops.prototypes(bank, labels, k)),
+    ]
+    if not bench.quick:
+        compiled = torch.compile(plain_prototypes)
+        variants.append(Variant("torch.compile", lambda: compiled(bank, labels, k)))
     bench.run_case(
         "prototypes",
         params,
-        [
-            Variant("pytorch index_add_", lambda: plain_prototypes(bank, labels, k)),
-            Variant("pytorch fixed order", lambda: reference(bank, *lists)),
-            Variant("dhcl", lambda: dhcl_ops.prototypes(bank, labels, k)),
-        ],
+        variants,
         baseline="pytorch index_add_",
         bytes_read=int((labels >= 0).sum()) * row,
         bytes_written=k * row,
@@ -149,12 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=SIZES, help="numbers of bank rows N"
+        "--sizes", type=int, nargs="+", help="numbers of bank rows N"
     )
     options = parser.parse_args()
     bench = Bench(options)
     print(dhcl_ops.status().line)
-    for n in options.sizes[:1] if bench.quick else options.sizes:
+    for n in options.sizes or (QUICK_SIZES if bench.quick else SIZES):
         bank = unit_rows(n, bench.device)
         bench_updates(bench, bank)
         bench_prototypes(bench, bank)

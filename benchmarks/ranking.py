@@ -13,7 +13,8 @@ import torch
 import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
 
-QUERIES, GALLERY, WIDTH = 3368, 15_913, 2048
+SIZE = (3368, 15_913, 2048)  # queries, gallery images, width
+QUICK_SIZE = (300, 2000, 256)
 PEOPLE, CAMERAS = 751, 6
 
 
@@ -49,18 +50,19 @@ def by_argsort(distance: torch.Tensor, labels: tuple[torch.Tensor, ...]) -> list
 
 def bench_ranking(bench: Bench) -> None:
     """From features and from a given matrix."""
-    params = {"Q": QUERIES, "G": GALLERY, "d": WIDTH, "dtype": "float32"}
+    queries, gallery_size, width = QUICK_SIZE if bench.quick else SIZE
+    params = {"Q": queries, "G": gallery_size, "d": width, "dtype": "float32"}
     if not bench.wanted("evaluate_ranking", params):
         return
     generator = torch.Generator().manual_seed(0)
     # Some gallery images are distractors, which have identity 0.
-    gallery_ids = torch.randint(0, PEOPLE, (GALLERY,), generator=generator)
-    query_ids = torch.randint(1, PEOPLE, (QUERIES,), generator=generator)
-    cameras = [torch.randint(0, CAMERAS, (n,), generator=generator) for n in (QUERIES, GALLERY)]
-    centres = torch.randn(PEOPLE, WIDTH, generator=generator)
+    gallery_ids = torch.randint(0, PEOPLE, (gallery_size,), generator=generator)
+    query_ids = torch.randint(1, PEOPLE, (queries,), generator=generator)
+    cameras = [torch.randint(0, CAMERAS, (n,), generator=generator) for n in (queries, gallery_size)]
+    centres = torch.randn(PEOPLE, width, generator=generator)
     features = [
         torch.nn.functional.normalize(
-            centres[ids] + 9 * torch.randn(len(ids), WIDTH, generator=generator)
+            centres[ids] + 9 * torch.randn(len(ids), width, generator=generator)
         ).to(bench.device)
         for ids in (query_ids, gallery_ids)
     ]
@@ -93,8 +95,8 @@ def bench_ranking(bench: Bench) -> None:
             ),
         ],
         baseline="product alone",
-        flop=2 * QUERIES * GALLERY * WIDTH,
-        bytes_read=4 * (QUERIES + GALLERY) * WIDTH,
+        flop=2 * queries * gallery_size * width,
+        bytes_read=4 * (queries + gallery_size) * width,
         reference=expected,
     )
     seconds = {row.variant: row.seconds for row in measured}
