@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from dhcl.models import ReIDModel, build_model
 
 import dhcl_ops
 from benchmarks.harness import Bench, Row, Variant, add_arguments
 from benchmarks.jaccard import EPS, K1, K2, identities
 from benchmarks.reference import reference_ops
-from dhcl.models import ReIDModel, build_model
 
 SIZES = {"Market-1501": (12_936, 17.2), "MSMT17": (32_621, 31.3)}  # images, images per identity
 QUICK_SIZES = {"identities": (1_000, 17.2)}

@@ -22,9 +22,7 @@ from dhcl_ops.knn import Neighbours, knn
 K1, K2, EPS = 30, 6, 0.6
 
 
-def identities(
-    n: int, d: int, per: float, seed: int = 0, *, crowded: bool = False
-) -> torch.Tensor:
+def identities(n: int, d: int, per: float, seed: int = 0, *, crowded: bool = False) -> torch.Tensor:
     """Unit rows (n, d) of about n / per identities, in random order.
 
     Crowded identities overlap, as those of an untrained model do: expanded sets are longer, and

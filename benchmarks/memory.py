@@ -153,9 +153,7 @@ def main() -> None:
     """Run the cases the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", help="numbers of bank rows N"
-    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of bank rows N")
     options = parser.parse_args()
     bench = Bench(options)
     print(dhcl_ops.status().line)

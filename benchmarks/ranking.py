@@ -58,7 +58,8 @@ def bench_ranking(bench: Bench) -> None:
     # Some gallery images are distractors, which have identity 0.
     gallery_ids = torch.randint(0, PEOPLE, (gallery_size,), generator=generator)
     query_ids = torch.randint(1, PEOPLE, (queries,), generator=generator)
-    cameras = [torch.randint(0, CAMERAS, (n,), generator=generator) for n in (queries, gallery_size)]
+    sizes = (queries, gallery_size)
+    cameras = [torch.randint(0, CAMERAS, (n,), generator=generator) for n in sizes]
     centres = torch.randn(PEOPLE, width, generator=generator)
     features = [
         torch.nn.functional.normalize(

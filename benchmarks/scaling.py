@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -101,7 +101,8 @@ class Line:
         if not known:
             return 0.0
         power = slope(*zip(*known[-2:], strict=True)) if len(known) > 1 else None  # type: ignore[arg-type]
-        return known[-1][1] * (size / known[-1][0]) ** max(power or 1.0, 1.0)
+        value: float = known[-1][1] * (size / known[-1][0]) ** max(power or 1.0, 1.0)
+        return value
 
     def finish(self) -> None:
         """Print the exponents."""
@@ -114,7 +115,7 @@ class Line:
         print(f"{self.label}: {', '.join(texts)} up to {self.name}={max(sizes):,}")
 
 
-def measure(line: Line, size: int, op: str, params: dict[str, object], **how: object) -> None:
+def measure(line: Line, size: int, op: str, params: Mapping[str, object], **how: object) -> None:
     """Add one case to the line; running out of memory ends it."""
     call: Callable[[], object] = how.pop("call")  # type: ignore[assignment]
     try:
@@ -160,7 +161,9 @@ def clustering(bench: Bench, regime: str, sizes: Sequence[int], limit: float) ->
             found = found._replace(similarities=similarities(features, found.indices))
 
         def call(rows: torch.Tensor = features, ranks: dhcl_ops.Neighbours = found) -> torch.Tensor:
-            return dhcl_ops.cluster(rows, k1=K1, k2=K2, eps=EPS, ranks=ranks).labels
+            result = dhcl_ops.cluster(rows, k1=K1, k2=K2, eps=EPS, ranks=ranks)
+            labels: torch.Tensor = result.labels
+            return labels
 
         measure(after, n, "scaling cluster", params, call=call)
     search.finish()
