@@ -368,8 +368,8 @@ class ReID:
             :class:`Found`.
 
         Raises:
-            DataError: images, as :meth:`features`. ValueError: features of another width, or not
-            finite; a number out of range.
+            DataError: images, as :meth:`features`.
+            ValueError: features of another width or not finite; a number out of range.
         """
         if topk < 1:
             raise ValueError(f"topk: must be at least 1 (got {topk})")
