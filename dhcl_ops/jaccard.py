@@ -716,12 +716,12 @@ def join(rows: Rows, index: _Index, eps: float, progress: Progress | None) -> to
 
 
 def csr_tensor(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """A square sparse CSR tensor, without the notice that torch's sparse tensors are young."""
+    """A square sparse CSR tensor, without torch's notices that these are young and unchecked."""
     import warnings
 
     size = len(offsets) - 1
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Ss]parse CSR.*")
+        warnings.filterwarnings("ignore", message=".*[Ss]parse (CSR|invariant).*")
         return torch.sparse_csr_tensor(
             offsets, columns, values, (size, size), check_invariants=False
         )

@@ -1,0 +1,301 @@
+"""README's performance section, made from the committed results.
+
+``python -m benchmarks.readme --write`` puts it between README's two markers, ``--check`` says
+whether it is what the files say, and neither measures anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Results, Row, format_bytes, format_seconds, load_results
+from benchmarks.scaling import exponents
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- measured: begin (python -m benchmarks.readme --write) -->"
+END = "<!-- measured: end -->"
+NONE = "\N{EN DASH}"
+Folder = dict[str, Results]  # results of one machine by family
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table of ops: a case of a family, and what stands beside ours."""
+
+    what: str
+    family: str
+    op: str
+    params: Mapping[str, Any]
+    beside: Sequence[str] = ()
+    # A variant that does the unavoidable part alone; else the floor of the measured ceilings.
+    floor: str = ""
+    ours: str = "dhcl"
+
+    def rows(self, folder: Folder) -> dict[str, Row]:
+        """The case's rows by variant; empty if it was not measured."""
+        found = folder[self.family].rows if self.family in folder else []
+        same = (
+            row for row in found if row.op == self.op and self.params.items() <= row.params.items()
+        )
+        rows = {row.variant: row for row in same}
+        return rows if self.ours in rows else {}
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Lines that share a family and an op."""
+
+    family: str
+    op: str
+    beside: Sequence[str] = ()
+    floor: str = ""
+    lines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ours: str = "dhcl"
+
+
+_CASES = (
+    _Case(
+        "memory", "momentum_update_", ("pytorch loop", "pytorch vectorised"),
+        lines={
+            "momentum update, B = 64, N = 12,936, d = 2048": {"B": 64, "N": 12_936},
+            "momentum update, B = 256": {"B": 256, "N": 12_936},
+        },
+    ),
+    _Case(
+        "memory", "prototypes", ("pytorch index_add_", "torch.compile"),
+        lines={
+            "class means, N = 12,936, d = 2048": {"N": 12_936},
+            "class means, N = 1,000,000": {"N": 1_000_000},
+        },
+    ),
+    _Case(
+        "knn", "knn", ("mm and topk", "torch.compile"), "one symmetric product",
+        lines={
+            "exact neighbours, N = 12,936, d = 2048, k = 30": {"N": 12_936},
+            "exact neighbours, N = 32,621, d = 768": {"N": 32_621},
+            "exact neighbours, N = 100,000, d = 256": {"N": 100_000},
+        },
+    ),
+    _Case(
+        "jaccard", "cluster", ("dense NumPy", "pytorch reference"),
+        lines={
+            "Jaccard and DBSCAN, N = 12,936 (Market-1501's size)": {"N": 12_936},
+            "Jaccard and DBSCAN, N = 32,621 (MSMT17's size)": {"N": 32_621},
+            "Jaccard and DBSCAN, N = 20,000": {"N": 20_000, "data": "identities"},
+            "the same, a hub forged into every list": {"N": 20_000, "data": "a hub in every list"},
+            "Jaccard and DBSCAN, N = 100,000": {"N": 100_000},
+        },
+    ),
+    _Case(
+        "jaccard", "rerank", ("dense NumPy", "pytorch reference"),
+        lines={
+            "re-ranking, 500 x 4,500, d = 256, neighbours included": {"Q": 500},
+            "re-ranking, 11,659 x 82,161 (MSMT17's test size)": {"Q": 11_659},
+        },
+    ),
+    _Case(
+        "contrastive", "loss both", ("pytorch", "torch.compile"), "products alone",
+        lines={
+            "loss and its gradient, B = 64, K = 700, d = 2048": {"B": 64, "K": 700},
+            "loss and its gradient, B = 256, K = 13,000": {"B": 256, "K": 13_000},
+            "loss and its gradient, B = 256, K = 100,000": {"B": 256, "K": 100_000},
+            "loss and its gradient, B = 1024, K = 100,000": {"B": 1024, "K": 100_000},
+        },
+    ),
+    _Case(
+        "ranking", "evaluate_ranking", ("argsort per query", "pytorch"), "product alone",
+        lines={"CMC, mAP, mINP, 3,368 x 15,913, d = 2048": {}}, ours="dhcl, features",
+    ),
+)  # fmt: skip
+LINES = tuple(
+    Line(what, case.family, case.op, params, case.beside, case.floor, case.ours)
+    for case in _CASES
+    for what, params in case.lines.items()
+)
+
+
+def _table(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, its first column text; nothing without rows."""
+    if not rows:
+        return []
+    rule = "|".join("---" if not i else "---:" for i in range(len(rows[0])))
+    return ["", head, f"|{rule}|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def _memory(row: Row) -> str:
+    return NONE if row.peak_extra_bytes is None else format_bytes(row.peak_extra_bytes)
+
+
+def _ops(folder: Folder) -> list[str]:
+    """Ours beside plain code and the floor."""
+    cells = []
+    for line in LINES:
+        if not (rows := line.rows(folder)):
+            continue
+        ours = rows[line.ours]
+        others = [rows[name] for name in line.beside if name in rows]
+        floor = rows[line.floor].seconds if line.floor in rows else ours.floor_seconds
+        beside = "; ".join(f"{row.variant} {format_seconds(row.seconds)}" for row in others)
+        cells.append(
+            (
+                line.what,
+                format_seconds(ours.seconds),
+                beside or NONE,
+                "; ".join(f"{row.seconds / ours.seconds:.3g}" for row in others) or NONE,
+                f"{ours.seconds / floor:.2f}" if floor else NONE,
+                "; ".join(_memory(row) for row in (ours, *others)),
+            )
+        )
+    return _table(
+        "| what | ours | beside it | times as fast | ours / floor | memory: ours; beside it |",
+        cells,
+    )
+
+
+def _epoch(folder: Folder) -> list[str]:
+    """One epoch, and how much of it is not the backbone."""
+    rows = folder["end_to_end"].rows if "end_to_end" in folder else []
+    totals: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in (row for row in rows if row.op == "epoch: total"):
+        totals.setdefault((row.params["data"], row.params["N"], row.params["B"]), {})[
+            row.variant
+        ] = row
+    cells = []
+    for (data, n, batch), found in totals.items():
+        if "dhcl" not in found:
+            continue
+        both = [found[name] for name in ("dhcl", "pytorch reference") if name in found]
+        rest = [row.seconds * float(row.note.split("; ")[1].split(" %")[0]) / 100 for row in both]
+        cells.append(
+            (
+                f"{data} (N = {n:,}), B = {batch}, {both[0].params['steps']} batches",
+                "; ".join(format_seconds(row.seconds) for row in both),
+                "; ".join(format_seconds(seconds) for seconds in rest),
+                "; ".join(f"{100 * s / r.seconds:.2g} %" for s, r in zip(rest, both, strict=True)),
+            )
+        )
+    if not cells:
+        return []
+    params = next(row.params for row in rows if row.op == "epoch: total")
+    text = (
+        f"One training epoch, summed from its parts; {params['backbone']}, images of "
+        f"{params['image']}, {params['precision']}. Ours; the same loop on the reference ops:"
+    )
+    head = "| epoch | seconds | without the backbone | its share |"
+    return ["", text, *_table(head, cells)]
+
+
+def _scaling(folder: Folder) -> list[str]:
+    """How far each line of the scaling run went, and its exponents."""
+    results = folder.get("scaling")
+    if results is None:
+        return []
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in results.rows:
+        name = "K" if "K" in row.params else "N"
+        lines.setdefault((row.op, str(row.params.get("data", "")), name), []).append(row)
+    cells = []
+    for (op, data, name), rows in lines.items():
+        last = max(rows, key=lambda row: row.params[name])
+        time, memory = exponents(rows, name)
+        cells.append(
+            (
+                ", ".join(filter(None, (op.removeprefix("scaling "), data))),
+                f"{name} = {last.params[name]:,}",
+                format_seconds(last.seconds),
+                NONE if time is None else f"{name}^{time:.2f}",
+                _memory(last),
+                NONE if memory is None else f"{name}^{memory:.2f}",
+            )
+        )
+    head = "| d = 256 | largest | time | grows as | memory | grows as |"
+    stops = [f"- {text}" for text in results.skipped]
+    return [*_table(head, cells), *([""] if stops else []), *stops]
+
+
+def _header(name: str, folder: Folder) -> str:
+    """Machine, versions and commits of a folder's results."""
+    first = next(iter(folder.values())).machine
+    where = first["gpu"] if is_gpu(folder) else f"{first['cpu']}, {first['threads']} threads"
+    made: dict[str, list[str]] = {}
+    for family, results in folder.items():
+        facts = results.machine
+        dirty = " with changes" if facts["git_dirty"] else ""
+        commit = f"commit {str(facts['git_commit'])[:7]}{dirty}"
+        made.setdefault(f"torch {facts['torch']}, {commit}, {facts['date'][:10]}", []).append(
+            family
+        )
+    texts = (text if len(made) == 1 else f"{', '.join(f)}: {text}" for text, f in made.items())
+    return f"**{where}** ([results](benchmarks/results/{name})): {'; '.join(texts)}."
+
+
+def is_gpu(folder: Folder) -> bool:
+    """Whether a folder's rows were measured on CUDA."""
+    return any(row.device == "cuda" for results in folder.values() for row in results.rows)
+
+
+def never_on_gpu(folders: Mapping[str, Folder]) -> str:
+    """Which lines no GPU has run."""
+    known = [folder for folder in folders.values() if is_gpu(folder)]
+    missing = [line.what for line in LINES if not any(line.rows(folder) for folder in known)]
+    for family in ("end_to_end", "scaling"):
+        if not any(family in folder for folder in known):
+            missing.append(family)
+    if not known:
+        return "**None of this has been measured on a GPU yet**: every figure above is of a CPU."
+    return f"Never measured on a GPU: {'; '.join(missing)}." if missing else ""
+
+
+def load_folders(path: Path = RESULTS) -> dict[str, Folder]:
+    """Results by machine and family; raises :class:`SchemaError` if a file is malformed."""
+    return {
+        folder.name: {file.stem: load_results(file) for file in sorted(folder.glob("*.json"))}
+        for folder in sorted(path.iterdir())
+        if any(folder.glob("*.json"))
+    }
+
+
+def section(folders: Mapping[str, Folder]) -> str:
+    """The section's text, markers included."""
+    lines = [BEGIN]
+    for name, folder in folders.items():
+        lines += ["", _header(name, folder), *_ops(folder), *_epoch(folder), *_scaling(folder)]
+    return "\n".join([*lines, "", never_on_gpu(folders), END])
+
+
+def replaced(text: str, new: str) -> str:
+    """``text`` with what stands between the markers replaced.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README must have {BEGIN!r} and then {END!r}, once each")
+    return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Write the section, or say whether it is current."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--write", action="store_true")
+    which.add_argument("--check", action="store_true")
+    options = parser.parse_args(words)
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = replaced(old, section(load_folders()))
+    if options.check and new != old:
+        print("README's figures are not those of benchmarks/results: run with --write")
+        return 1
+    if options.write:
+        readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.results import Results, Row
+from tests.benchmarks.test_harness import make_results, make_row
+
+FACTS = {"threads": 2, "torch": "2.11.0", "git_commit": "0123456789", "git_dirty": False}
+FACTS |= {"date": "2026-01-02T03:04:05"}
+
+
+def folder_of(**families: Results) -> dict[str, dict[str, Results]]:
+    return {"a-machine": families}
+
+
+def case(variant: str, seconds: float, **changes: Any) -> Row:
+    found = {"op": "loss both", "params": {"B": 256, "K": 13_000, "d": 2048}, "device": "cpu"}
+    return dataclasses.replace(make_row(variant, seconds), **(found | changes))
+
+
+def total(variant: str, seconds: float, rest: float) -> Row:
+    params = {"data": "MSMT17", "N": 32_621, "B": 64, "steps": 400, "backbone": "small"}
+    params |= {"image": "64x32", "precision": "fp32"}
+    note = f"sum of the parts; {rest} % is not the backbone"
+    return case(variant, seconds, op="epoch: total", params=params, note=note)
+
+
+def cells(text: str, start: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_readme_holds_the_figures_of_the_committed_results() -> None:
+    assert readme.main(["--check"]) == 0
+
+
+def test_a_line_shows_ours_beside_the_others_and_over_the_floor() -> None:
+    rows = [
+        case("products alone", 0.080, peak_extra_bytes=0),
+        case("pytorch", 0.200, peak_extra_bytes=50 << 20),
+        case("dhcl", 0.100, peak_extra_bytes=10 << 20),
+    ]
+    text = readme.section(folder_of(contrastive=make_results(*rows, **FACTS)))
+    what, ours, beside, faster, floor, memory = cells(
+        text, "loss and its gradient, B = 256, K = 13"
+    )
+    assert what.endswith("K = 13,000")
+    assert (ours, beside, faster) == ("100 ms", "pytorch 200 ms", "2")
+    assert (floor, memory) == ("1.25", "10.0 MiB; 50.0 MiB")
+    assert "| CMC" not in text  # not measured there
+
+
+def test_without_a_competitor_the_floor_is_that_of_the_ceilings() -> None:
+    row = case("dhcl", 0.100, floor_seconds=0.05, peak_extra_bytes=None)
+    text = readme.section(folder_of(contrastive=make_results(row, **FACTS)))
+    assert cells(text, "loss and")[2:] == [readme.NONE, readme.NONE, "2.00", readme.NONE]
+
+
+def test_an_epoch_names_what_is_not_the_backbone() -> None:
+    rows = [total("pytorch reference", 20.0, 50), total("dhcl", 11.0, 10)]
+    text = readme.section(folder_of(end_to_end=make_results(*rows, **FACTS)))
+    found = cells(text, "MSMT17")
+    assert found[1:] == ["11 s; 20 s", "1.1 s; 10 s", "10 %; 50 %"]
+
+
+def test_scaling_says_how_far_and_why_no_further() -> None:
+    rows = [
+        case(
+            "dhcl",
+            n / 1000,
+            op="scaling knn",
+            params={"N": n, "d": 256, "data": "identities"},
+            peak_extra_bytes=n,
+        )
+        for n in (1000, 10_000)
+    ]
+    results = make_results(*rows, **FACTS)
+    results.skipped.append("neighbours: stops before N=20,000, time: 400 s expected")
+    text = readme.section(folder_of(scaling=results))
+    assert cells(text, "knn, identities")[1:] == [
+        "N = 10,000", "10 s", "N^1.00", "9.8 KiB", "N^1.00"
+    ]  # fmt: skip
+    assert "- neighbours: stops before N=20,000" in text
+
+
+def test_what_no_gpu_has_run_is_said() -> None:
+    on_cpu = make_results(case("dhcl", 0.1), **FACTS)
+    assert "None of this has been measured on a GPU" in readme.section(
+        folder_of(contrastive=on_cpu)
+    )
+    on_gpu = make_results(case("dhcl", 0.001, device="cuda"), gpu="NVIDIA H200", **FACTS)
+    text = readme.section({"cpu": {"contrastive": on_cpu}, "h200": {"contrastive": on_gpu}})
+    missing = text.split("Never measured on a GPU: ")[1]
+    assert "CMC" in missing
+    assert "end_to_end" in missing
+    assert "K = 13,000" not in missing
+    assert "**NVIDIA H200**" in text
+
+
+def test_markers_must_be_there_once() -> None:
+    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
+    assert readme.replaced(text, f"{readme.BEGIN}\nnew\n{readme.END}") == text.replace("old", "new")
+    for bad in ("nothing", text + text, f"{readme.END}{readme.BEGIN}"):
+        with pytest.raises(ValueError, match="once each"):
+            readme.replaced(bad, "")
+
+
+def test_write_and_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(f"a\n{readme.BEGIN}\n1 ms\n{readme.END}\n")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert readme.main(["--check"]) == 1
+    assert readme.main(["--write"]) == 0
+    assert readme.main(["--check"]) == 0
+    assert "1 ms |" not in file.read_text().splitlines()[1]
