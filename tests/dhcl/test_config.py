@@ -87,7 +87,7 @@ CONTRADICTIONS = [
     ({"update": "hard"}, "update and memory"),
     ({"outliers": "drop"}, "outliers and memory"),
     ({"prototype_weight": 0.0, "instance_weight": 0.0}, "prototype_weight and instance_weight"),
-    ({"suspects": "kappa"}, "suspects and kappa"),
+    ({"suspects": "kappa", "kappa": 0.25}, "suspects and kappa"),
     ({"eps": 0.99, "self_paced": True}, "eps and eps_gap"),
     ({"iterations": 10, "accumulate": 4}, "iterations and accumulate"),
     ({"precision": "fp16", "device": "cpu"}, "precision and device"),

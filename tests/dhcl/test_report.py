@@ -340,7 +340,7 @@ def test_compare(run, copy, tmp_path, capsys):
     out = tmp_path / "compare.html"
     assert main(["compare", str(run), str(copy), "--out", str(out)]) == 0
     text = out.read_text()
-    assert '<th scope="row">kappa</th><td>0.25</td><td>0.5</td>' in text
+    assert '<th scope="row">kappa</th><td>0.0</td><td>0.5</td>' in text
     assert '<th scope="row">k1</th>' not in text
     assert "2 of 3" in text
     assert text.count('id="chart-cameras-') == 2
