@@ -169,13 +169,14 @@ def facts(day: Day) -> str:
     path = day.call(day.python, "-c", FACTS, log="machine.txt")
     machine: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
     path.unlink()
+    del machine["command"]
     for tool in ("nvidia-smi", "nvcc", "compute-sanitizer", "ncu"):
-        words = [find_tool(tool) or tool, *(["--version"] if tool != "nvidia-smi" else [])]
-        try:
-            said = subprocess.run(words, capture_output=True, text=True, timeout=30)
-            machine[tool] = (said.stdout or said.stderr).strip()
-        except (OSError, subprocess.TimeoutExpired) as error:
-            machine[tool] = f"none ({error})"
+        machine[tool] = None
+        if program := find_tool(tool):
+            log = f"{tool}.txt"
+            said = day.call(program, *([] if tool == "nvidia-smi" else ["--version"]), log=log)
+            machine[tool] = "\n".join(said.read_text().splitlines()[1:])
+            said.unlink()
     doctor = day.module("dhcl_ops", "--no-build", log="doctor.txt")
     (day.folder / "facts.json").write_text(json.dumps(machine, indent=1) + "\n")
     lines = [f"{name}: {value}" for name, value in machine.items()]
