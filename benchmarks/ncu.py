@@ -19,7 +19,7 @@ KERNELS = {
     "memory": "momentum_update|segment_mean|normalize_rows",
     "knn": "knn_scores|knn_select",
     "jaccard": "k_reciprocal|pair_dots|query_expand|jaccard_join|jaccard_rows|dbscan_unite",
-    "contrastive": "contrastive_(stream|finish|slopes)",
+    "contrastive": "contrastive_stream|contrastive_finish|contrastive_slopes",
     "ranking": "match_ranks",
 }
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
@@ -129,7 +129,9 @@ def read(text: str) -> list[Launch]:
             )
             for key, wanted in METRICS.items()
         }
-        kernel = cells["Kernel Name"].split("<")[0].split("(")[0].split("::")[-1].split()[-1]
+        # Of a full signature only the name.
+        name = re.search(r"\w+_kernel\b", cells["Kernel Name"])
+        kernel = name[0] if name else cells["Kernel Name"]
         launches.append(
             Launch(kernel, cells.get("Grid Size", ""), **values, stall=top_stall(cells))
         )
