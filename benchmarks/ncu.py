@@ -23,7 +23,7 @@ KERNELS = {
     "ranking": "match_ranks",
 }
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
-LAUNCHES = 60
+LAUNCHES = 24
 
 # Names differ between versions of Nsight Compute; the first that is there counts.
 METRICS = {
