@@ -172,17 +172,18 @@ def facts(day: Day) -> str:
     """What this machine is."""
     path = day.call(day.python, "-c", FACTS, log="machine.txt")
     machine: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
-    path.unlink()
     del machine["command"]
     for tool in ("nvidia-smi", "nvcc", "compute-sanitizer", "ncu"):
         machine[tool] = None
         if program := find_tool(tool):
-            log = f"{tool}.txt"
-            said = day.call(program, *([] if tool == "nvidia-smi" else ["--version"]), log=log)
-            machine[tool] = "\n".join(said.read_text().splitlines()[1:])
-            said.unlink()
-    doctor = day.module("dhcl_ops", "--no-build", log="doctor.txt")
+            words = [program] if tool == "nvidia-smi" else [program, "--version"]
+            try:
+                said = day.call(*words, log=f"{tool}.txt").read_text()
+            except Failed as error:
+                said = f"\n{error}"
+            machine[tool] = "\n".join(said.splitlines()[1:])
     (day.folder / "facts.json").write_text(json.dumps(machine, indent=1) + "\n")
+    doctor = day.module("dhcl_ops", "--no-build", log="doctor.txt")
     lines = [f"{name}: {value}" for name, value in machine.items()]
     (day.folder / "facts.txt").write_text("\n".join([*lines, doctor.read_text()]))
     return f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"
@@ -206,11 +207,9 @@ def tests(day: Day) -> str:
         raise Failed(f"no {missing} in {day.python}")
     # The tests of kernels on an emulator of CUDA say nothing about this machine. Every test is
     # named as it ends, since the XML comes last.
-    words = ["pytest", "tests/ops", "-v", "--junitxml", str(day.folder / "junit.xml")]
-    words += ["--ignore-glob", "*_host*.py", "-p", "no:cacheprovider"]
-    if day.quick:
-        words += ["tests/ops/test_memory.py", "-k", "not compile and not thread"]
-        words.remove("tests/ops")
+    few = ["tests/ops/test_memory.py", "-k", "not compile and not thread"]
+    words = ["pytest", *(few if day.quick else ["tests/ops"]), "-v", "-p", "no:cacheprovider"]
+    words += ["--ignore-glob", "*_host*.py", "--junitxml", str(day.folder / "junit.xml")]
     variables = {"DHCL_REQUIRE_CUDA": "1"} if day.cuda else {}
     if day.cuda and not day.missing("xdist"):
         words += ["-n", str(TEST_WORKERS)]
@@ -283,8 +282,11 @@ def nsight(day: Day) -> str:
         share = day.left() / (len(FAMILIES) - number)
         try:
             day.call(*words, log=f"{family}.txt", seconds=share)
+        except Failed as error:
+            problems.append(f"{family}: {error}")
+        try:  # ncu's reason for a failure is in the same file
             launches += ncu.read(csv.read_text())
-        except (Failed, ncu.CsvError, OSError) as error:
+        except (ncu.CsvError, OSError) as error:
             problems.append(f"{family}: {error}")
         # After each family: an interrupted run keeps what it has.
         (day.folder / "table.txt").write_text(ncu.render(ncu.longest(launches)) + "\n")

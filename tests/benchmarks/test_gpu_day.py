@@ -106,6 +106,7 @@ def test_facts_for_real(tmp_path):
     found = json.loads((folder / "facts.json").read_text())
     assert found["torch"] in done.stdout
     assert {"cpu", "gpu", "git_commit", "nvidia-smi", "nvcc", "ncu"} <= found.keys()
+    assert (found["nvcc"] is None) == (gpu_day.find_tool("nvcc") is None)
     assert "compilers" in (folder / "facts.txt").read_text()  # the doctor's report
     assert outcome(tmp_path / "made", "facts")["status"] == "passed"
     assert (tmp_path / "made" / "parts.txt").read_text() in done.stdout
