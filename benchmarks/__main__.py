@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="What follows -- goes to the script of the one family: "
+        "python -m benchmarks --only scaling -- --limit 10",
+    )
     made.add_argument("--quick", action="store_true", help="smallest sizes, to see that all runs")
     made.add_argument("--only", nargs="+", choices=FAMILIES, metavar="FAMILY", default=FAMILIES,
                       help=f"of {', '.join(FAMILIES)}")  # fmt: skip
@@ -67,6 +72,7 @@ def run_family(family: str, options: argparse.Namespace) -> str:
     words = [sys.executable, "-m", f"benchmarks.{family}", "--json", str(json.resolve())]
     words += ["--device", options.device, "--only", options.cases]
     words += ["--quick"] if options.quick else []
+    words += options.own
     for name in ("threads", "seconds"):
         value = getattr(options, name)
         words += [f"--{name}", str(value)] if value is not None else []
@@ -95,7 +101,12 @@ def plot(family: str, out: Path) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Run, draw, compare; returns the exit status."""
     command_line = parser()
-    options = command_line.parse_args(words)
+    words = list(sys.argv[1:] if words is None else words)
+    end = words.index("--") if "--" in words else len(words)
+    options = command_line.parse_args(words[:end])
+    options.own = words[end + 1 :]
+    if options.own and len(set(options.only)) != 1:
+        command_line.error("options after -- are those of one family: name it with --only")
     if options.time_limit is not None and not options.time_limit > 0:
         command_line.error(f"--time-limit must be positive (got {options.time_limit})")
     old = old_results(options.compare, options.only) if options.compare else {}

@@ -66,22 +66,27 @@ def _growth(plt: Any, op: str, axis: str, groups: dict[str, list[tuple[Row, ...]
             x = [row.params[axis] for row in line]
             axes[0][column].plot(x, [row.seconds for row in line], **style)
             known = [row for row in line if row.peak_extra_bytes]
-            axes[1][column].plot(
-                [row.params[axis] for row in known],
-                [(row.peak_extra_bytes or 0) / 2**20 for row in known],
-                **style,
-            )
+            if known:
+                axes[1][column].plot(
+                    [row.params[axis] for row in known],
+                    [(row.peak_extra_bytes or 0) / 2**20 for row in known],
+                    **style,
+                )
         # One floor for all variants of a case.
         floors = [row for row in max(lines, key=len) if row.floor_seconds]
-        axes[0][column].plot(
-            [row.params[axis] for row in floors],
-            [row.floor_seconds for row in floors],
-            color="black",
-            linestyle=":",
-            label="floor" if floors else None,
-        )
+        if floors:
+            axes[0][column].plot(
+                [row.params[axis] for row in floors],
+                [row.floor_seconds for row in floors],
+                color="black",
+                linestyle=":",
+                label="floor",
+            )
         axes[0][column].set_title(label.removeprefix(f"{op} ").strip("[]") or op, fontsize=7)
         for plot, name in ((axes[0][column], "seconds"), (axes[1][column], "MiB")):
+            if not plot.lines:  # a logarithmic axis without points can't be drawn
+                plot.set_axis_off()
+                continue
             plot.set(xscale="log", yscale="log", xlabel=axis, ylabel=name)
             plot.grid(alpha=0.3)
             if plot.get_legend_handles_labels()[1]:

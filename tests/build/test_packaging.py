@@ -83,6 +83,7 @@ def test_sdist_carries_sources_tests_and_benchmarks(sdist):
         "LICENSE",
         "tests/ops/test_memory.py",
         "benchmarks/memory.py",
+        "scripts/gpu_day.sh",
         "dhcl_ops/py.typed",
     ):
         assert name in names
