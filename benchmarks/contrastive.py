@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of proxies K")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes B")
     options = parser.parse_args()
+    # Backward alone runs again on one graph, which a compiled function refuses by default.
+    torch._functorch.config.donated_buffer = False
     bench = Bench(options)
     print(dhcl_ops.status().line)
     default = SIZES if bench.device.type == "cuda" else SIZES[:3]

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.kernels --check`` calls every op on its sample and on sizes that fill no tile
 evenly; ``--profile`` makes the main calls once at the sizes of Market-1501, warmed up, between
-``cudaProfilerStart`` and ``cudaProfilerStop``.
+``cudaProfilerStart`` and ``cudaProfilerStop``; ``--shares`` prints which ops take their time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import dhcl_ops
 from benchmarks.contrastive import Step, our_loss
+from benchmarks.results import format_seconds
 from dhcl_ops import _ops
 
 Call = Callable[[], object]
@@ -25,6 +26,7 @@ Sizes = tuple[int, int, int]  # rows N, width d, batch B
 ODD: tuple[Sizes, ...] = ((2, 1, 1), (33, 7, 5), (257, 130, 67), (40, 8, 4097))
 FULL: Sizes = (12_936, 2048, 256)
 PER_IDENTITY = 16
+SHOWN = 6  # ops of a call whose share is printed
 
 
 def rows(n: int, d: int, device: torch.device) -> torch.Tensor:
@@ -143,6 +145,30 @@ def profile(families: Sequence[str], device: torch.device, sizes: Sizes) -> None
                 torch.cuda.profiler.stop()
 
 
+def shares(families: Sequence[str], device: torch.device, sizes: Sizes) -> None:
+    """Print, for each call, its seconds and the ops that take most of them."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
+    for family in families:
+        for name, call in FAMILIES[family](sizes, device):
+            call()
+            with torch.profiler.profile(activities=activities) as run:
+                call()
+            spent = {
+                event.key: (
+                    event.self_device_time_total
+                    if device.type == "cuda"
+                    else event.self_cpu_time_total
+                )
+                for event in run.key_averages()
+            }
+            total = sum(spent.values())
+            print(f"{family}: {name}, {format_seconds(total / 1e6)}")
+            for key in sorted(spent, key=lambda key: -spent[key])[:SHOWN]:
+                if spent[key] >= total / 100:
+                    print(f"  {100 * spent[key] / total:5.1f} %  {key}")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Call what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
@@ -150,6 +176,7 @@ def main(words: Sequence[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--check", action="store_true", help="all ops, small odd sizes")
     kind.add_argument("--profile", action="store_true", help="the main calls at full size")
+    kind.add_argument("--shares", action="store_true", help="which ops take the main calls' time")
     parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     options = parser.parse_args(words)
     for family in options.family:
@@ -165,6 +192,8 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit("no CUDA kernels to watch")
     if options.check:
         check(families, device)
+    elif options.shares:
+        shares(families, device, FULL)
     else:
         profile(families, device, FULL)
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # the benchmarks are not part of the installed package
@@ -312,6 +313,16 @@ def test_every_family_is_watched():
     from dhcl_ops import _build
 
     assert {*kernels.FAMILIES} == {*ncu.KERNELS} == {*gpu_day.FAMILIES} == {*_build.FAMILIES}
+
+
+def test_shares_name_the_ops_that_take_the_time(capsys):
+    kernels.shares(["memory"], torch.device("cpu"), kernels.ODD[2])
+    out = capsys.readouterr().out
+    assert "memory: means and gradient" in out
+    shares = [float(line.split("%")[0]) for line in out.splitlines() if line.startswith("  ")]
+    assert min(shares) >= 1.0
+    assert sum(shares) <= 100.1 * out.count("memory: ")
+    assert "dhcl::segment_mean" in out
 
 
 @pytest.mark.parametrize("family", ncu.KERNELS)

@@ -118,3 +118,9 @@ def test_write_and_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert readme.main(["--write"]) == 0
     assert readme.main(["--check"]) == 0
     assert "1 ms |" not in file.read_text().splitlines()[1]
+
+
+def test_every_line_was_measured_on_some_machine() -> None:
+    folders = readme.load_folders()
+    missing = [ln.what for ln in readme.LINES if not any(ln.rows(f) for f in folders.values())]
+    assert not missing
