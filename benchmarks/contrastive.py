@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch._functorch import config as functorch_config
 from torch.nn import functional
 
 import dhcl_ops
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes B")
     options = parser.parse_args()
     # Backward alone runs again on one graph, which a compiled function refuses by default.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     bench = Bench(options)
     print(dhcl_ops.status().line)
     default = SIZES if bench.device.type == "cuda" else SIZES[:3]
