@@ -21,7 +21,7 @@ from torch import nn
 
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._ops import define
-from dhcl_ops.knn import Neighbours, knn
+from dhcl_ops.knn import Neighbours, full_precision, knn
 
 __all__ = ["jaccard_distance", "jaccard_graph"]
 
@@ -586,12 +586,13 @@ def _largest_squares(features: torch.Tensor, progress: Progress | None) -> torch
     """Of each row, the largest squared distance to any row: one pass over half of all pairs."""
     n = len(features)
     least = features.new_full((n,), torch.inf)
-    for begin, end in slices(n, "largest distances", progress, 1024):
-        for start in range(begin, n, 8192):
-            stop = min(start + 8192, n)
-            products = features[begin:end] @ features[start:stop].T
-            least[begin:end] = torch.minimum(least[begin:end], products.amin(1))
-            least[start:stop] = torch.minimum(least[start:stop], products.amin(0))
+    with full_precision(features.device):
+        for begin, end in slices(n, "largest distances", progress, 1024):
+            for start in range(begin, n, 8192):
+                stop = min(start + 8192, n)
+                products = features[begin:end] @ features[start:stop].T
+                least[begin:end] = torch.minimum(least[begin:end], products.amin(1))
+                least[start:stop] = torch.minimum(least[start:stop], products.amin(0))
     return 2.0 - 2.0 * least
 
 

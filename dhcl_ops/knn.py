@@ -288,8 +288,10 @@ class _Search:
         self_search: bool,
         certify: bool,
         progress: Progress | None,
+        least: torch.Tensor | None = None,
     ) -> None:
         self.queries, self.features, self.products = queries, features, products
+        self.least = least
         self.self_search, self.certify, self.progress = self_search, certify, progress
         self.others = k - 1 if self_search else k
         self.available = len(features) - 1 if self_search else len(features)
@@ -334,9 +336,10 @@ class _Search:
         def visit(rows: slice, cols: slice, *, mirror: bool) -> None:
             tile = self.products.tile(rows, cols, out)
             starts = (tile, rows.start, cols.start, self.keep)
-            self.select(state, *starts, False, True)
-            if mirror:
-                self.select(state, *starts, True, True)
+            for part, dim in ((rows, 1), (cols, 0)) if mirror else ((rows, 1),):
+                self.select(state, *starts, dim == 0, True)
+                if self.least is not None:
+                    torch.minimum(self.least[part], tile.amin(dim), out=self.least[part])
 
         def visit_diagonal(start: int, stop: int) -> None:
             # The halves of a square on the diagonal waste half as much as the square.
@@ -556,6 +559,20 @@ def knn(
         raise ValueError(f"{op}: at most 2147483647 features (got {len(features)})")
     _checks.one_of(op, "backend", backend, ("auto", "torch", "faiss"))
     _checks.one_of(op, "precision", precision, ("exact", "fast"))
+    return _knn(features, k, queries, backend, precision, progress)
+
+
+def _knn(
+    features: torch.Tensor,
+    k: int,
+    queries: torch.Tensor | None,
+    backend: str,
+    precision: str,
+    progress: Progress | None,
+    least: torch.Tensor | None = None,
+) -> Neighbours:
+    """The search itself; ``least`` (N,) takes the smallest products of a self search in fp32."""
+    op = "knn"
     with full_precision(features.device):
         self_search = queries is None
         features = features.detach().to(torch.float32).contiguous()
@@ -574,8 +591,22 @@ def knn(
             self_search=self_search,
             certify=precision == "exact",
             progress=progress,
+            least=least,
         )
         return search.run(backend)
+
+
+def knn_and_least(
+    features: torch.Tensor, k: int, progress: Progress | None
+) -> tuple[Neighbours, torch.Tensor | None]:
+    """``knn`` of float32 rows among themselves, and of each row its smallest product with any row.
+
+    The products are those of the search, so on CUDA, where they are in fp16, there is None.
+    """
+    least = None
+    if not features.is_cuda and k > 1:
+        least = features.new_full((len(features),), torch.inf)
+    return _knn(features, k, None, "torch", "exact", progress, least), least
 
 
 # ---- neighbours by camera -----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dhcl_ops.jaccard import (
     list_width,
     slices,
 )
-from dhcl_ops.knn import knn
+from dhcl_ops.knn import full_precision, knn_and_least
 
 __all__ = ["RankedLists", "rerank", "rerank_distances"]
 
@@ -49,14 +49,15 @@ class RankedLists(NamedTuple):
 
 def smallest(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k smallest values of each row in ascending order, and their columns; ties by column."""
-    values, columns = rows.topk(k, dim=1, largest=False)
+    values, columns = rows.topk(min(k + 1, rows.shape[1]), dim=1, largest=False)
+    cut = []
     if 0 < k < rows.shape[1]:
         # Among values equal to the last one topk takes any; such rows are sorted in full.
-        last = values[:, -1:]
-        cut = ((rows == last).sum(1) > (values == last).sum(1)).nonzero().squeeze(1)
-        for row in cut.tolist():
-            whole, order = rows[row].sort(stable=True)
-            values[row], columns[row] = whole[:k], order[:k]
+        cut = (values[:, k] == values[:, k - 1]).nonzero().squeeze(1).tolist()
+    values, columns = values[:, :k], columns[:, :k]
+    for row in cut:
+        whole, order = rows[row].sort(stable=True)
+        values[row], columns[row] = whole[:k], order[:k]
     columns, order = columns.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, stable=True)
     return values, columns.gather(1, order)
@@ -85,14 +86,16 @@ class _Features:
         self.scale = self.features.new_empty(0)
 
     def weights(self, k: int, half: int, k2: int, progress: Progress | None) -> tuple[Lists, Rows]:
-        found = knn(self.features, k, progress=progress)
+        found, least = knn_and_least(self.features, k, progress)
         lists = Lists(found.indices.int(), k, half, k2)
-        self.scale = _largest_squares(self.features, progress).clamp(min=_TINY)
+        largest = _largest_squares(self.features, progress) if least is None else 2.0 - 2.0 * least
+        self.scale = largest.clamp(min=_TINY)
         weights = feature_weights(self.features, lists, found.similarities, self.scale, progress)
         return lists, weights
 
     def block(self, begin: int, end: int) -> torch.Tensor:
-        products = self.features[begin:end] @ self.features[self.queries :].T
+        with full_precision(self.device):
+            products = self.features[begin:end] @ self.features[self.queries :].T
         return products.mul_(-2.0).add_(2.0).clamp_(min=0.0).div_(self.scale[begin:end, None])
 
 

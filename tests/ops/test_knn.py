@@ -105,6 +105,19 @@ def test_queries_are_the_definition(device, products, small_tiles, n, d, k, q):
     assert_is(found, brute_force(features, k, queries))
 
 
+@pytest.mark.parametrize(("n", "k"), [(2, 2), (23, 5), (150, 30)])
+def test_the_smallest_products_come_with_the_search(device, small_tiles, n, k):
+    features = clustered(n, 16).to(device)
+    found, least = knn_module.knn_and_least(features, k, None)
+    assert_is(found, brute_force(features, k))
+    if device.type == "cuda":
+        assert least is None
+    else:
+        expected = (features.double() @ features.double().T).amin(1).float()
+        torch.testing.assert_close(least, expected, rtol=0, atol=1e-6)
+    assert knn_module.knn_and_least(features[:1], 1, None)[1] is None
+
+
 def test_many_rows_against_float64(device):
     """Tiles of their usual size; similarities this far apart leave no doubt about the ranks."""
     features = clustered(3000, 64)

@@ -99,6 +99,18 @@ def test_arrays_and_progress():
     assert seen["distances"] == (20, 20)
 
 
+@pytest.mark.parametrize("topk", [None, 5])
+def test_lower_precision_of_products_elsewhere_does_not_reach_in(topk):
+    query, gallery = split("moderate", 20, 80)
+    expected = rerank(query, gallery, topk=topk)
+    jaccard = jaccard_distance(gallery, convention="zhong")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = rerank(query, gallery, topk=topk)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        again = jaccard_distance(gallery, convention="zhong")
+    torch.testing.assert_close(again, jaccard, rtol=0, atol=0)
+
+
 def test_refusals(monkeypatch):
     query, gallery = split("clean", 10, 40)
     q_g, q_q, g_g = distances_of(query, gallery)
