@@ -98,7 +98,12 @@ def _growth(plt: Any, op: str, axis: str, groups: dict[str, list[tuple[Row, ...]
 def _roofline(plt: Any, results: Results, title: str) -> Any | None:
     """Achieved operations per second over operations per byte, under the measured ceilings."""
     ceilings = results.ceilings
-    rows = [row for row in results.rows if row.flop and row.bytes_moved]
+    # What takes a fraction of its floor was done elsewhere: a gradient that came with its loss.
+    rows = [
+        row
+        for row in results.rows
+        if row.flop and row.bytes_moved and (row.time_over_floor or 1.0) > 0.5
+    ]
     if ceilings is None or not rows:
         return None
     figure, plot = plt.subplots(figsize=(7, 5), layout="constrained")

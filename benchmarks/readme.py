@@ -147,7 +147,7 @@ def _ops(folder: Folder) -> list[str]:
                 format_seconds(ours.seconds),
                 beside or NONE,
                 "; ".join(f"{row.seconds / ours.seconds:.3g}" for row in others) or NONE,
-                f"{ours.seconds / floor:.2f}" if floor else NONE,
+                f"{ours.seconds / floor:.3g}" if floor else NONE,
                 "; ".join(_memory(row) for row in (ours, *others)),
             )
         )
@@ -183,7 +183,7 @@ def _epoch(folder: Folder) -> list[str]:
         return []
     params = next(row.params for row in rows if row.op == "epoch: total")
     text = (
-        f"One training epoch, summed from its parts; {params['backbone']}, images of "
+        f"One training epoch, summed from its parts; backbone {params['backbone']}, images of "
         f"{params['image']}, {params['precision']}. Ours; the same loop on the reference ops:"
     )
     head = "| epoch | seconds | without the backbone | its share |"

@@ -58,7 +58,7 @@ def test_a_line_shows_ours_beside_the_others_and_over_the_floor() -> None:
 def test_without_a_competitor_the_floor_is_that_of_the_ceilings() -> None:
     row = case("dhcl", 0.100, floor_seconds=0.05, peak_extra_bytes=None)
     text = readme.section(folder_of(contrastive=make_results(row, **FACTS)))
-    assert cells(text, "loss and")[2:] == [readme.NONE, readme.NONE, "2.00", readme.NONE]
+    assert cells(text, "loss and")[2:] == [readme.NONE, readme.NONE, "2", readme.NONE]
 
 
 def test_an_epoch_names_what_is_not_the_backbone() -> None:
