@@ -1,5 +1,9 @@
 import os
 
+# Processes of pytest-xdist share the cores, and OpenMP reads this when torch is loaded.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
+
 import pytest
 import torch
 
