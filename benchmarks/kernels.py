@@ -152,7 +152,7 @@ def shares(families: Sequence[str], device: torch.device, sizes: Sizes) -> None:
     for family in families:
         for name, call in FAMILIES[family](sizes, device):
             call()
-            with torch.profiler.profile(activities=activities) as run:
+            with torch.profiler.profile(activities=activities, acc_events=True) as run:
                 call()
             spent = {
                 event.key: (
