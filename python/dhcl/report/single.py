@@ -56,15 +56,16 @@ EPOCH_CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     (
         "loss",
         "Loss",
-        "Mean over the steps of an epoch: the whole, and its parts before their weights.",
+        "Mean over the steps of an epoch: the whole, and its parts before their weights; a part "
+        "without weight is 0.",
         "",
         {"loss": "loss", "over prototypes": "prototype_loss", "over instances": "instance_loss"},
     ),
     (
         "clamp",
         "Clamped rows",
-        "Share of rows whose debiased negative mass came out below its lower bound. Near 100 % "
-        "for good: kappa is too large.",
+        "Share of rows whose debiased negative mass came out below its lower bound; without "
+        "debiasing (kappa 0) there are none. Near 100 % for good: kappa is too large.",
         "%",
         {"over prototypes": "clamped", "over instances": "instance_clamped"},
     ),
