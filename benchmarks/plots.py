@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Results, Row, case_label
+from benchmarks.results import Results, Row, case_label, epoch_parts
 
 SIZES = ("N", "K", "B")  # parameters that a plot can have on its horizontal axis
 
@@ -139,11 +139,8 @@ def _split(plt: Any, results: Results) -> Any | None:
     drawn: dict[str, str] = {}
     for place, total in enumerate(totals):
         left = 0.0
-        for row in results.rows:
+        for row in epoch_parts(results.rows, total):
             part = row.op.removeprefix("epoch: ")
-            of_total = all(total.params.get(k) == v for k, v in row.params.items())
-            if row is total or not of_total or row.variant != total.variant or part == "total":
-                continue
             share = 100 * row.seconds / total.seconds
             known = part in drawn
             colour = drawn.setdefault(part, f"C{len(drawn)}")

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Results, Row, format_bytes, format_seconds, load_results
+from benchmarks.results import (
+    Results,
+    Row,
+    epoch_parts,
+    format_bytes,
+    format_seconds,
+    load_results,
+)
 from benchmarks.scaling import exponents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,44 +53,44 @@ class Line:
         return rows if self.ours in rows else {}
 
 
-@dataclass(frozen=True)
-class _Case:
-    """Lines that share a family and an op."""
+def _lines(
+    family: str,
+    op: str,
+    beside: Sequence[str],
+    cases: Mapping[str, Mapping[str, Any]],
+    **more: str,
+) -> list[Line]:
+    """Lines of one op, by what they are."""
+    return [Line(what, family, op, params, beside, **more) for what, params in cases.items()]
 
-    family: str
-    op: str
-    beside: Sequence[str] = ()
-    floor: str = ""
-    lines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ours: str = "dhcl"
 
-
-_CASES = (
-    _Case(
+LINES = (
+    *_lines(
         "memory", "momentum_update_", ("pytorch loop", "pytorch vectorised"),
-        lines={
+        {
             "momentum update, B = 64, N = 12,936, d = 2048": {"B": 64, "N": 12_936},
             "momentum update, B = 256": {"B": 256, "N": 12_936},
         },
     ),
-    _Case(
+    *_lines(
         "memory", "prototypes", ("pytorch index_add_", "torch.compile"),
-        lines={
+        {
             "class means, N = 12,936, d = 2048": {"N": 12_936},
             "class means, N = 1,000,000": {"N": 1_000_000},
         },
     ),
-    _Case(
-        "knn", "knn", ("mm and topk", "torch.compile"), "one symmetric product",
-        lines={
+    *_lines(
+        "knn", "knn", ("mm and topk", "torch.compile"),
+        {
             "exact neighbours, N = 12,936, d = 2048, k = 30": {"N": 12_936},
             "exact neighbours, N = 32,621, d = 768": {"N": 32_621},
             "exact neighbours, N = 100,000, d = 256": {"N": 100_000},
         },
+        floor="one symmetric product",
     ),
-    _Case(
+    *_lines(
         "jaccard", "cluster", ("dense NumPy", "pytorch reference"),
-        lines={
+        {
             "Jaccard and DBSCAN, N = 12,936 (Market-1501's size)": {"N": 12_936},
             "Jaccard and DBSCAN, N = 32,621 (MSMT17's size)": {"N": 32_621},
             "Jaccard and DBSCAN, N = 20,000": {"N": 20_000, "data": "identities"},
@@ -91,32 +98,29 @@ _CASES = (
             "Jaccard and DBSCAN, N = 100,000": {"N": 100_000},
         },
     ),
-    _Case(
+    *_lines(
         "jaccard", "rerank", ("dense NumPy", "pytorch reference"),
-        lines={
+        {
             "re-ranking, 500 x 4,500, d = 256, neighbours included": {"Q": 500},
             "re-ranking, 11,659 x 82,161 (MSMT17's test size)": {"Q": 11_659},
         },
     ),
-    _Case(
-        "contrastive", "loss both", ("pytorch", "torch.compile"), "products alone",
-        lines={
+    *_lines(
+        "contrastive", "loss both", ("pytorch", "torch.compile"),
+        {
             "loss and its gradient, B = 64, K = 700, d = 2048": {"B": 64, "K": 700},
             "loss and its gradient, B = 256, K = 13,000": {"B": 256, "K": 13_000},
             "loss and its gradient, B = 256, K = 100,000": {"B": 256, "K": 100_000},
             "loss and its gradient, B = 1024, K = 100,000": {"B": 1024, "K": 100_000},
         },
+        floor="products alone",
     ),
-    _Case(
-        "ranking", "evaluate_ranking", ("argsort per query", "pytorch"), "product alone",
-        lines={"CMC, mAP, mINP, 3,368 x 15,913, d = 2048": {}}, ours="dhcl, features",
+    *_lines(
+        "ranking", "evaluate_ranking", ("argsort per query", "pytorch"),
+        {"CMC, mAP, mINP, 3,368 x 15,913, d = 2048": {}},
+        floor="product alone", ours="dhcl, features",
     ),
 )  # fmt: skip
-LINES = tuple(
-    Line(what, case.family, case.op, params, case.beside, case.floor, case.ours)
-    for case in _CASES
-    for what, params in case.lines.items()
-)
 
 
 def _table(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
@@ -170,7 +174,7 @@ def _epoch(folder: Folder) -> list[str]:
         if "dhcl" not in found:
             continue
         both = [found[name] for name in ("dhcl", "pytorch reference") if name in found]
-        rest = [row.seconds * float(row.note.split("; ")[1].split(" %")[0]) / 100 for row in both]
+        rest = [sum(part.seconds for part in epoch_parts(rows, row)) for row in both]
         cells.append(
             (
                 f"{data} (N = {n:,}), B = {batch}, {both[0].params['steps']} batches",

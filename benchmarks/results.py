@@ -171,6 +171,18 @@ def load_results(path: str | Path) -> Results:
     return results
 
 
+def epoch_parts(rows: Sequence[Row], total: Row) -> list[Row]:
+    """The parts of an epoch that are not the network, with the total's ops and sizes."""
+    return [
+        row
+        for row in rows
+        if row.op.startswith("epoch: ")
+        and row.op != total.op
+        and row.variant == total.variant
+        and row.params.items() <= total.params.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Change:
     """A row whose median time in seconds differs between two results files."""
