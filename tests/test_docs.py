@@ -19,7 +19,8 @@ import yaml
 
 pytest.importorskip("tyro", reason="the extra train is not installed")
 import tyro
-from dhcl import cli, commands
+from dhcl import cli
+from dhcl.cli import commands
 from dhcl.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -122,7 +122,7 @@ def test_every_option_is_described(site):
 
 
 def test_every_command_is_described(site):
-    from dhcl.commands import COMMANDS
+    from dhcl.cli.commands import COMMANDS
 
     text = (site / "reference" / "commands.html").read_text()
     for name in (*COMMANDS, "doctor"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dhcl_ops._version import __version__
 
 if TYPE_CHECKING:
-    from dhcl.reid import ReID
+    from dhcl.inference.reid import ReID
 
 __all__ = ["ReID", "__version__"]
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
     if name != "ReID":
         raise AttributeError(f"module 'dhcl' has no attribute {name!r}")
     try:
-        from dhcl.reid import ReID
+        from dhcl.inference.reid import ReID
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("dhcl", "dhcl_ops"):
             raise

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dhcl.checkpoint import write_atomic
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
-from dhcl.engine import Engine
-from dhcl.evaluation import RANKS, Evaluator
-from dhcl.logs import duration
-from dhcl.runs import make_model, open_data, train
+from dhcl.files import write_atomic
 from dhcl.synth import contact_sheet, render_dataset
-from dhcl.trainer import Trainer
+from dhcl.training.engine import Engine
+from dhcl.training.evaluation import RANKS, Evaluator
+from dhcl.training.logs import duration
+from dhcl.training.runs import make_model, open_data, train
+from dhcl.training.trainer import Trainer
 
 __all__ = ["METHODS", "Demo", "run_demo"]
 
@@ -145,7 +145,7 @@ def run_demo(demo: Demo) -> dict[str, Any]:
 
 def _write_pages(demo: Demo, root: Path) -> None:
     """A report of the default method and a comparison of all runs, or one line why not."""
-    from dhcl.report import write_comparison, write_report  # which stand on dhcl.runs
+    from dhcl.report import write_comparison, write_report  # which stand on dhcl.training.runs
 
     runs = {(n, s): _options(demo, root, n, s).run for s in demo.seeds for n in METHODS}
     one = runs["dhcl", demo.seeds[0]]

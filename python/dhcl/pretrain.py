@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dhcl.config import TrainConfig, preset, with_changes
 from dhcl.demo import draw
-from dhcl.runs import train
+from dhcl.training.runs import train
 
 __all__ = ["Pretrain", "pretrain"]
 

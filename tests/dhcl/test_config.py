@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dhcl.commands import train_options
+from dhcl.cli.commands import train_options
 from dhcl.config import PRESETS, ConfigError, TrainConfig, preset, with_changes
-from dhcl.trainer import learning_rate
+from dhcl.training.trainer import learning_rate
 
 
 def test_every_option_is_documented(capsys):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from dhcl.checkpoint import load_checkpoint
+from dhcl.training.checkpoint import load_checkpoint
 
 from tests.dhcl.toy import command_line, options
 
@@ -14,9 +14,9 @@ from tests.dhcl.toy import command_line, options
 _SCRIPT = """
 import sys, torch
 from pathlib import Path
-from dhcl.commands import train_options
-from dhcl.trainer import Trainer
-import dhcl.runs
+from dhcl.cli.commands import train_options
+from dhcl.training.trainer import Trainer
+import dhcl.training.runs
 fit = Trainer.fit
 def watched(self):
     fit(self)
@@ -27,7 +27,7 @@ def watched(self):
     }, Path(sys.argv[1]) / f"rank{self.engine.rank}.pt")
 Trainer.fit = watched
 config, resume = train_options(sys.argv[2:])
-dhcl.runs.train(config, resume=resume)
+dhcl.training.runs.train(config, resume=resume)
 """
 
 

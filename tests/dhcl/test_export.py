@@ -7,13 +7,13 @@ import onnxruntime
 import pytest
 import torch
 from dhcl import ReID
-from dhcl.checkpoint import load_checkpoint, save_checkpoint
 from dhcl.cli import main
 from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import image_files
-from dhcl.export import export_features, export_onnx, export_weights, plain_model
-from dhcl.features import read_features
+from dhcl.inference.export import export_features, export_onnx, export_weights, plain_model
+from dhcl.inference.features import read_features
 from dhcl.models import build_model
+from dhcl.training.checkpoint import load_checkpoint, save_checkpoint
 from PIL import Image
 from torchvision.transforms import v2
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from dhcl.cli import main
-from dhcl.features import (
+from dhcl.inference.features import (
     FeatureError,
     NpyRows,
     check_pair,
@@ -211,7 +211,7 @@ def test_pairs_must_have_one_width_and_one_model(tmp_path):
 def test_reading_needs_numpy_and_torch_alone():
     code = """
 import sys
-import dhcl.features
+import dhcl.inference.features
 wrong = {"torchvision", "timm", "accelerate", "yaml", "tyro", "PIL", "scipy", "pyarrow", "sklearn"}
 assert not wrong & set(sys.modules), wrong & set(sys.modules)
 """

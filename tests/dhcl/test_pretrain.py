@@ -5,7 +5,7 @@ import torch
 from dhcl.config import ConfigError
 from dhcl.data import load_data
 from dhcl.pretrain import Pretrain, pretrain
-from dhcl.runs import train
+from dhcl.training.runs import train
 
 from tests.dhcl.toy import options, write_images
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from dhcl import ReID
-from dhcl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dhcl.config import ConfigError
 from dhcl.data import DataError, image_files, path_reader, training_cameras
-from dhcl.engine import Engine
-from dhcl.evaluation import Evaluator
-from dhcl.reid import read_run
-from dhcl.runs import open_data
+from dhcl.inference.reid import read_run
+from dhcl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from dhcl.training.engine import Engine
+from dhcl.training.evaluation import Evaluator
+from dhcl.training.runs import open_data
 from PIL import Image
 
 from dhcl_ops import cluster, knn, rerank

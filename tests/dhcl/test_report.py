@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dhcl.checkpoint import load_checkpoint, save_checkpoint
 from dhcl.cli import main
 from dhcl.config import ConfigError
 from dhcl.data import ImageList, load_data
@@ -26,8 +25,9 @@ from dhcl.report.gather import (
 from dhcl.report.page import page, table
 from dhcl.report.pictures import Pictures
 from dhcl.report.record import labels_of, read_record
-from dhcl.runs import train
-from dhcl.trainer import fingerprint
+from dhcl.training.checkpoint import load_checkpoint, save_checkpoint
+from dhcl.training.runs import train
+from dhcl.training.trainer import fingerprint
 from PIL import Image
 
 from dhcl_ops import evaluate_ranking

@@ -11,10 +11,11 @@ import time
 
 import pytest
 import torch
-from dhcl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomic
 from dhcl.config import ConfigError
-from dhcl.engine import Interrupted
-from dhcl.runs import train
+from dhcl.files import write_atomic
+from dhcl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from dhcl.training.engine import Interrupted
+from dhcl.training.runs import train
 
 from tests.dhcl.toy import options, write_images
 
@@ -204,7 +205,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path, moment)
     whole = options(pictures, tmp_path / "whole", **changes)
     finish(whole)
     config = options(pictures, tmp_path / "run", **changes)
-    from dhcl.trainer import Trainer
+    from dhcl.training.trainer import Trainer
 
     step = Trainer.step
     last = config.iterations - 1

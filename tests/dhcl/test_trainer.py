@@ -1,16 +1,16 @@
 import dataclasses
 import json
 
-import dhcl.runs
+import dhcl.training.runs
 import numpy as np
 import pytest
 import torch
 from dhcl.config import ConfigError
 from dhcl.data import ImageList, load_data
-from dhcl.engine import Engine
-from dhcl.evaluation import Evaluator, IdentityObserver, table
-from dhcl.runs import evaluate_run, make_model, open_data, train
-from dhcl.trainer import Diverged, NoClusters, Trainer
+from dhcl.training.engine import Engine
+from dhcl.training.evaluation import Evaluator, IdentityObserver, table
+from dhcl.training.runs import evaluate_run, make_model, open_data, train
+from dhcl.training.trainer import Diverged, NoClusters, Trainer
 
 from dhcl_ops import hybrid_contrastive_loss, momentum_update_
 from tests.checks import same_bits
@@ -129,7 +129,7 @@ def test_identities_never_reach_the_training(pictures, tmp_path, monkeypatch):
 
     changes = {"eval_every": 1, "camera_bn": True}
     train(options(pictures, tmp_path / "a", **changes))
-    monkeypatch.setattr(dhcl.runs, "load_data", shuffled)
+    monkeypatch.setattr(dhcl.training.runs, "load_data", shuffled)
     train(options(pictures, tmp_path / "b", **changes))
     assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
     seen = [[entry["observed"]["ari"] for entry in entries(tmp_path / run)] for run in "ab"]

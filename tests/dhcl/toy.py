@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 from dhcl.config import preset, with_changes
-from dhcl.runs import train
+from dhcl.training.runs import train
 from PIL import Image
 
 

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dhcl.words import show
+
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 Integers = NDArray[np.int64]
@@ -116,11 +118,6 @@ class ReIDData:
     def unlabeled(self) -> ImageList:
         """The training images with every identity -1: all that a trainer may see."""
         return replace(self.train, ids=np.full(len(self.train), -1, np.int64))
-
-
-def show(path: Path | str) -> str:
-    """The path as text that can always be printed, whatever bytes its name holds."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 # ---- layouts ------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from dhcl.data.datasets import DataError, ImageList, show
+from dhcl.data.datasets import DataError, ImageList
 from dhcl.data.sampler import Key, PKSampler
+from dhcl.words import show
 
 try:
     from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dhcl.checkpoint import CheckpointError
 from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import DataError, ImageList, ReIDData, check_images, load_data
-from dhcl.engine import Engine
-from dhcl.evaluation import Evaluator
 from dhcl.models import ReIDModel
 from dhcl.report.record import Record
-from dhcl.runs import load_model
-from dhcl.trainer import fingerprint
+from dhcl.training.checkpoint import CheckpointError
+from dhcl.training.engine import Engine
+from dhcl.training.evaluation import Evaluator
+from dhcl.training.runs import load_model
+from dhcl.training.trainer import fingerprint
 from dhcl_ops import evaluate_ranking
 
 __all__ = [

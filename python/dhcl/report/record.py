@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from dhcl.checkpoint import CheckpointError, load_checkpoint
 from dhcl.config import ConfigError, TrainConfig, with_changes
-from dhcl.data.datasets import show
+from dhcl.training.checkpoint import CheckpointError, load_checkpoint
+from dhcl.words import show
 
 __all__ = ["Record", "labels_of", "read_record"]
 

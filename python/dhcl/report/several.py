@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from dhcl.checkpoint import write_atomic
 from dhcl.config import ConfigError
-from dhcl.logs import duration, flat
+from dhcl.files import write_atomic
 from dhcl.report import charts
 from dhcl.report.charts import Chart, Series
 from dhcl.report.gather import Findings, look
 from dhcl.report.page import chart_grid, missing, page, table
 from dhcl.report.record import Record, labels_of, read_record
 from dhcl.report.single import EPOCH_CHARTS, check_file, epoch_series, percent
+from dhcl.training.logs import duration, flat
 
 __all__ = ["write_comparison"]
 

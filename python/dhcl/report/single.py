@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from dhcl.checkpoint import write_atomic
 from dhcl.config import PRESETS, ConfigError, preset
 from dhcl.data import ImageList, ReIDData
-from dhcl.data.datasets import show
-from dhcl.engine import Engine
-from dhcl.logs import duration, flat
+from dhcl.files import write_atomic
 from dhcl.report import charts
 from dhcl.report.charts import Chart, Series
 from dhcl.report.gather import Cluster, Features, Findings, Limits, RankedList, look
 from dhcl.report.page import chart_grid, escape, missing, numbers, page, picture, table
 from dhcl.report.pictures import Pictures
 from dhcl.report.record import Record, read_record
+from dhcl.training.engine import Engine
+from dhcl.training.logs import duration, flat
+from dhcl.words import show
 
 __all__ = ["EPOCH_CHARTS", "check_file", "epoch_series", "percent", "subtitle", "write_report"]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dhcl.checkpoint import write_atomic
 from dhcl.config import ConfigError
-from dhcl.data.datasets import show
+from dhcl.files import write_atomic
+from dhcl.words import show
 
 __all__ = ["Listed", "RankedList", "Shown", "as_json", "as_table", "write_html", "write_png"]
 

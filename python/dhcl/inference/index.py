@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dhcl.checkpoint import write_atomic
 from dhcl.config import ConfigError
 from dhcl.data import DataError, image_files, path_reader
-from dhcl.data.datasets import show
-from dhcl.features import NpyRows
-from dhcl.reid import Found, ReID, search
+from dhcl.files import write_atomic
+from dhcl.inference.features import NpyRows
+from dhcl.inference.reid import Found, ReID, search
+from dhcl.words import show
 from dhcl_ops import knn
 
 __all__ = ["Index", "Record", "Update", "add_images", "create_index", "remove_images"]
@@ -213,7 +213,7 @@ class Index:
             progress: as of :func:`dhcl_ops.knn`.
 
         Returns:
-            For each query, :class:`dhcl.reid.Found` of one dimension; indices are rows.
+            For each query, :class:`dhcl.inference.reid.Found` of one dimension; indices are rows.
 
         Raises:
             ConfigError: queries of another width, topk below 1, an unknown camera, no faiss.

@@ -19,12 +19,6 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import Subset
 
-from dhcl.checkpoint import (
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-)
 from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import (
     ImageList,
@@ -34,9 +28,15 @@ from dhcl.data import (
     train_loader,
     train_transform,
 )
-from dhcl.engine import Engine, Interrupted
-from dhcl.logs import RunLog, duration
 from dhcl.models import ReIDModel, calibrate
+from dhcl.training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from dhcl.training.engine import Engine, Interrupted
+from dhcl.training.logs import RunLog, duration
 from dhcl_ops import (
     MemoryBank,
     Neighbours,

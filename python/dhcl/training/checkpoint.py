@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,46 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from dhcl.files import write_atomic
+
 __all__ = [
     "CheckpointError",
     "load_checkpoint",
     "random_state",
     "save_checkpoint",
     "set_random_state",
-    "write_atomic",
 ]
-
-_PIECE = 1 << 20
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be written or read, or is of another run."""
-
-
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Replace the file by these bytes; whatever happens, it holds the old ones or the new ones.
-
-    Raises:
-        OSError: with the old file untouched, and nothing left beside it.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            view = memoryview(data)
-            for start in range(0, len(view), _PIECE):
-                file.write(view[start : start + _PIECE])
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    # The new name itself must reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from dhcl.checkpoint import load_checkpoint, write_atomic
 from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import ReIDData, check_images, load_data
-from dhcl.data.datasets import show
-from dhcl.engine import Engine
-from dhcl.evaluation import Evaluator, IdentityObserver, table
+from dhcl.files import write_atomic
 from dhcl.models import ReIDModel, UnavailableWeights, build_model
-from dhcl.trainer import Trainer
+from dhcl.training.checkpoint import load_checkpoint
+from dhcl.training.engine import Engine
+from dhcl.training.evaluation import Evaluator, IdentityObserver, table
+from dhcl.training.trainer import Trainer
+from dhcl.words import show
 
 __all__ = ["evaluate_run", "load_model", "make_model", "open_data", "read_model", "train"]
 
@@ -86,7 +87,8 @@ def train(
         the way, ``best``. Empty without identities to evaluate on, and on all processes but one.
 
     Raises:
-        ConfigError, DataError: wrong options or data. Else as :meth:`dhcl.trainer.Trainer.fit`.
+        ConfigError, DataError: wrong options or data.
+        Else as :meth:`dhcl.training.trainer.Trainer.fit`.
     """
     engine = Engine(config)
     started = (config.run / "config.yaml").exists()

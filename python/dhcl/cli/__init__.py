@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "doctor":
         return _doctor(argv[1:])
     try:
-        from dhcl import commands  # noqa: F401
+        from dhcl.cli import commands  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("dhcl", "dhcl_ops"):
             raise
@@ -68,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(name: str, arguments: list[str]) -> int:
     """Run a command; turn what can go wrong into one message and a status."""
-    from dhcl import commands
-    from dhcl.checkpoint import CheckpointError
+    from dhcl.cli import commands
     from dhcl.config import ConfigError
     from dhcl.data import DataError
-    from dhcl.engine import Interrupted
-    from dhcl.features import FeatureError
-    from dhcl.trainer import Diverged, NoClusters
+    from dhcl.inference.features import FeatureError
+    from dhcl.training.checkpoint import CheckpointError
+    from dhcl.training.engine import Interrupted
+    from dhcl.training.trainer import Diverged, NoClusters
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # From inside libraries; nothing a user could do about it.

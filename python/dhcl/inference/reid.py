@@ -27,8 +27,9 @@ from dhcl.data import (
     read_image,
     training_cameras,
 )
-from dhcl.data.datasets import IMAGE_SUFFIXES, show
+from dhcl.data.datasets import IMAGE_SUFFIXES
 from dhcl.models import ReIDModel
+from dhcl.words import show
 from dhcl_ops import Clustering, cluster, knn, rerank
 
 __all__ = ["Batch", "Found", "Images", "ReID", "op_progress", "read_run"]
@@ -69,7 +70,7 @@ def read_run(run: Path) -> TrainConfig:
     Raises:
         ConfigError: no such folder, or one without ``config.yaml``.
     """
-    from dhcl.commands import _from_file  # commands import this module
+    from dhcl.cli.commands import _from_file  # commands import this module
 
     if not run.is_dir():
         what = "a file" if run.exists() else "nothing"
@@ -144,7 +145,7 @@ class ReID:
             ConfigError: no such folder, not a run, or no checkpoint in it yet.
             CheckpointError: the checkpoint can't be read.
         """
-        from dhcl.runs import read_model  # takes seconds to import
+        from dhcl.training.runs import read_model  # takes seconds to import
 
         folder = Path(run).expanduser()
         config = read_run(folder)

@@ -8,11 +8,11 @@ from pathlib import Path
 import tyro
 
 from dhcl.config import ConfigError
-from dhcl.data.datasets import show
 from dhcl.report.gather import Limits
 from dhcl.report.record import read_record
 from dhcl.report.several import write_comparison
 from dhcl.report.single import write_report
+from dhcl.words import show
 
 __all__ = ["compare", "report"]
 

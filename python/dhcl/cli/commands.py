@@ -14,14 +14,14 @@ import tyro
 import yaml
 from tqdm import tqdm
 
+from dhcl.cli.report import compare, report
+from dhcl.cli.services import SERVICES
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.demo import Demo, run_demo
-from dhcl.engine import Interrupted
 from dhcl.pretrain import Pretrain, pretrain
-from dhcl.report.command import compare, report
-from dhcl.runs import evaluate_run, train
-from dhcl.services import SERVICES
 from dhcl.synth import contact_sheet, render_dataset
+from dhcl.training.engine import Interrupted
+from dhcl.training.runs import evaluate_run, train
 
 __all__ = ["COMMANDS", "train_options"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dhcl.checkpoint import write_atomic
+from dhcl.files import write_atomic
 
 __all__ = ["RunLog", "duration", "flat"]
 

@@ -15,12 +15,12 @@ from sklearn.metrics import (
 )
 
 from dhcl.data import EvalImages, ReIDData
-from dhcl.engine import Engine
 from dhcl.models import ReIDModel
+from dhcl.training.engine import Engine
 from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
 
 if TYPE_CHECKING:
-    from dhcl.trainer import Trainer
+    from dhcl.training.trainer import Trainer
 
 __all__ = ["Evaluator", "IdentityObserver", "by_name", "table"]
 

@@ -18,16 +18,24 @@ import numpy as np
 import torch
 import tyro
 
-from dhcl.checkpoint import write_atomic
 from dhcl.config import ConfigError
 from dhcl.data import image_files, path_reader
-from dhcl.data.datasets import show
-from dhcl.evaluation import RANKS, by_name, table
-from dhcl.export import export_features, export_onnx, export_weights
-from dhcl.features import Features, check_pair, common_numbers, read_features
-from dhcl.index import Backend, Index, Update, add_images, create_index, remove_images
-from dhcl.ranked import Listed, RankedList, Shown, as_json, as_table, write_html, write_png
-from dhcl.reid import Found, ReID, op_progress
+from dhcl.files import write_atomic
+from dhcl.inference.export import export_features, export_onnx, export_weights
+from dhcl.inference.features import Features, check_pair, common_numbers, read_features
+from dhcl.inference.index import Backend, Index, Update, add_images, create_index, remove_images
+from dhcl.inference.ranked import (
+    Listed,
+    RankedList,
+    Shown,
+    as_json,
+    as_table,
+    write_html,
+    write_png,
+)
+from dhcl.inference.reid import Found, ReID, op_progress
+from dhcl.training.evaluation import RANKS, by_name, table
+from dhcl.words import show
 from dhcl_ops import cluster, evaluate_ranking, rerank
 
 __all__ = ["SERVICES"]

@@ -1,0 +1,1 @@
+"""A trained model, or saved features, in use: features, search, indexes, export."""
