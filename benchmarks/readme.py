@@ -1,13 +1,14 @@
-"""README's performance section, made from the committed results.
+"""The tables of figures in README and in ``docs/benchmarks.md``, made from the committed results.
 
-``python -m benchmarks.readme --write`` puts it between README's two markers, ``--check`` says
-whether it is what the files say, and neither measures anything.
+README has a digest of ten rows, the page has every line. ``python -m benchmarks.readme --write``
+puts each between its file's two markers, ``--check`` says whether they are what the results say,
+and neither measures anything.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ LINES = (
 )  # fmt: skip
 
 
+# README's rows: lines of the table above, and one epoch.
+DIGEST = (
+    "momentum update, B = 256",
+    "exact neighbours, N = 12,936, d = 2048, k = 30",
+    "exact neighbours, N = 32,621, d = 768",
+    "Jaccard and DBSCAN, N = 12,936 (Market-1501's size)",
+    "Jaccard and DBSCAN, N = 100,000",
+    "re-ranking, 500 x 4,500, d = 256, neighbours included",
+    "loss and its gradient, B = 256, K = 13,000",
+    "loss and its gradient, B = 256, K = 100,000",
+    "CMC, mAP, mINP, 3,368 x 15,913, d = 2048",
+)
+DIGEST_EPOCH = {"data": "Market-1501", "B": 64}
+
+
 def _table(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table, its first column text; nothing without rows."""
     if not rows:
@@ -161,31 +177,53 @@ def _ops(folder: Folder) -> list[str]:
     )
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """One training epoch by variant: its whole time, and that of what is not the backbone."""
+
+    params: Mapping[str, Any]
+    totals: Mapping[str, float]
+    rest: Mapping[str, float]
+
+    def share(self, variant: str) -> str:
+        """What is not the backbone, of the whole."""
+        return f"{100 * self.rest[variant] / self.totals[variant]:.2g} %"
+
+
+def epochs(folder: Folder) -> list[Epoch]:
+    """The epochs that were measured, ours first among the variants."""
+    rows = folder["end_to_end"].rows if "end_to_end" in folder else []
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in (row for row in rows if row.op == "epoch: total"):
+        key = (row.params["data"], row.params["N"], row.params["B"])
+        found.setdefault(key, {})[row.variant] = row
+    measured = []
+    for variants in found.values():
+        if "dhcl" not in variants:
+            continue
+        kept = {n: variants[n] for n in ("dhcl", "pytorch reference") if n in variants}
+        totals = {name: row.seconds for name, row in kept.items()}
+        rest = {name: sum(p.seconds for p in epoch_parts(rows, row)) for name, row in kept.items()}
+        measured.append(Epoch(kept["dhcl"].params, totals, rest))
+    return measured
+
+
 def _epoch(folder: Folder) -> list[str]:
     """One epoch, and how much of it is not the backbone."""
-    rows = folder["end_to_end"].rows if "end_to_end" in folder else []
-    totals: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in (row for row in rows if row.op == "epoch: total"):
-        totals.setdefault((row.params["data"], row.params["N"], row.params["B"]), {})[
-            row.variant
-        ] = row
-    cells = []
-    for (data, n, batch), found in totals.items():
-        if "dhcl" not in found:
-            continue
-        both = [found[name] for name in ("dhcl", "pytorch reference") if name in found]
-        rest = [sum(part.seconds for part in epoch_parts(rows, row)) for row in both]
-        cells.append(
-            (
-                f"{data} (N = {n:,}), B = {batch}, {both[0].params['steps']} batches",
-                "; ".join(format_seconds(row.seconds) for row in both),
-                "; ".join(format_seconds(seconds) for seconds in rest),
-                "; ".join(f"{100 * s / r.seconds:.2g} %" for s, r in zip(rest, both, strict=True)),
-            )
-        )
-    if not cells:
+    measured = epochs(folder)
+    if not measured:
         return []
-    params = next(row.params for row in rows if row.op == "epoch: total")
+    cells = [
+        (
+            f"{epoch.params['data']} (N = {epoch.params['N']:,}), B = {epoch.params['B']}, "
+            f"{epoch.params['steps']} batches",
+            "; ".join(map(format_seconds, epoch.totals.values())),
+            "; ".join(map(format_seconds, epoch.rest.values())),
+            "; ".join(map(epoch.share, epoch.totals)),
+        )
+        for epoch in measured
+    ]
+    params = measured[0].params
     text = (
         f"One training epoch, summed from its parts; backbone {params['backbone']}, images of "
         f"{params['image']}, {params['precision']}. Ours; the same loop on the reference ops:"
@@ -222,10 +260,14 @@ def _scaling(folder: Folder) -> list[str]:
     return [*_table(head, cells), *([""] if stops else []), *stops]
 
 
+def machine_name(folder: Folder) -> str:
+    """The GPU, or the processor and the threads, of a folder's results."""
+    first = next(iter(folder.values())).machine
+    return str(first["gpu"]) if is_gpu(folder) else f"{first['cpu']}, {first['threads']} threads"
+
+
 def _header(name: str, folder: Folder) -> str:
     """Machine, versions and commits of a folder's results."""
-    first = next(iter(folder.values())).machine
-    where = first["gpu"] if is_gpu(folder) else f"{first['cpu']}, {first['threads']} threads"
     made: dict[str, list[str]] = {}
     for family, results in folder.items():
         facts = results.machine
@@ -235,7 +277,7 @@ def _header(name: str, folder: Folder) -> str:
             family
         )
     texts = (text if len(made) == 1 else f"{', '.join(f)}: {text}" for text, f in made.items())
-    return f"**{where}** ([results](benchmarks/results/{name})): {'; '.join(texts)}."
+    return f"**{machine_name(folder)}** (`benchmarks/results/{name}`): {'; '.join(texts)}."
 
 
 def is_gpu(folder: Folder) -> bool:
@@ -265,11 +307,56 @@ def load_folders(path: Path = RESULTS) -> dict[str, Folder]:
 
 
 def section(folders: Mapping[str, Folder]) -> str:
-    """The section's text, markers included."""
+    """Every line and machine, for the page; markers included."""
     lines = [BEGIN]
     for name, folder in folders.items():
         lines += ["", _header(name, folder), *_ops(folder), *_epoch(folder), *_scaling(folder)]
     return "\n".join([*lines, "", never_on_gpu(folders), END])
+
+
+def _digest_op(line: Line, folder: Folder) -> tuple[str, str]:
+    """Ours, and the fastest of what stands beside it with the factor between them."""
+    rows = line.rows(folder)
+    if not rows:
+        return NONE, NONE
+    ours = rows[line.ours].seconds
+    others = [rows[name] for name in line.beside if name in rows]
+    if not others:
+        return format_seconds(ours), NONE
+    best = min(others, key=lambda row: row.seconds)
+    times = f"{format_seconds(best.seconds)}, {best.variant}: {best.seconds / ours:.2g} times"
+    return format_seconds(ours), times
+
+
+def _digest_epoch(folder: Folder) -> tuple[str, str]:
+    """The share of an epoch that is not the backbone, ours and of the reference ops."""
+    for epoch in epochs(folder):
+        if DIGEST_EPOCH.items() <= epoch.params.items():
+            share = {name: epoch.share(name) for name in epoch.totals}
+            beside = share.get("pytorch reference")
+            return share["dhcl"], f"{beside}, pytorch reference" if beside else NONE
+    return NONE, NONE
+
+
+def digest(folders: Mapping[str, Folder]) -> str:
+    """README's ten rows, a pair of columns for each machine; markers included."""
+    lines = {line.what: line for line in LINES}
+    names = [machine_name(folder) for folder in folders.values()]
+    head = "| | " + " | ".join(f"{name} | beside it" for name in names) + " |"
+    rows = [
+        (what, *(cell for folder in folders.values() for cell in _digest_op(lines[what], folder)))
+        for what in DIGEST
+    ]
+    epoch = (cell for folder in folders.values() for cell in _digest_epoch(folder))
+    data, batch = DIGEST_EPOCH.values()
+    rows.append((f"share of an epoch outside of the backbone, {data}, B = {batch}", *epoch))
+    return "\n".join([BEGIN, *_table(head, rows), "", END])
+
+
+FILES: Mapping[str, Callable[[Mapping[str, Folder]], str]] = {
+    "README.md": digest,
+    "docs/benchmarks.md": section,
+}
 
 
 def replaced(text: str, new: str) -> str:
@@ -279,25 +366,33 @@ def replaced(text: str, new: str) -> str:
         ValueError: the markers are not there, once each and in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README must have {BEGIN!r} and then {END!r}, once each")
+        raise ValueError(f"the file must have {BEGIN!r} and then {END!r}, once each")
     return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Write the section, or say whether it is current."""
+    """Write the tables, or say whether they are current."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--write", action="store_true")
     which.add_argument("--check", action="store_true")
     options = parser.parse_args(words)
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = replaced(old, section(load_folders()))
-    if options.check and new != old:
-        print("README's figures are not those of benchmarks/results: run with --write")
+    folders = load_folders()
+    stale = []
+    for name, table in FILES.items():
+        file = ROOT / name
+        old = file.read_text()
+        new = replaced(old, table(folders))
+        if new != old:
+            stale.append(name)
+            if options.write:
+                file.write_text(new)
+    if options.check and stale:
+        print(
+            f"the figures of {' and '.join(stale)} are not those of benchmarks/results: "
+            "run with --write"
+        )
         return 1
-    if options.write:
-        readme.write_text(new)
     return 0
 
 

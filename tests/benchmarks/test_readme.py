@@ -120,14 +120,42 @@ def test_markers_must_be_there_once() -> None:
             readme.replaced(bad, "")
 
 
+def test_the_digest_has_a_pair_of_columns_for_each_machine() -> None:
+    on_cpu = make_results(
+        case("torch.compile", 0.150), case("pytorch", 0.200), case("dhcl", 0.100), **FACTS
+    )
+    batch = {"data": "Market-1501", "N": 12_936, "B": 64, "steps": 400}
+    parts = (("forward-backward", "backbone", 9.0), ("loss", "dhcl", 1.0), ("total", "dhcl", 10.0))
+    on_gpu = make_results(
+        *(
+            dataclasses.replace(epoch(part, name, seconds, **batch), device="cuda")
+            for part, name, seconds in parts
+        ),
+        gpu="NVIDIA H200",
+        **FACTS,
+    )
+    text = readme.digest({"cpu": {"contrastive": on_cpu}, "h200": {"end_to_end": on_gpu}})
+    assert len(text.splitlines()) == 2 + 10 + 4  # ten rows, a head, a rule, two empty lines
+    assert cells(text, "loss and its gradient, B = 256, K = 13")[1:] == [
+        "100 ms", "150 ms, torch.compile: 1.5 times", readme.NONE, readme.NONE
+    ]  # fmt: skip
+    assert cells(text, "share of an epoch")[1:] == [readme.NONE, readme.NONE, "10 %", readme.NONE]
+    assert "NVIDIA H200 | beside it" in text
+
+
 def test_write_and_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "README.md"
-    file.write_text(f"a\n{readme.BEGIN}\n1 ms\n{readme.END}\n")
+    (tmp_path / "docs").mkdir()
+    files = [tmp_path / name for name in readme.FILES]
+    for file in files:
+        file.write_text(f"a\n{readme.BEGIN}\n1 ms\n{readme.END}\n")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     assert readme.main(["--check"]) == 1
     assert readme.main(["--write"]) == 0
     assert readme.main(["--check"]) == 0
-    assert "1 ms |" not in file.read_text().splitlines()[1]
+    for file in files:
+        assert "\n1 ms\n" not in file.read_text()
+    files[1].write_text(files[1].read_text().replace("1.97 ms", "1.79 ms"))
+    assert readme.main(["--check"]) == 1
 
 
 def test_every_line_was_measured_on_some_machine() -> None:
