@@ -8,6 +8,7 @@ and neither measures anything.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,9 +202,13 @@ def epochs(folder: Folder) -> list[Epoch]:
     for variants in found.values():
         if "dhcl" not in variants:
             continue
-        kept = {n: variants[n] for n in ("dhcl", "pytorch reference") if n in variants}
+        shown: tuple[str, ...] = ("dhcl", "pytorch reference")
+        kept = {name: variants[name] for name in shown if name in variants}
         totals = {name: row.seconds for name, row in kept.items()}
-        rest = {name: sum(p.seconds for p in epoch_parts(rows, row)) for name, row in kept.items()}
+        rest = {
+            name: math.fsum(part.seconds for part in epoch_parts(rows, row))
+            for name, row in kept.items()
+        }
         measured.append(Epoch(kept["dhcl"].params, totals, rest))
     return measured
 
