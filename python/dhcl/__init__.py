@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dhcl_ops._version import __version__
-
 if TYPE_CHECKING:
     from dhcl.inference.reid import ReID
+    from dhcl_ops._version import __version__
 
 __all__ = ["ReID", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from dhcl_ops._version import __version__  # dhcl_ops imports torch, which takes seconds
+
+        return __version__
     if name != "ReID":
         raise AttributeError(f"module 'dhcl' has no attribute {name!r}")
     try:

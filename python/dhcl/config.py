@@ -8,14 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-__all__ = ["PRESETS", "ConfigError", "Preset", "TrainConfig", "nearest", "preset", "with_changes"]
+from dhcl.words import show
+
+__all__ = [
+    "PRESETS",
+    "ConfigError",
+    "Preset",
+    "TrainConfig",
+    "check_resumed",
+    "load_config",
+    "nearest",
+    "preset",
+    "read_options",
+    "read_run",
+    "with_changes",
+]
 
 Preset = Literal["dhcl", "dhcl-hnm", "spcl", "cluster-contrast"]
 
@@ -276,9 +293,6 @@ def _contradictions(c: TrainConfig) -> Iterable[str]:
     return [rule for rule, broken in rules.items() if broken]
 
 
-_PATHS = {"root", "weights", "out"}
-
-
 # ---- presets ------------------------------------------------------------------------------------
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -317,7 +331,10 @@ def preset(name: str) -> TrainConfig:
 def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     """The options with some of them changed; of beta and hardness the one named here counts.
 
-    Paths may be given as strings.
+    Values may be given as YAML has them: paths and numbers as text, pairs as lists.
+
+    Raises:
+        ConfigError: no such option, or values of a wrong type, each of which is named.
     """
     names = [field.name for field in dataclasses.fields(config)]
     for name in changes:
@@ -331,10 +348,102 @@ def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig
         )
     if "beta" in changes:
         changes["hardness"] = None
-    for name in _PATHS & changes.keys():
-        if changes[name] is not None:
-            changes[name] = Path(changes[name])
-    return dataclasses.replace(config, **changes)
+    try:
+        return _types().validate_python({**dataclasses.asdict(config), **changes})
+    except ValidationError as error:
+        raise ConfigError("\n".join(map(_sentence, error.errors()))) from error
+
+
+@functools.cache
+def _types() -> TypeAdapter[TrainConfig]:
+    return TypeAdapter(TrainConfig)
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    """What the validation says of one value, in the words of this module."""
+    said = re.sub(r"^\w+ should ", "must ", error["msg"])  # "Input should be", "Tuple should have"
+    return f"{error['loc'][0]}: {said} (got {error['input']})"
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """What a YAML file says, by option.
+
+    Raises:
+        ConfigError: no file that can be read, or not one of options.
+    """
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"config: {path} can't be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {path} must hold `option: value` lines")
+    return content
+
+
+def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
+    """The options with those in a YAML file.
+
+    Args:
+        path: the file.
+        base: the options where the file says nothing; by default those of the preset ``dhcl``.
+
+    Raises:
+        ConfigError: no such file, or wrong options in it; it names the file and the option.
+    """
+    content = read_options(path)
+    try:
+        return with_changes(base or TrainConfig(), content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_run(run: Path) -> TrainConfig:
+    """The options of a run.
+
+    Raises:
+        ConfigError: no such folder, or one without ``config.yaml``.
+    """
+    if not run.is_dir():
+        what = "a file" if run.exists() else "nothing"
+        raise ConfigError(f"run: must be the folder of a run (got {what} at {show(run)})")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"run: {show(run)} is not the folder of a run, it has no config.yaml")
+    return load_config(run / "config.yaml")
+
+
+# What may differ when a run goes on: nothing that decides a bit of the result.
+_FREE = (
+    "root workers cache_gb epochs eval_every rerank report checkpoint_minutes checkpoint_iterations"
+)
+
+
+def check_resumed(began: TrainConfig, now: TrainConfig) -> None:
+    """Refuse to go on with a run under options that would give another result.
+
+    Args:
+        began: the run's options.
+        now: those to go on with.
+
+    Raises:
+        ConfigError: the name of an option that may not change, with both values.
+    """
+    for field in dataclasses.fields(now):
+        old, new = getattr(began, field.name), getattr(now, field.name)
+        if old != new and field.name not in _FREE.split():
+            raise ConfigError(
+                f"{field.name} and resume: a run goes on with the options it began with "
+                f"(got {new}, was {old}); what may change: {_FREE}"
+            )
+    if now.epochs != began.epochs and now.schedule == "cosine":
+        raise ConfigError("epochs and resume: a cosine schedule depends on the epochs")
+
+
+# ---- words --------------------------------------------------------------------------------------
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

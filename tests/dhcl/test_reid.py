@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from dhcl import ReID
-from dhcl.config import ConfigError
+from dhcl.config import ConfigError, read_run
 from dhcl.data import DataError, image_files, path_reader, training_cameras
-from dhcl.inference.reid import read_run
 from dhcl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator

@@ -41,6 +41,7 @@ _LIBRARIES = (
     "tyro",
     "Pillow",
     "plotly",
+    "pydantic",
 )
 
 

@@ -8,15 +8,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
-import yaml
 from tqdm import tqdm
 
 from dhcl.cli.report import compare, report
 from dhcl.cli.services import SERVICES
-from dhcl.config import ConfigError, TrainConfig, preset, with_changes
+from dhcl.config import (
+    ConfigError,
+    TrainConfig,
+    check_resumed,
+    load_config,
+    preset,
+    read_options,
+    with_changes,
+)
 from dhcl.demo import Demo, run_demo
 from dhcl.pretrain import Pretrain, pretrain
 from dhcl.synth import contact_sheet, render_dataset
@@ -24,12 +31,6 @@ from dhcl.training.engine import Interrupted
 from dhcl.training.runs import evaluate_run, train
 
 __all__ = ["COMMANDS", "train_options"]
-
-# What may differ when a run goes on: nothing that decides a bit of the result.
-_FREE = (
-    "root workers cache_gb epochs eval_every rerank report checkpoint_minutes checkpoint_iterations"
-)
-
 
 # ---- train --------------------------------------------------------------------------------------
 
@@ -72,29 +73,17 @@ def train_options(arguments: list[str]) -> tuple[TrainConfig, bool]:
     if first.resume is not None:
         if first.config is not None:
             raise ConfigError("config and resume: a run goes on with the options it began with")
-        return _resumed(first.resume, arguments).resolved(), True
+        began = dataclasses.replace(load_config(first.resume / "config.yaml"), out=first.resume)
+        config = _parse(began, arguments)
+        check_resumed(began, config)
+        return config.resolved(), True
     chosen = first.preset
     if chosen is None and first.config is not None:
-        chosen = _read_yaml(first.config).get("preset")
+        chosen = read_options(first.config).get("preset")
     base = preset(chosen or "dhcl")
     if first.config is not None:
-        base = _from_file(first.config, base)
+        base = load_config(first.config, base)
     return _parse(base, arguments).resolved(), False
-
-
-def _resumed(run: Path, arguments: list[str]) -> TrainConfig:
-    base = dataclasses.replace(_from_file(run / "config.yaml", TrainConfig()), out=run)
-    config = _parse(base, arguments)
-    for field in dataclasses.fields(config):
-        old, new = getattr(base, field.name), getattr(config, field.name)
-        if old != new and field.name not in _FREE.split():
-            raise ConfigError(
-                f"{field.name} and resume: a run goes on with the options it began with "
-                f"(got {new}, was {old}); what may change: {_FREE}"
-            )
-    if config.epochs != base.epochs and config.schedule == "cosine":
-        raise ConfigError("epochs and resume: a cosine schedule depends on the epochs")
-    return config
 
 
 def _parse(base: TrainConfig, arguments: list[str]) -> TrainConfig:
@@ -103,39 +92,6 @@ def _parse(base: TrainConfig, arguments: list[str]) -> TrainConfig:
     parsed = tyro.cli(_TrainArguments, prog="dhcl train", default=default, args=arguments)
     given = {f.name: getattr(parsed.options, f.name) for f in dataclasses.fields(base)}
     return with_changes(base, {k: v for k, v in given.items() if v != getattr(base, k)})
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"config: {path} can't be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config: {path} must hold `option: value` lines")
-    return content
-
-
-def _from_file(path: Path, base: TrainConfig) -> TrainConfig:
-    """The options with those in a file, read as if they stood on a command line."""
-    content = _read_yaml(path)
-    try:
-        with_changes(base, content)  # refuses unknown names, with the nearest one
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    arguments: list[str] = []
-    for name, value in content.items():
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(option if value else "--no-" + option[2:])
-        else:
-            values = value if isinstance(value, list) else [value]
-            arguments += [option, *(str(each) for each in values)]
-    try:
-        return _parse(base, arguments)
-    except SystemExit as error:
-        raise ConfigError(f"{path}: an option has a wrong value, see above") from error
 
 
 # ---- eval, synth, demo --------------------------------------------------------------------------
@@ -163,7 +119,7 @@ class _EvalArguments:
 
 def _eval(arguments: list[str]) -> None:
     given = tyro.cli(_EvalArguments, prog="dhcl eval", args=arguments)
-    config = _from_file(given.run / "config.yaml", TrainConfig())
+    config = load_config(given.run / "config.yaml")
     own = given.data is None and given.root is None
     if given.data is not None:
         config = dataclasses.replace(config, data=given.data, pattern=given.pattern)

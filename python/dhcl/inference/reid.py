@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dhcl.config import ConfigError, TrainConfig
+from dhcl.config import ConfigError, TrainConfig, read_run
 from dhcl.data import (
     DataError,
     eval_loader,
@@ -32,7 +32,7 @@ from dhcl.models import ReIDModel
 from dhcl.words import show
 from dhcl_ops import Clustering, cluster, knn, rerank
 
-__all__ = ["Batch", "Found", "Images", "ReID", "op_progress", "read_run"]
+__all__ = ["Batch", "Found", "Images", "ReID", "op_progress"]
 
 Images: TypeAlias = Any
 """A folder, a file, or a sequence of files, PIL images or uint8 (H, W, 3) RGB arrays or tensors; or
@@ -62,22 +62,6 @@ class Batch:
 
     indices: list[int]
     features: torch.Tensor
-
-
-def read_run(run: Path) -> TrainConfig:
-    """The options of a run.
-
-    Raises:
-        ConfigError: no such folder, or one without ``config.yaml``.
-    """
-    from dhcl.cli.commands import _from_file  # commands import this module
-
-    if not run.is_dir():
-        what = "a file" if run.exists() else "nothing"
-        raise ConfigError(f"run: must be the folder of a run (got {what} at {show(run)})")
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"run: {show(run)} is not the folder of a run, it has no config.yaml")
-    return _from_file(run / "config.yaml", TrainConfig())
 
 
 @contextlib.contextmanager

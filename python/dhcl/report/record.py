@@ -18,8 +18,6 @@ from dhcl.words import show
 
 __all__ = ["Record", "labels_of", "read_record"]
 
-_PATHS = ("root", "out", "weights")
-
 
 @dataclass
 class Record:
@@ -102,13 +100,7 @@ def _read_options(record: Record) -> None:
         if not isinstance(options, dict):
             raise ConfigError("it must hold `option: value` lines")
         record.options = {str(name): value for name, value in options.items()}
-        changes = dict(record.options)
-        for name in _PATHS:
-            if changes.get(name) is not None:
-                changes[name] = Path(changes[name])
-        if "image_size" in changes:
-            changes["image_size"] = tuple(changes["image_size"])
-        config = with_changes(TrainConfig(), changes)
+        config = with_changes(TrainConfig(), record.options)
         config.validate()
         record.config = config
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ConfigError) as error:
