@@ -12,8 +12,8 @@
 // by a factor, which is returned so that what was read out can follow.
 //
 // Logits are fp32 (fp64 for fp64 operands), a row's state is fp64. Sums within a chunk have a fixed
-// order per device, so results have the same bits twice for any number of threads. CPU and CUDA
-// differ by rounding: they take exponentials in different ways.
+// order per device, so products have the same results twice, for any number of threads. CPU and
+// CUDA differ by rounding: they take exponentials in different ways.
 #pragma once
 #include <cmath>
 #include <cstdint>

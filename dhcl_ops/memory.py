@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,8 +46,19 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
     while columns.shape[1] > 1:
         half = columns.shape[1] // 2
         columns = columns[:, :half] + columns[:, half:]
-    # torch's vectorised fp32 root on the CPU is an ulp off at times; rounded from fp64 it is exact.
-    return columns.double().sqrt().to(rows.dtype)
+    return _square_root(columns)
+
+
+def _square_root(x: torch.Tensor) -> torch.Tensor:
+    """Square roots rounded correctly, as ``std::sqrt`` and CUDA's ``sqrt.rn`` round them.
+
+    torch's own on the CPU come from a vector library (MKL's VML) that is a unit in the last place
+    off at times, in fp32 and in fp64, depending on the processor. NumPy takes the processor's
+    square root, which IEEE 754 requires to be correctly rounded.
+    """
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.sqrt(x.numpy(force=True)))
+    return x.sqrt()
 
 
 # ---- momentum update ----------------------------------------------------------------------------

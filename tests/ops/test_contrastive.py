@@ -546,13 +546,41 @@ def test_empty_batch(device):
 
 
 def test_duplicate_labels_and_identical_rows(device):
+    """Equal rows differ by the rounding of their products, which may depend on where a row lies."""
     f, c, *_ = case(3, 9, 5)
     f = f[:1].expand(3, -1)
-    labels = torch.tensor([2, 2, 2])
+    labels, tau, beta, d = torch.tensor([2, 2, 2]), 0.05, 0.2, 5
     losses = debiased_contrastive_loss(
-        f.to(device), c.to(device), labels.to(device), reduction="none", beta=0.2
+        f.to(device), c.to(device), labels.to(device), reduction="none", beta=beta, temperature=tau
     )
-    assert (losses == losses[0]).all()
+    # A product of unit rows is off by d units of rounding, whatever the order of its sum, and a
+    # logit by that over tau. Where every logit is off by x, the loss is by at most x for its
+    # positive, 1 + beta times x for the negatives' mass and beta times x for what it is weighted
+    # by. What is computed of the logits adds a few units of numbers that are at most 1 / tau.
+    unit = torch.finfo(losses.dtype).eps / 2
+    assert (losses - losses[0]).abs().max() <= 4 * (1 + beta) * (d + 8) * unit / tau
+
+
+def test_rows_with_the_same_products_have_the_same_bits(device):
+    """What the kernels make of a row of products depends on nothing but that row."""
+    rows = 70
+    products = torch.rand(1, 333, generator=torch.Generator().manual_seed(0)) - 0.3
+    products = products.repeat(rows, 1).to(device)
+    labels = torch.full((rows,), 40, device=device)
+    roles = (labels, None, None, None, None)
+    state, counts = module._new_state(rows, device)
+    weights, factors = torch.empty_like(products), products.new_empty(rows)
+    checks.call(
+        "compiled", "contrastive_stream_", state, counts, None, products, weights, factors,
+        *roles, 0, 20.0, 0.2, 1.0,
+    )  # fmt: skip
+    kappa = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
+    loss, coefficients = checks.call(
+        "compiled", "contrastive_finish", state, counts, None, kappa, False, module._SUM, 0.05,
+        0.2, False,
+    )  # fmt: skip
+    for result in (state, counts, products, weights, factors, loss, coefficients):
+        assert checks.same_bits(result, result[:1].expand_as(result))
 
 
 def test_exclusion_by_list_and_by_group_is_dropping_columns(device):

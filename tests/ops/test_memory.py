@@ -1,5 +1,7 @@
 import copy
 import itertools
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dhcl_ops
-from dhcl_ops import MemoryBank, _ops, least_similar, momentum_update_, prototypes
+from dhcl_ops import MemoryBank, _ops, least_similar, memory, momentum_update_, prototypes
 from tests import checks
 from tests.checks import call, same_bits
 from tests.conftest import needs_cuda
@@ -52,6 +54,48 @@ def fixed_order_loop(bank, features, indices, momentum):
             columns = columns[:half] + columns[half:]
         bank[i] = v / (np.sqrt(columns[0]) * one)
     return torch.from_numpy(bank)
+
+
+# ---- square roots ----
+
+
+def rounded_root(x):
+    """The double nearest to the root of a positive double, by integers alone."""
+    numerator, denominator = x.as_integer_ratio()
+    # Scaled by 4 ** shift the integer root has at least 60 bits, of which a double keeps 53.
+    shift = max(0, 64 + (denominator.bit_length() - numerator.bit_length()) // 2)
+    scaled, remainder = divmod(numerator << 2 * shift, denominator)
+    root = math.isqrt(scaled)
+    # A bit below all others says that the root is not exact, so that no tie is seen where none is.
+    sticky = int(remainder > 0 or root * root != scaled)
+    return float(Fraction(2 * root + sticky, 2 ** (shift + 1)))
+
+
+EDGES = [0.0, -0.0, math.inf, math.nan, 1.0, 4.0, math.nextafter(1.0, 0), math.nextafter(1.0, 2)]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_square_roots_of_the_reference_are_rounded_correctly(device, dtype):
+    """Bits are compared between reference, C++ and CUDA, so no root may be off on any processor."""
+    tiny, largest = np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max
+    generator = np.random.default_rng(0)
+    integer = {8: np.int64, 4: np.int32}[np.dtype(dtype).itemsize]
+    every_exponent = generator.integers(0, np.iinfo(integer).max, 1 << 20, integer).view(dtype)
+    every_exponent = every_exponent[np.isfinite(every_exponent)]
+    edges = np.array([*EDGES, tiny, np.finfo(dtype).tiny, largest], dtype)
+    squares = generator.integers(1, 4096, 1000).astype(dtype) ** 2
+    uniform = generator.random(1 << 20).astype(dtype)
+    x = np.concatenate([edges, squares, uniform, every_exponent])
+    got = memory._square_root(torch.from_numpy(x).to(device)).cpu()
+    # Rounded twice, to a double and to a float, the root of a float is still the nearest float.
+    roots = torch.tensor([math.sqrt(v) for v in x.tolist()], dtype=torch.float64).to(got.dtype)
+    assert same_bits(got[4:], roots[4:])
+    got = got.numpy()
+    assert got[:3].tolist() == [0.0, -0.0, math.inf]
+    assert np.signbit(got[1])
+    assert np.isnan(got[3])
+    some = generator.choice(x[4:], 2000).tolist()
+    assert [math.sqrt(v) for v in some] == [rounded_root(v) for v in some]
 
 
 # ---- momentum_update_: values ----
