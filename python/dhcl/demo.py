@@ -20,10 +20,13 @@ from tqdm import tqdm
 
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.files import write_atomic
+from dhcl.report import write_comparison, write_report
 from dhcl.synth import contact_sheet, render_dataset
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import RANKS, Evaluator
 from dhcl.training.logs import duration
+from dhcl.training.record import read_record
+from dhcl.training.results import Results, collect
 from dhcl.training.runs import make_model, open_data, train
 from dhcl.training.trainer import Trainer
 
@@ -145,14 +148,13 @@ def run_demo(demo: Demo) -> dict[str, Any]:
 
 def _write_pages(demo: Demo, root: Path) -> None:
     """A report of the default method and a comparison of all runs, or one line why not."""
-    from dhcl.report import write_comparison, write_report  # which stand on dhcl.training.runs
-
     runs = {(n, s): _options(demo, root, n, s).run for s in demo.seeds for n in METHODS}
     one = runs["dhcl", demo.seeds[0]]
     try:
-        report = write_report(one, out=demo.out / "report.html")
+        report = write_report(collect(read_record(one)), out=demo.out / "report.html")
         # Similarities of every run take as long as evaluating each again.
-        page = write_comparison(list(runs.values()), out=demo.out / "compare.html", retrieval=False)
+        all_of_them = (Results(read_record(run)) for run in runs.values())
+        page = write_comparison(all_of_them, out=demo.out / "compare.html", retrieval=False)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         tqdm.write(f"warning: no report: {reason}")
@@ -204,7 +206,7 @@ def _one(demo: Demo, root: Path, name: str, seed: int) -> dict[str, Any]:
         metrics: dict[str, Any] = json.loads(finished.read_text())["last"]
         return metrics
     resume = (config.run / "config.yaml").exists()
-    last: dict[str, Any] = train(config, resume=resume, quiet=True)["last"]
+    last: dict[str, Any] = train(config, resume=resume, quiet=True).metrics["last"]
     return last
 
 

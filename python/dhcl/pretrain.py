@@ -101,6 +101,6 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             workers=max(options.workers, 1),
         )
     resume = (config.run / "config.yaml").exists()
-    metrics = train(config, resume=resume, drawn=True)
+    metrics = train(config, resume=resume, drawn=True).metrics
     tqdm.write(f"start from it: dhcl train --weights {options.out / 'checkpoints' / 'last.pt'} ...")
     return metrics

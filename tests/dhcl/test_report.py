@@ -11,7 +11,7 @@ import yaml
 from dhcl.cli import main
 from dhcl.config import ConfigError
 from dhcl.data import ImageList, load_data
-from dhcl.report import charts, write_comparison, write_report
+from dhcl.report import charts, report_training, write_comparison, write_report
 from dhcl.report.gather import (
     Limits,
     camera_matrix,
@@ -24,14 +24,16 @@ from dhcl.report.gather import (
 )
 from dhcl.report.page import page, table
 from dhcl.report.pictures import Pictures
-from dhcl.report.record import labels_of, read_record
+from dhcl.report.several import labels_of
 from dhcl.training.checkpoint import load_checkpoint, save_checkpoint
+from dhcl.training.record import read_record
+from dhcl.training.results import Results, collect
 from dhcl.training.runs import train
 from dhcl.training.trainer import fingerprint
 from PIL import Image
 
 from dhcl_ops import evaluate_ranking
-from tests.dhcl.toy import options, write_images
+from tests.dhcl.toy import command_line, options, write_images
 
 
 def images(ids, cameras):
@@ -203,7 +205,8 @@ def pictures(tmp_path_factory):
 def run(pictures, tmp_path_factory):
     """A finished run with a report, in a folder with a name that needs escaping."""
     out = tmp_path_factory.mktemp("runs") / 'run <i>"&é'
-    train(options(pictures, out, report=True, eval_every=1), quiet=True)
+    given = command_line(options(pictures, out, report=True, eval_every=1))
+    assert main(["train", *given]) == 0
     return out
 
 
@@ -226,8 +229,9 @@ def test_report_that_fails_is_one_warning(pictures, tmp_path, capsys, monkeypatc
     def broken(*args, **kwargs):
         raise ConfigError("first line\nsecond line")
 
-    monkeypatch.setattr("dhcl.report.write_report", broken)
-    train(options(pictures, tmp_path / "run", report=True, epochs=1), quiet=True)
+    monkeypatch.setattr("dhcl.report.single.write_report", broken)
+    given = command_line(options(pictures, tmp_path / "run", report=True, epochs=1))
+    assert main(["train", *given]) == 0
     out = capsys.readouterr().out
     assert "warning: no report of the run: first line" in out
     assert "second line" not in out
@@ -236,7 +240,7 @@ def test_report_that_fails_is_one_warning(pictures, tmp_path, capsys, monkeypatc
 
 def test_look_agrees_with_the_evaluation(run):
     record = read_record(run)
-    found = look(record)
+    found = look(collect(record))
     assert not found.missing
     assert found.retrieval.mAP == pytest.approx(record.last["mAP"], abs=1e-6)
     assert found.retrieval.rank1 == pytest.approx(record.last["rank1"], abs=1e-6)
@@ -258,27 +262,31 @@ def test_command_says_what_is_wrong(run, tmp_path, capsys):
     assert "at least two" in capsys.readouterr().err
 
 
+def report_of(run, **more):
+    return write_report(collect(read_record(run)), **more)
+
+
 def test_half_written_run(copy, tmp_path):
     shutil.rmtree(copy / "checkpoints")
     (copy / "metrics.json").unlink()
     first = (copy / "log.jsonl").read_text().splitlines()[0]
     (copy / "log.jsonl").write_text(first + "\n" + first[:40])
-    text = write_report(copy, out=tmp_path / "half.html").read_text()
+    text = report_of(copy, out=tmp_path / "half.html").read_text()
     assert "there is no checkpoints/last.pt" in text
     assert "1 of 2 lines of log.jsonl can&#x27;t be read" in text
     assert "the log has 1 of 3 epochs" in text
     assert 'id="chart-loss"' in text
     (copy / "log.jsonl").unlink()
-    assert "nothing over epochs" in write_report(copy).read_text()
+    assert "nothing over epochs" in report_of(copy).read_text()
 
 
 def test_options_that_are_no_options(copy):
     (copy / "config.yaml").write_text("kappa: [")
-    text = write_report(copy).read_text()
+    text = report_of(copy).read_text()
     assert "config.yaml can&#x27;t be used" in text
     assert 'id="chart-sizes"' in text  # of the checkpoint
     save_checkpoint(copy / "checkpoints" / "last.pt", {"model": {}})
-    assert "last.pt can&#x27;t be used" in write_report(copy).read_text()
+    assert "last.pt can&#x27;t be used" in report_of(copy).read_text()
 
 
 def change_options(run, **changes):
@@ -288,7 +296,7 @@ def change_options(run, **changes):
 
 def test_images_that_are_gone_or_others(copy, pictures, tmp_path):
     change_options(copy, root=str(tmp_path / "moved"))
-    text = write_report(copy).read_text()
+    text = report_of(copy).read_text()
     assert "the images are needed" in text
     assert 'id="chart-sizes"' in text
     moved = shutil.copytree(pictures, tmp_path / "elsewhere")
@@ -296,7 +304,7 @@ def test_images_that_are_gone_or_others(copy, pictures, tmp_path):
     assert "What this report does not have" not in (copy / "report.html").read_text()
     next((moved / "bounding_box_train").iterdir()).unlink()
     next((moved / "query").iterdir()).write_bytes(b"no image")
-    found = look(replaced(copy, moved))
+    found = look(collect(replaced(copy, moved)))
     assert "are not those of the run, which had 48 (got 47)" in found.missing["clusters"]
     assert "1 of 32 images can't be read" in found.missing["test images"]
     assert found.retrieval is not None
@@ -316,7 +324,9 @@ def test_no_identities_and_no_cameras(copy, pictures, tmp_path):
     for path in names:
         shutil.copy(path, folder)
     config = options(folder, tmp_path / "plain", data="folder", epochs=1, report=True)
-    assert train(config, quiet=True) == {}
+    trained = train(config, quiet=True)
+    assert trained.metrics == {}
+    report_training(trained)
     text = (tmp_path / "plain" / "report.html").read_text()
     assert "the data set has no queries or no gallery" in text
     assert "they need images with identities" in text
@@ -327,7 +337,7 @@ def test_no_identities_and_no_cameras(copy, pictures, tmp_path):
 def test_memory_of_clusters_has_a_map_of_features(pictures, tmp_path):
     config = options(pictures, tmp_path / "cc", "cluster-contrast", epochs=1, report=True)
     train(config, quiet=True)
-    found = look(read_record(tmp_path / "cc"))
+    found = look(collect(read_record(tmp_path / "cc")))
     if len(found.sizes):
         assert found.map.extracted
     assert found.record.bank is None
@@ -344,7 +354,7 @@ def test_compare(run, copy, tmp_path, capsys):
     assert '<th scope="row">k1</th>' not in text
     assert "2 of 3" in text
     assert text.count('id="chart-cameras-') == 2
-    write_comparison([run, copy], out=out, retrieval=False)
+    write_comparison([Results(read_record(r)) for r in (run, copy)], out=out, retrieval=False)
     assert "chart-cameras" not in out.read_text()
 
 
@@ -371,7 +381,7 @@ def test_size_is_bounded_at_20_000_images(run, pictures, tmp_path):
     state["images"] = fingerprint(train_images)
     save_checkpoint(many / "checkpoints" / "last.pt", state)
     record = replaced(many, root)
-    path = write_report(many, record=record, limits=Limits(points=400))
+    path = write_report(collect(record, points=400))
     assert path.stat().st_size < 20e6
     text = path.read_text()
     assert "20,000" in text
@@ -507,7 +517,8 @@ def test_narrow_window_does_not_scroll_sideways(run, open_page):
 
 
 def test_comparison_in_a_browser(run, copy, tmp_path, open_page):
-    out = write_comparison([run, copy], out=tmp_path / "compare.html")
+    results = (collect(read_record(r), points=0) for r in (run, copy))
+    out = write_comparison(results, out=tmp_path / "compare.html")
     tab = open_page(out)
     boxes = tab.locator(".chart")
     assert boxes.count() > 10
@@ -518,6 +529,6 @@ def test_comparison_in_a_browser(run, copy, tmp_path, open_page):
 def test_half_written_run_in_a_browser(copy, open_page):
     shutil.rmtree(copy / "checkpoints")
     (copy / "metrics.json").unlink()
-    tab = open_page(write_report(copy))
+    tab = open_page(report_of(copy))
     assert tab.locator(".chart svg.main-svg").count() > 0
     assert "there is no checkpoints/last.pt" in tab.locator("#overview").inner_text()

@@ -64,7 +64,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_trains_and_is_logged(variant, pictures, tmp_path):
     config = options(pictures, tmp_path / "run", **VARIANTS[variant])
-    results = train(config)
+    results = train(config).metrics
     assert results["last"]["queries"] == 16
     assert 0.0 < results["last"]["mAP"] <= 1.0
     logged = entries(config.run)
@@ -166,7 +166,7 @@ def test_accumulated_batches_make_one_step(pictures, tmp_path):
 
 def test_last_is_reported_and_best_beside_it_by_name(pictures, tmp_path):
     config = options(pictures, tmp_path / "run", eval_every=1, rerank=True, lr=0.05)
-    results = train(config)
+    results = train(config).metrics
     stored = json.loads((config.run / "metrics.json").read_text())
     assert stored == results
     assert results["last"]["epoch"] == 2
@@ -197,7 +197,7 @@ def test_other_data_are_evaluated_without_statistics_per_camera(pictures, tmp_pa
 
 def test_images_without_identities_and_cameras_train(pictures, tmp_path):
     config = options(pictures / "bounding_box_train", tmp_path / "run", data="folder")
-    assert train(config) == {}
+    assert train(config).metrics == {}
     assert "ari" not in entries(config.run)[0]["observed"]
     assert (config.run / "checkpoints" / "last.pt").exists()
 

@@ -26,6 +26,7 @@ from dhcl.config import (
 )
 from dhcl.demo import Demo, run_demo
 from dhcl.pretrain import Pretrain, pretrain
+from dhcl.report import report_training
 from dhcl.synth import contact_sheet, render_dataset
 from dhcl.training.engine import Interrupted
 from dhcl.training.runs import evaluate_run, train
@@ -58,13 +59,14 @@ class _TrainArguments:
 def _train(arguments: list[str]) -> None:
     config, resume = train_options(arguments)
     try:
-        train(config, resume=resume)
+        trained = train(config, resume=resume)
     except (Interrupted, KeyboardInterrupt, OSError, RuntimeError):
         if os.environ.get("RANK", "0") == "0" and (config.run / "config.yaml").exists():
             there = (config.run / "checkpoints" / "last.pt").exists()
             what = "go on from the last checkpoint" if there else "no checkpoint yet; start again"
             print(f"dhcl: {what} with: dhcl train --resume {config.run}", file=sys.stderr)
         raise
+    report_training(trained)
 
 
 def train_options(arguments: list[str]) -> tuple[TrainConfig, bool]:

@@ -9,9 +9,10 @@ import tyro
 
 from dhcl.config import ConfigError
 from dhcl.report.gather import Limits
-from dhcl.report.record import read_record
 from dhcl.report.several import write_comparison
-from dhcl.report.single import write_report
+from dhcl.report.single import check_file, write_report
+from dhcl.training.record import Record, read_record
+from dhcl.training.results import Results, collect
 from dhcl.words import show
 
 __all__ = ["compare", "report"]
@@ -63,15 +64,25 @@ def report(arguments: list[str]) -> None:
         raise ConfigError(f"workers: must be at least 0 (got {given.workers})")
     record = read_record(given.run)
     record.change(root=given.root, workers=given.workers)
-    limits = Limits(
-        queries=given.queries, topk=given.topk, clusters=given.clusters, points=given.points
-    )
-    path = write_report(given.run, out=given.out, limits=limits, record=record)
+    limits = Limits(queries=given.queries, topk=given.topk, clusters=given.clusters)
+    out = given.out or given.run / "report.html"
+    check_file(out)  # before the work
+    path = write_report(collect(record, points=given.points), out=out, limits=limits)
     print(f"report: {show(path)}")
 
 
 def compare(arguments: list[str]) -> None:
     """Run ``dhcl compare``."""
     given = tyro.cli(_CompareArguments, prog="dhcl compare", args=arguments)
-    path = write_comparison(given.runs, out=given.out, root=given.root, retrieval=given.retrieval)
+    if len(given.runs) < 2:
+        raise ConfigError(f"runs: at least two are needed to compare (got {len(given.runs)})")
+    records = [read_record(run) for run in given.runs]  # all of them before the work
+
+    def results(record: Record) -> Results:
+        if not given.retrieval:
+            return Results(record)
+        record.change(root=given.root)
+        return collect(record, points=0)
+
+    path = write_comparison(map(results, records), out=given.out, retrieval=given.retrieval)
     print(f"comparison: {show(path)}")

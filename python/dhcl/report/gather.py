@@ -13,15 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dhcl.config import ConfigError, TrainConfig
-from dhcl.data import DataError, ImageList, ReIDData, check_images, load_data
-from dhcl.models import ReIDModel
-from dhcl.report.record import Record
-from dhcl.training.checkpoint import CheckpointError
-from dhcl.training.engine import Engine
-from dhcl.training.evaluation import Evaluator
-from dhcl.training.runs import load_model
-from dhcl.training.trainer import fingerprint
+from dhcl.data import ImageList, ReIDData
+from dhcl.training.record import Record
+from dhcl.training.results import Points, Results, members
 from dhcl_ops import evaluate_ranking
 
 __all__ = [
@@ -43,7 +37,6 @@ __all__ = [
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Features = tuple[torch.Tensor, torch.Tensor]
 
 # Bounds of what is computed, whatever the size of the data.
 _SIMILARITY_QUERIES = 500
@@ -60,7 +53,6 @@ class Limits:
     clusters: int = 8  # of a kind
     members: int = 14  # of a cluster
     outliers: int = 60
-    points: int = 1500  # of the map
 
 
 @dataclass(frozen=True)
@@ -184,130 +176,26 @@ class Findings:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def look(
-    record: Record,
-    *,
-    data: ReIDData | None = None,
-    engine: Engine | None = None,
-    features: Features | None = None,
-    limits: Limits | None = None,
-    pictures: bool = True,
-) -> Findings:
+def look(results: Results, limits: Limits | None = None, *, pictures: bool = True) -> Findings:
     """Find out what there is to show.
 
     Args:
-        record: the run's files; ``record.config.root`` says where the images lie.
-        data: its data set, if it is open already.
-        engine: of the training, if that has just ended.
-        features: of query and gallery (Q, d) and (G, d), if they are there already.
+        results: of the run, perhaps without images or features.
         limits: how much to show.
         pictures: also look for what is shown as pictures: clusters, outliers, the map.
     """
     limits = limits or Limits()
-    found = Findings(record, data, missing=dict(record.missing))
-    found.sizes = record.sizes
-    if record.labels is None:
-        found.missing["clusters"] = found.missing["map"] = record.missing["checkpoint"]
-    if record.config is None:
-        why = record.missing["configuration"]
-        found.missing.update(dict.fromkeys(("images", "clusters", "retrieval", "map"), why))
-        return found
-    if data is None:
-        found.data = _open(record.config, found.missing)
-    train = _training_images(found) if found.data else None
-    runner = _Runner(record, engine, found.missing)
-    if pictures and train is not None and record.labels is not None:
-        found.clusters = choose_clusters(record.labels, train, limits)
+    record, data = results.record, results.data
+    found = Findings(record, data, sizes=record.sizes, missing=dict(results.missing))
+    if pictures and results.trained_on is not None and record.labels is not None:
+        found.clusters = choose_clusters(record.labels, results.trained_on, limits)
         alone = np.flatnonzero(record.labels < 0)
         found.outliers = alone[_spread(len(alone), limits.outliers)]
-        found.map = _map(found, train, runner, limits)
-    if found.data is not None:
-        found.retrieval = _retrieval(found, found.data, runner, features, limits)
+        if results.points is not None:
+            found.map = _map(found, results.points, len(record.labels))
+    if data is not None and results.features is not None:
+        found.retrieval = _retrieval(found, data, *results.features, limits)
     return found
-
-
-# ---- data and model -----------------------------------------------------------------------------
-
-
-def _open(config: TrainConfig, missing: dict[str, str]) -> ReIDData | None:
-    """The data set, without test images that can't be read."""
-    why = "the images are needed, and "
-    try:
-        if config.root is None:
-            raise ConfigError("the options name no root")
-        data = load_data(config.data, config.root, pattern=config.pattern)
-    except (ConfigError, DataError, OSError, ValueError) as error:
-        why += f"they can't be opened: {error}"
-        missing.update(dict.fromkeys(("images", "clusters", "retrieval", "map"), why))
-        return None
-    splits = {k: v for k, v in (("query", data.query), ("gallery", data.gallery)) if len(v)}
-    if not splits:
-        return data
-    try:
-        lists, report = check_images(splits, on_bad="skip", workers=max(config.workers, 2))
-    except DataError as error:
-        missing["retrieval"] = str(error)
-        return data
-    if report.bad:
-        missing["test images"] = str(report)
-    return dataclasses.replace(
-        data, query=lists.get("query", data.query), gallery=lists.get("gallery", data.gallery)
-    )
-
-
-def _training_images(found: Findings) -> ImageList | None:
-    """The images that the pseudo-labels are of, or None if these are not there any more."""
-    record, data, config = found.record, found.data, found.record.config
-    assert data is not None
-    assert config is not None
-    if record.images is None:
-        return None
-    images = data.train
-    if fingerprint(images) != record.images and config.on_bad == "skip" and len(images):
-        try:
-            lists, _ = check_images({"train": images}, on_bad="skip", workers=2)
-        except DataError:
-            lists = {}
-        images = lists.get("train", images)
-    if fingerprint(images) == record.images:
-        found.data = dataclasses.replace(data, train=images)
-        return images
-    labels = 0 if record.labels is None else len(record.labels)
-    why = (
-        f"the training images at {data.root} are not those of the run, which had {labels:,} "
-        f"(got {len(images):,}); names, cameras or number differ"
-    )
-    found.missing["clusters"] = found.missing["map"] = why
-    return None
-
-
-class _Runner:
-    """The run's model, loaded when first needed."""
-
-    def __init__(self, record: Record, engine: Engine | None, missing: dict[str, str]) -> None:
-        self._record, self._engine, self._missing = record, engine, missing
-        self._model: ReIDModel | None = None
-
-    def get(self, part: str) -> tuple[Engine, ReIDModel] | None:
-        """Engine and model; without them, None and the reason under this name."""
-        config = self._record.config
-        assert config is not None
-        if "checkpoint" in self._record.missing:
-            self._missing[part] = self._record.missing["checkpoint"]
-            return None
-        try:
-            self._engine = self._engine or Engine(config)
-            if self._engine.world_size > 1:
-                self._missing[part] = (
-                    "of several processes one alone can't extract features; `dhcl report` can"
-                )
-                return None
-            if self._model is None:
-                self._model = load_model(config, self._record.run, self._engine)
-        except (ConfigError, CheckpointError, RuntimeError) as error:
-            self._missing[part] = f"the model can't be loaded: {error}"
-            return None
-        return self._engine, self._model
 
 
 # ---- clusters -----------------------------------------------------------------------------------
@@ -320,15 +208,15 @@ def choose_clusters(labels: Integers, images: ImageList, limits: Limits) -> tupl
     ``most cross-camera``, by number of cameras, then by the share of images outside the commonest
     one; and ``any size``, evenly over all clusters ordered by size. Ties go to the larger cluster.
     """
-    members = _members(labels)
-    about = [_describe(label, rows, images) for label, rows in enumerate(members)]
+    rows_of = members(labels)
+    about = [_describe(label, rows, images) for label, rows in enumerate(rows_of)]
     by_size = sorted(about, key=lambda c: -c.size)
     orders: dict[str, list[Cluster]] = {"largest": by_size}
     known = [c for c in by_size if c.main_id >= 0]
     orders["purest"] = sorted(known, key=lambda c: -c.purity)
     orders["most mixed"] = sorted((c for c in known if c.ids > 1), key=lambda c: c.purity)
     seen = [c for c in by_size if c.cameras > 1]
-    elsewhere = {c.label: _outside(images.cameras[members[c.label]]) for c in seen}
+    elsewhere = {c.label: _outside(images.cameras[rows_of[c.label]]) for c in seen}
     orders["most cross-camera"] = sorted(seen, key=lambda c: (-c.cameras, -elsewhere[c.label]))
     orders["any size"] = [by_size[i] for i in _spread(len(by_size), limits.clusters)]
     kinds: dict[int, list[str]] = {}
@@ -339,17 +227,10 @@ def choose_clusters(labels: Integers, images: ImageList, limits: Limits) -> tupl
         dataclasses.replace(
             about[label],
             kinds=tuple(why),
-            shown=_some(members[label], images, limits.members),
+            shown=_some(rows_of[label], images, limits.members),
         )
         for label, why in kinds.items()
     )
-
-
-def _members(labels: Integers) -> list[Integers]:
-    order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
-    counts = np.bincount(labels[order])
-    return [np.sort(part) for part in np.split(order, np.cumsum(counts)[:-1])] if len(order) else []
 
 
 def _describe(label: int, rows: Integers, images: ImageList) -> Cluster:
@@ -385,28 +266,8 @@ def _spread(total: int, count: int) -> Integers:
 
 
 def _retrieval(
-    found: Findings,
-    data: ReIDData,
-    runner: _Runner,
-    features: Features | None,
-    limits: Limits,
+    found: Findings, data: ReIDData, query: torch.Tensor, gallery: torch.Tensor, limits: Limits
 ) -> Retrieval | None:
-    if not data.can_evaluate:
-        none = not len(data.query) or not len(data.gallery)
-        why = "no queries or no gallery" if none else "no identity of a query in the gallery"
-        found.missing.setdefault("retrieval", f"the data set has {why}, so nothing to look up")
-        return None
-    if features is None:
-        parts = runner.get("retrieval")
-        if parts is None:
-            return None
-        engine, model = parts
-        try:
-            features = Evaluator(engine, data, model).features(model)
-        except (DataError, RuntimeError) as error:
-            found.missing["retrieval"] = f"no features of the test images: {error}"
-            return None
-    query, gallery = features
     cameras = cameras_for_ranking(data)
     try:
         metrics = evaluate_ranking(
@@ -584,47 +445,12 @@ def camera_matrix(
 # ---- map ----------------------------------------------------------------------------------------
 
 
-def _map(found: Findings, train: ImageList, runner: _Runner, limits: Limits) -> Map | None:
-    record = found.record
-    assert record.labels is not None
-    images = _draw_classes(record.labels, limits.points)
-    if record.bank is not None:
-        features = record.bank[images]
-    else:
-        # A row per cluster: a map of those alone would show no image.
-        parts = runner.get("map")
-        if parts is None:
-            return None
-        engine, model = parts
-        try:
-            chosen = engine.images(train.select(images), model)
-            features = engine.extract(model, chosen, "features for the map").cpu().numpy()
-        except (DataError, RuntimeError) as error:
-            found.missing["map"] = f"no features of the training images: {error}"
-            return None
-    xy = draw_map(features)
+def _map(found: Findings, points: Points, total: int) -> Map | None:
+    xy = draw_map(points.features)
     if xy is None:
-        found.missing["map"] = f"there are too few images for a map ({len(images)})"
+        found.missing["map"] = f"there are too few images for a map ({len(points.images)})"
         return None
-    return Map(images, xy, len(record.labels), record.bank is None)
-
-
-def _draw_classes(labels: Integers, count: int) -> Integers:
-    """About ``count`` images: whole clusters drawn at random, and outliers in their share."""
-    if len(labels) <= count:
-        return np.arange(len(labels))
-    draw = np.random.default_rng(0)
-    members = _members(labels)
-    alone = np.flatnonzero(labels < 0)
-    outliers = _draw(alone, round(count * len(alone) / len(labels)), draw)
-    chosen: list[Integers] = []
-    room = count - len(outliers)
-    for label in draw.permutation(len(members)):
-        chosen.append(members[label][:room])
-        room -= len(chosen[-1])
-        if room <= 0:
-            break
-    return np.sort(np.concatenate([outliers, *chosen]))
+    return Map(points.images, xy, total, points.extracted)
 
 
 def draw_map(features: NDArray[np.float32]) -> Floats | None:

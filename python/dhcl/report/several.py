@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +14,36 @@ from dhcl.report import charts
 from dhcl.report.charts import Chart, Series
 from dhcl.report.gather import Findings, look
 from dhcl.report.page import chart_grid, missing, page, table
-from dhcl.report.record import Record, labels_of, read_record
 from dhcl.report.single import EPOCH_CHARTS, check_file, epoch_series, percent
 from dhcl.training.logs import duration, flat
+from dhcl.training.record import Record
+from dhcl.training.results import Results
+from dhcl.words import show
 
-__all__ = ["write_comparison"]
+__all__ = ["labels_of", "write_comparison"]
 
 _METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 # Differ between any two runs and say nothing of the method.
 _OWN = ("out", "workers", "report")
 
 
-def write_comparison(
-    runs: Sequence[Path], *, out: Path, root: Path | None = None, retrieval: bool = True
-) -> Path:
+def write_comparison(results: Iterable[Results], *, out: Path, retrieval: bool = True) -> Path:
     """Write a page that compares runs, and return its file.
 
     Args:
-        runs: folders of at least two runs, finished or not.
+        results: of at least two runs, finished or not; they are taken one after another, so that
+            the features of one run at a time need be in memory.
         out: file.
-        root: where the images lie, if not where the options say.
-        retrieval: extract test features for similarities and cameras, which takes as long as an
-            evaluation of each run.
+        retrieval: show similarities and cameras, for which test features are needed.
 
     Raises:
-        ConfigError: fewer than two runs, or no such run. OSError: the file can't be written.
+        ConfigError: fewer than two runs, or no file can be written there. OSError: it could not be
+            written.
     """
-    if len(runs) < 2:
-        raise ConfigError(f"runs: at least two are needed to compare (got {len(runs)})")
     check_file(out)
-    records = [read_record(run) for run in runs]
-    found = []
-    for record in records:
-        record.change(root=root)
-        found.append(
-            look(record, pictures=False)
-            if retrieval
-            else Findings(record, sizes=record.sizes, missing=dict(record.missing))
-        )
+    found = [look(each, pictures=False) for each in results]
+    if len(found) < 2:
+        raise ConfigError(f"runs: at least two are needed to compare (got {len(found)})")
     write_atomic(out, render(found, retrieval=retrieval))
     return out
 
@@ -77,6 +69,24 @@ def render(found: Sequence[Findings], *, retrieval: bool = True) -> bytes:
         sections.append(("retrieval", "Retrieval", _retrieval(names, found, grid)))
     title = f"Comparison of {len(names)} runs"
     return page(title, ", ".join(names), sections, drawn)
+
+
+def labels_of(records: list[Record]) -> list[str]:
+    """A name for each run, all different: of the folder, with as many parents as it takes."""
+    parts = [r.run.resolve().parts for r in records]
+    names = [show(p[-1]) for p in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        if not twice:
+            break
+        names = [
+            show("/".join(p[-depth:])) if name in twice else name
+            for name, p in zip(names, parts, strict=True)
+        ]
+    return [
+        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
 
 
 def _metrics(names: list[str], records: list[Record]) -> str:

@@ -14,15 +14,24 @@ from dhcl.data import ImageList, ReIDData
 from dhcl.files import write_atomic
 from dhcl.report import charts
 from dhcl.report.charts import Chart, Series
-from dhcl.report.gather import Cluster, Features, Findings, Limits, RankedList, look
+from dhcl.report.gather import Cluster, Findings, Limits, RankedList, look
 from dhcl.report.page import chart_grid, escape, missing, numbers, page, picture, table
 from dhcl.report.pictures import Pictures
-from dhcl.report.record import Record, read_record
-from dhcl.training.engine import Engine
 from dhcl.training.logs import duration, flat
+from dhcl.training.record import Record
+from dhcl.training.results import Results, results_of
+from dhcl.training.runs import Trained
 from dhcl.words import show
 
-__all__ = ["EPOCH_CHARTS", "check_file", "epoch_series", "percent", "subtitle", "write_report"]
+__all__ = [
+    "EPOCH_CHARTS",
+    "check_file",
+    "epoch_series",
+    "percent",
+    "report_training",
+    "subtitle",
+    "write_report",
+]
 
 _KINDS = ("largest", "purest", "most mixed", "most cross-camera", "any size")
 # Options that change no method.
@@ -73,33 +82,40 @@ EPOCH_CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
 
 
 def write_report(
-    run: Path,
-    *,
-    out: Path | None = None,
-    data: ReIDData | None = None,
-    engine: Engine | None = None,
-    features: Features | None = None,
-    limits: Limits | None = None,
-    record: Record | None = None,
+    results: Results, *, out: Path | None = None, limits: Limits | None = None
 ) -> Path:
     """Write the report of a run and return its file.
 
     Args:
-        run: folder of the run, finished or not.
+        results: of the run, finished or not.
         out: file; ``report.html`` in the run by default.
-        data, engine, features: of a training that has just ended; else they are made.
         limits: how much to show.
-        record: what :func:`dhcl.report.record.read_record` gave, perhaps with another root.
 
     Raises:
-        ConfigError: no such run, or Plotly is not installed. OSError: the file can't be written.
+        ConfigError: Plotly is not installed, or no file can be written there. OSError: it could not
+            be written.
     """
-    record = record or read_record(run)
-    out = out or run / "report.html"
+    out = out or results.record.run / "report.html"
     check_file(out)
-    found = look(record, data=data, engine=engine, features=features, limits=limits)
-    write_atomic(out, render(found))
+    write_atomic(out, render(look(results, limits)))
     return out
+
+
+def report_training(trained: Trained) -> None:
+    """Write the report of a training that has just ended, which it can't make fail any more.
+
+    One line says where it is, or why there is none. To be called on every process.
+    """
+    engine = trained.engine
+    if not trained.config.report or not engine.is_main:
+        return
+    try:
+        path = write_report(results_of(trained))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        engine.say(f"warning: no report of the run: {reason}")
+    else:
+        engine.say(f"report: {show(path)}")
 
 
 def check_file(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,16 @@ from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator, IdentityObserver, table
 from dhcl.training.trainer import Trainer
-from dhcl.words import show
 
-__all__ = ["evaluate_run", "load_model", "make_model", "open_data", "read_model", "train"]
+__all__ = [
+    "Trained",
+    "evaluate_run",
+    "load_model",
+    "make_model",
+    "open_data",
+    "read_model",
+    "train",
+]
 
 
 def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> ReIDData:
@@ -71,20 +79,38 @@ def make_model(config: TrainConfig, cameras: int) -> ReIDModel:
         raise ConfigError(str(error)) from error
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training ends with, so that nothing of it need be made again.
+
+    Attributes:
+        config: its options.
+        engine: its processes and device.
+        data: its images.
+        features: of query (Q, d) and gallery (G, d) by the last epoch's model, float32 of unit
+            length; None without identities to evaluate on.
+        metrics: what is in ``metrics.json``: ``last`` and, where evaluations were looked at along
+            the way, ``best``. Empty without identities to evaluate on, and on other processes
+            than the first.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    data: ReIDData
+    features: tuple[torch.Tensor, torch.Tensor] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
 def train(
     config: TrainConfig, *, resume: bool = False, quiet: bool = False, drawn: bool = False
-) -> dict[str, Any]:
-    """Train, evaluate the last epoch, and write everything to the run's folder.
+) -> Trained:
+    """Train, evaluate the last epoch, and write everything but a report to the run's folder.
 
     Args:
         config: checked options.
         resume: go on from the checkpoint in the folder, or from the start if there is none yet.
         quiet: print neither options nor data, but the epochs.
         drawn: learn the identities instead of pseudo-labels, of people that ``dhcl synth`` drew.
-
-    Returns:
-        What is written to ``metrics.json``: ``last`` and, where evaluations were looked at along
-        the way, ``best``. Empty without identities to evaluate on, and on all processes but one.
 
     Raises:
         ConfigError, DataError: wrong options or data.
@@ -121,35 +147,11 @@ def train(
         trainer.log.close()
     if evaluator is None:
         engine.say(f"trained: {trainer.checkpoint}. No identities to evaluate on.")
-        _write_report(config, engine, data, None)
-        return {}
+        return Trained(config, engine, data)
     features = evaluator.features(trainer.model)
     last = evaluator.metrics(*features, reranked=config.rerank)
-    if not engine.is_main:
-        return {}
-    results = _report(config, engine, trainer, last, quiet)
-    _write_report(config, engine, data, features)
-    return results
-
-
-def _write_report(
-    config: TrainConfig,
-    engine: Engine,
-    data: ReIDData,
-    features: tuple[torch.Tensor, torch.Tensor] | None,
-) -> None:
-    """Write the report of a finished training, which it can't make fail any more."""
-    if not config.report or not engine.is_main:
-        return
-    try:
-        from dhcl.report import write_report  # which stands on this module
-
-        path = write_report(config.run, data=data, engine=engine, features=features)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        engine.say(f"warning: no report of the run: {reason}")
-    else:
-        engine.say(f"report: {show(path)}")
+    metrics = _report(config, engine, trainer, last, quiet) if engine.is_main else {}
+    return Trained(config, engine, data, features, metrics)
 
 
 def _drawn_classes(config: TrainConfig, data: ReIDData) -> torch.Tensor:

@@ -16,7 +16,7 @@ from dhcl.config import ConfigError, TrainConfig, with_changes
 from dhcl.training.checkpoint import CheckpointError, load_checkpoint
 from dhcl.words import show
 
-__all__ = ["Record", "labels_of", "read_record"]
+__all__ = ["Record", "read_record"]
 
 
 @dataclass
@@ -164,21 +164,3 @@ def _read_checkpoint(record: Record) -> None:
 def _why(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return show(" ".join(text.split()))
-
-
-def labels_of(records: list[Record]) -> list[str]:
-    """A name for each run, all different: of the folder, with as many parents as it takes."""
-    parts = [r.run.resolve().parts for r in records]
-    names = [show(p[-1]) for p in parts]
-    for depth in range(2, max(map(len, parts), default=0) + 1):
-        twice = {name for name in names if names.count(name) > 1}
-        if not twice:
-            break
-        names = [
-            show("/".join(p[-depth:])) if name in twice else name
-            for name, p in zip(names, parts, strict=True)
-        ]
-    return [
-        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
-    ]
