@@ -6,8 +6,11 @@ if need be; without a compiler the same ops run in PyTorch. ``python -m dhcl_ops
 
 from dhcl_ops._library import Status, status
 from dhcl_ops._version import __version__
-from dhcl_ops.clustering import Clustering, SelfPaced, cluster, dbscan, self_paced_labels
+from dhcl_ops.bank import MemoryBank
+from dhcl_ops.camera_neighbours import camera_neighbours
+from dhcl_ops.clustering import Clustering, SelfPaced, cluster, self_paced_labels
 from dhcl_ops.contrastive import ContrastiveStats, debiased_contrastive_loss
+from dhcl_ops.dbscan import dbscan
 from dhcl_ops.hybrid import (
     DHCLLoss,
     HybridStats,
@@ -16,8 +19,8 @@ from dhcl_ops.hybrid import (
     suspected_false_negatives,
 )
 from dhcl_ops.jaccard import jaccard_distance, jaccard_graph
-from dhcl_ops.knn import Neighbours, camera_neighbours, knn
-from dhcl_ops.memory import MemoryBank, least_similar, momentum_update_, prototypes
+from dhcl_ops.knn import Neighbours, knn
+from dhcl_ops.memory import least_similar, momentum_update_, prototypes
 from dhcl_ops.ranking import RankingMetrics, evaluate_ranking
 from dhcl_ops.reranking import RankedLists, rerank, rerank_distances
 

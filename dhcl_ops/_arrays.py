@@ -46,6 +46,13 @@ def to_tensor(op: str, name: str, array: Any, *, mutated: bool = False) -> torch
         raise TypeError(f"{op}: {name} has an unsupported dtype (got {array.dtype})") from error
 
 
+def as_tensors(op: str, **values: Any) -> list[Any]:
+    """The values, with arrays as tensors."""
+    return [
+        to_tensor(op, name, value) if is_array(value) else value for name, value in values.items()
+    ]
+
+
 def _to_kind(value: Any, kind: str) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach()

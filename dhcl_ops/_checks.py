@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ALL_FLOATS = (*FLOATS, torch.float64)
 
 
 def tensor(op: str, name: str, value: object) -> None:
@@ -37,6 +39,35 @@ def dtype(op: str, name: str, value: torch.Tensor, allowed: Iterable[torch.dtype
         names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
         got = str(value.dtype).removeprefix("torch.")
         raise TypeError(f"{op}: {name} must be {names} (got {got})")
+
+
+def integers(op: str, name: str, value: Any, size: int, why: str) -> torch.Tensor:
+    """Return the value, an int64 tensor of this size; raise naming the rule otherwise."""
+    tensor(op, name, value)
+    dtype(op, name, value, (torch.int64,))
+    shape(op, name, value, (size,), why)
+    numbers: torch.Tensor = value
+    return numbers
+
+
+def unit_rows(op: str, name: str, features: torch.Tensor) -> torch.Tensor:
+    """Check features (N, d) of unit rows, to 1 %, and return them in float32."""
+    tensor(op, name, features)
+    rank(op, name, features, 2)
+    dtype(op, name, features, ALL_FLOATS)
+    if len(features) > 2**31 - 1:
+        raise ValueError(f"{op}: {name} must have at most 2147483647 rows (got {len(features)})")
+    rows = features.detach().float().contiguous()
+    norms = rows.norm(dim=1)
+    wrong = ~((norms - 1.0).abs() <= 1e-2)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        norm = float(norms[row])
+        rule = "must have rows of norm 1, see torch.nn.functional.normalize"
+        if not bool(rows[row].isfinite().all()):
+            rule, norm = "must be finite", float(rows[row][~rows[row].isfinite()][0])
+        raise ValueError(f"{op}: {name} {rule} (got {norm:g} in row {row})")
+    return rows
 
 
 def same_device(op: str, **values: torch.Tensor) -> None:
@@ -89,4 +120,26 @@ def indices_in_range(op: str, name: str, indices: torch.Tensor, size: int, lowes
         raise IndexError(
             f"{op}: {name} must be in [{lowest}, {size}) "
             f"(got {int(indices[outside][0])} at batch position {position})"
+        )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            lines = file.read().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return None
+
+
+def fits_in_memory(op: str, size: tuple[int, int], device: torch.device, instead: str) -> None:
+    """Raise ``MemoryError`` if a dense float32 matrix does not fit; ``instead`` says what does."""
+    needed, free = 4 * size[0] * size[1], available_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{op}: a dense matrix of {size[0]} x {size[1]} needs {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; {instead}"
         )

@@ -1,144 +1,22 @@
-"""Pseudo-labels: DBSCAN over the sparse Jaccard graph, and SpCL's self-paced choice of clusters.
-
-DBSCAN is that of Ester et al. (KDD 1996) with the numbering of scikit-learn, label for label.
-"""
+"""Pseudo-labels: DBSCAN over the sparse Jaccard graph, and SpCL's self-paced choice of clusters."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from dhcl_ops import _arrays, _checks
-from dhcl_ops._ops import define
-from dhcl_ops.jaccard import (
-    Convention,
-    Progress,
-    _Index,
-    _inverted_index,
-    as_tensors,
-    check_eps,
-    check_features,
-    encode,
-    join,
-)
+from dhcl_ops._progress import Progress
+from dhcl_ops.dbscan import dbscan
+from dhcl_ops.defaults import SPCL
+from dhcl_ops.jaccard import check_eps, inverted_index, join
 from dhcl_ops.knn import Neighbours
+from dhcl_ops.reciprocal import Convention, encode
 
-__all__ = ["Clustering", "SelfPaced", "cluster", "dbscan", "self_paced_labels"]
-
-
-# ---- DBSCAN -------------------------------------------------------------------------------------
-
-
-def _dbscan_reference(
-    offsets: torch.Tensor,
-    columns: torch.Tensor,
-    values: torch.Tensor,
-    eps: float,
-    min_samples: int,
-) -> torch.Tensor:
-    n = len(offsets) - 1
-    limit = torch.tensor(eps, dtype=torch.float32, device=values.device)
-    rows = torch.arange(n, device=offsets.device).repeat_interleave(offsets.diff())
-    near = values <= limit
-    core = torch.zeros_like(offsets[:-1]).index_add(0, rows, near.long()) >= min_samples
-    near = near & core[columns]
-    # Each core row takes the smallest core row it can reach: neighbours' roots, then their roots.
-    inner = near & core[rows]
-    root = torch.arange(n, device=offsets.device)
-    while True:
-        lower = root.scatter_reduce(0, rows[inner], root[columns[inner]], "amin")
-        # What hangs below a root that has found a smaller one follows it.
-        lower = lower.scatter_reduce(0, root[core], lower[core], "amin")
-        lower = lower[lower]
-        if torch.equal(lower, root):
-            break
-        root = lower
-    is_root = core & (root == torch.arange(n, device=offsets.device))
-    number = is_root.long().cumsum(0) - 1
-    labels = torch.where(core, number[root], -1)
-    border = near & ~core[rows]
-    lowest = torch.full_like(labels, n).scatter_reduce(
-        0, rows[border], labels[columns[border]], "amin"
-    )
-    return torch.where(lowest < n, lowest, labels)
-
-
-def _dbscan_sample(device: torch.device) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(2)
-    distances = torch.rand(24, 24, generator=generator)
-    distances = torch.minimum(distances, distances.T).fill_diagonal_(0.0)
-    near = distances <= 0.1
-    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
-    columns = near.nonzero()[:, 1]
-    return offsets.to(device), columns.to(device), distances[near].to(device), 0.07, 3
-
-
-_dbscan = define(
-    "dbscan(Tensor offsets, Tensor columns, Tensor values, float eps, int min_samples) -> Tensor",
-    family="jaccard",
-    reference=_dbscan_reference,
-    fake=lambda offsets, columns, values, eps, min_samples: offsets.new_empty(offsets.shape[0] - 1),
-    sample=_dbscan_sample,
-)
-
-
-@torch.no_grad()
-def dbscan(graph: torch.Tensor, eps: float | Sequence[float], min_samples: int = 4) -> torch.Tensor:
-    """Cluster the rows of a sparse distance matrix; pairs it does not hold are too far apart.
-
-    Labels equal those of ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples,
-    metric="precomputed")`` on the dense matrix: a row is core if at least ``min_samples`` entries
-    of its line, its own included where that is at most eps, are at most eps (in float32); clusters
-    are numbered by their smallest core row; a border row belongs to the lowest-numbered cluster it
-    touches; -1 is for rows of none.
-
-    Args:
-        graph: (N, N) sparse CSR tensor, symmetric, columns ascending: what
-            :func:`dhcl_ops.jaccard_graph` returns, made with at least the largest eps.
-        eps: largest distance of neighbours, >= 0; or several of them.
-        min_samples: neighbours that make a row core, >= 1.
-
-    Returns:
-        (N,) int64 labels; (E, N) for a sequence of E eps.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, layout, dtype, shape or range.
-    """
-    op = "dbscan"
-    _checks.tensor(op, "graph", graph)
-    if graph.layout != torch.sparse_csr:
-        got = str(graph.layout).removeprefix("torch.")
-        raise TypeError(f"{op}: graph must be a sparse CSR tensor (got {got})")
-    if graph.dim() != 2 or graph.shape[0] != graph.shape[1]:
-        raise ValueError(f"{op}: graph must be square (got shape {tuple(graph.shape)})")
-    _checks.dtype(op, "graph", graph, (torch.float32,))
-    min_samples = _checks.integer(op, "min_samples", min_samples, 1)
-    several = isinstance(eps, Sequence)
-    wanted = [
-        _checks.number(op, "eps", e, 0.0, rule="finite and >= 0")
-        for e in (eps if isinstance(eps, Sequence) else [eps])
-    ]
-    parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
-    _check_ascending(op, parts[0], parts[1])
-    labels: list[torch.Tensor] = [_dbscan(*parts, e, min_samples) for e in wanted]
-    if not several:
-        return labels[0]
-    return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])
-
-
-def _check_ascending(op: str, offsets: torch.Tensor, columns: torch.Tensor) -> None:
-    """Refuse a graph whose columns do not ascend: edges would be missed without a word."""
-    falls = torch.nn.functional.pad(columns[1:] <= columns[:-1], (1, 0))
-    starts = offsets[:-1]
-    falls[starts[starts < len(columns)]] = False
-    if len(columns) and bool(falls.any()):
-        entry = falls.nonzero()[0]
-        row = int(torch.searchsorted(offsets, entry, right=True)) - 1
-        raise ValueError(f"{op}: columns must ascend within each row (got others in row {row})")
+__all__ = ["Clustering", "SelfPaced", "cluster", "self_paced_labels"]
 
 
 # ---- self-paced choice --------------------------------------------------------------------------
@@ -258,7 +136,7 @@ class Clustering:
             the squares of that (a plain inverted index would take as many additions): watch both
             for hubs; ``uncertified_rows`` of the neighbour search.
         threshold: limit of independence, with ``self_paced`` only; pass it to the next call.
-        graph: the eps-graph, for :func:`dbscan` at other, smaller eps.
+        graph: the eps-graph, for :func:`dhcl_ops.dbscan` at other, smaller eps.
     """
 
     labels: Any
@@ -290,14 +168,14 @@ class _Stages:
 def cluster(
     features: torch.Tensor,
     *,
-    k1: int = 30,
-    k2: int = 6,
-    eps: float = 0.6,
-    min_samples: int = 4,
+    k1: int = SPCL.k1,
+    k2: int = SPCL.k2,
+    eps: float = SPCL.eps,
+    min_samples: int = SPCL.min_samples,
     convention: Convention = "spcl",
     ranks: Neighbours | torch.Tensor | None = None,
     self_paced: bool = False,
-    eps_gap: float = 0.02,
+    eps_gap: float = SPCL.eps_gap,
     threshold: float | None = None,
     progress: Progress | None = None,
 ) -> Clustering:
@@ -309,7 +187,7 @@ def cluster(
     Args:
         features: (N, d) rows of norm 1; an array gives labels as an array of its kind.
         k1, k2, eps, convention, ranks, progress: as in :func:`dhcl_ops.jaccard_graph`.
-        min_samples: as in :func:`dbscan`.
+        min_samples: as in :func:`dhcl_ops.dbscan`.
         self_paced: leave out clusters and rows by SpCL's criterion.
         eps_gap: distance of the tight and the loose eps from eps; all must lie in (0, 1).
         threshold: limit of independence from an earlier call, with ``self_paced`` only.
@@ -322,7 +200,7 @@ def cluster(
     """
     op = "cluster"
     given = features
-    features, ranks = as_tensors(op, features=features, ranks=ranks)
+    features, ranks = _arrays.as_tensors(op, features=features, ranks=ranks)
     eps = check_eps(op, eps)
     min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     largest = eps
@@ -333,10 +211,10 @@ def cluster(
         largest = eps + eps_gap
     elif threshold is not None:
         raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
-    rows = check_features(op, "features", features)
+    rows = _checks.unit_rows(op, "features", features)
     timer = _Stages(rows.device)
     encoded = encode(op, rows, k1, k2, convention, ranks, progress, timer)
-    index = _Index(*_inverted_index(*encoded.rows, largest))
+    index = inverted_index(encoded.rows, largest)
     timer("index")
     graph = join(encoded.rows, index, largest, progress)
     timer("pairs")

@@ -16,6 +16,7 @@ from torch import nn
 
 from dhcl_ops import _checks, ranking
 from dhcl_ops.contrastive import debiased_contrastive_loss
+from dhcl_ops.defaults import ZHONG
 from dhcl_ops.jaccard import jaccard_distance
 from dhcl_ops.memory import least_similar, momentum_update_, prototypes
 from dhcl_ops.reranking import rerank_distances
@@ -289,9 +290,9 @@ def re_ranking(
     q_g_dist: Any,
     q_q_dist: Any,
     g_g_dist: Any,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    k1: int = ZHONG.k1,
+    k2: int = ZHONG.k2,
+    lambda_value: float = ZHONG.lambda_value,
 ) -> np.ndarray[Any, Any]:
     """``re_ranking`` of torchreid and fast-reid: the re-ranked (Q, G) distances as a NumPy array.
 

@@ -700,14 +700,6 @@ def _look_at_norms(op: str, features: torch.Tensor) -> None:
     _norm_seen = _norm_seen or features.is_cuda
 
 
-def _integers(op: str, name: str, value: Any, size: int, why: str) -> torch.Tensor:
-    _checks.tensor(op, name, value)
-    _checks.dtype(op, name, value, (torch.int64,))
-    _checks.shape(op, name, value, (size,), why)
-    tensor: torch.Tensor = value
-    return tensor
-
-
 def debiased_contrastive_loss(
     features: torch.Tensor,
     proxies: torch.Tensor,
@@ -793,17 +785,17 @@ def debiased_contrastive_loss(
         )
     if count == 0:
         raise ValueError(f"{op}: at least one proxy is needed (got none)")
-    labels = _integers(op, "labels", labels, batch, "one per feature")
+    labels = _checks.integers(op, "labels", labels, batch, "one per feature")
     tensors = {"features": features, "proxies": proxies, "labels": labels}
     if proxy_labels is not None:
-        proxy_labels = _integers(op, "proxy_labels", proxy_labels, count, "one per proxy")
+        proxy_labels = _checks.integers(op, "proxy_labels", proxy_labels, count, "one per proxy")
         tensors["proxy_labels"] = proxy_labels
     row_groups = column_groups = excluded = None
     if isinstance(exclude, tuple):
         if len(exclude) != 2:
             raise ValueError(f"{op}: exclude must be a pair of groups (got {len(exclude)} tensors)")
-        row_groups = _integers(op, "exclude[0]", exclude[0], batch, "one group per feature")
-        column_groups = _integers(op, "exclude[1]", exclude[1], count, "one group per proxy")
+        row_groups = _checks.integers(op, "exclude[0]", exclude[0], batch, "one group per feature")
+        column_groups = _checks.integers(op, "exclude[1]", exclude[1], count, "one group per proxy")
         tensors.update({"exclude[0]": row_groups, "exclude[1]": column_groups})
     elif exclude is not None:
         _checks.tensor(op, "exclude", exclude)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dhcl_ops import _checks
-from dhcl_ops.contrastive import ContrastiveStats, _integers, debiased_contrastive_loss
-from dhcl_ops.memory import MemoryBank
+from dhcl_ops.bank import MemoryBank
+from dhcl_ops.contrastive import ContrastiveStats, debiased_contrastive_loss
 
 __all__ = [
     "DHCLLoss",
@@ -44,7 +44,8 @@ def suspected_false_negatives(memory: MemoryBank, loose_labels: torch.Tensor) ->
     """
     op = "suspected_false_negatives"
     proto_of = memory.proto_of
-    loose = _integers(op, "loose_labels", loose_labels, len(proto_of), "one per training image")
+    size, why = len(proto_of), "one per training image"
+    loose = _checks.integers(op, "loose_labels", loose_labels, size, why)
     _checks.same_device(op, memory=proto_of, loose_labels=loose)
     classes = len(memory.prototypes)
     lowest, highest = (int(x) for x in torch.aminmax(loose))
@@ -131,7 +132,7 @@ def hybrid_contrastive_loss(
         raise TypeError(f"{op}: memory must be a MemoryBank (got {type(memory).__name__})")
     _checks.tensor(op, "features", features)
     _checks.rank(op, "features", features, 2)
-    indices = _integers(op, "indices", indices, features.shape[0], "one per feature")
+    indices = _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
     weights = [
         _checks.number(op, name, value, 0.0, rule="finite and >= 0")
         for name, value in (

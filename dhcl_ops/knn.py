@@ -10,33 +10,23 @@ The order of summation is stated in ``csrc/knn.h``; :func:`_scores_reference` is
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
-from dhcl_ops import _arrays, _checks
+from dhcl_ops import _arrays, _checks, _sums
 from dhcl_ops._ops import OPS, define
+from dhcl_ops._products import Products, full_precision, upper_norms
+from dhcl_ops._progress import Progress
 
-__all__ = ["Neighbours", "camera_neighbours", "knn"]
-
-Progress = Callable[[str, int, int], object]
+__all__ = ["Neighbours", "knn"]
 
 # As in csrc/knn.h.
-_DOT_COLUMNS = 128
 _MAX_CAPACITY = 2048
 
-_FLOATS = (*_checks.FLOATS, torch.float64)
 # Rows and columns of a tile of products: large enough for the product to run at full speed.
 _TILES = {"cpu": (1024, 8192), "cuda": (4096, 16384)}
-# Norms above this could overflow fp32 in a product of two rows.
-_LARGEST_NORM = 1e18
-# Unit roundoff of fp32, and twice that for hardware which cuts sums off instead of rounding them.
-_UNIT = 2.0**-24
-_UNIT_TENSOR_CORE = 2.0**-23
 
 
 class Neighbours(NamedTuple):
@@ -121,19 +111,11 @@ def _scores_reference(
     queries: torch.Tensor, features: torch.Tensor, candidates: torch.Tensor
 ) -> torch.Tensor:
     scores = torch.full(candidates.shape, -torch.inf, device=queries.device)
-    missing = -features.shape[1] % _DOT_COLUMNS if features.shape[1] else _DOT_COLUMNS
     # A few thousand pairs at a time, as each takes a row of products.
     for pairs in (candidates >= 0).nonzero().split(4096):
         row, position = pairs.unbind(1)
         products = queries[row] * features[candidates[row, position]]
-        products = nn.functional.pad(products, (0, missing))
-        columns = products.new_zeros(len(products), _DOT_COLUMNS)
-        for block in products.split(_DOT_COLUMNS, dim=1):
-            columns = columns + block
-        while columns.shape[1] > 1:
-            half = columns.shape[1] // 2
-            columns = columns[:, :half] + columns[:, half:]
-        scores[row, position] = columns.squeeze(1)
+        scores[row, position] = _sums.sum_elements(products)
     return scores
 
 
@@ -152,126 +134,6 @@ _scores = define(
 )
 
 
-# ---- products and what they can be off ----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 or bf16 inside fp32 products: the bound assumes their precision."""
-    # Not set_float32_matmul_precision: that raises where a backend was set on its own.
-    libraries: Any = torch.backends
-    backends = (libraries.cuda.matmul, libraries.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def _gamma(terms: int, unit: float) -> float:
-    """Relative error of a sum of that many terms in any order (Higham, section 3.1)."""
-    return terms * unit / (1.0 - terms * unit)
-
-
-def upper_norms(op: str, name: str, rows: torch.Tensor) -> torch.Tensor:
-    """Upper bounds (n,) in float64 of the rows' norms; raises naming the first unusable row."""
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    usable = norms < _LARGEST_NORM
-    if not bool(usable.all()):
-        row = int((~usable).nonzero()[0])
-        if not bool(rows[row].isfinite().all()):
-            raise ValueError(f"{op}: {name} must be finite (got a value that is not in row {row})")
-        raise ValueError(
-            f"{op}: norms of {name} must be below {_LARGEST_NORM:g}, or products would overflow "
-            f"(got a larger one in row {row})"
-        )
-    dim = rows.shape[1]
-    # Rounding, and squares too small for fp32.
-    upper: torch.Tensor = (
-        norms.double() * (1.0 + _gamma(dim + 8, _UNIT)) + max(dim, 1) ** 0.5 * 2.0**-62
-    )
-    return upper
-
-
-class _Products:
-    """Tiles of queries @ features.T, and a bound per query on their distance from the scores.
-
-    ``half`` multiplies in fp16 with fp32 sums: rows are scaled by a power of two (2^8 for unit
-    rows), so that no element of weight falls among fp16's subnormal numbers. The rounding errors
-    delta_i = |x_i - x~_i| are computed, and by Cauchy-Schwarz
-    |x~_i.x~_j - x_i.x_j| <= delta_i |x_j| + (|x_i| + delta_i) delta_j.
-    """
-
-    def __init__(
-        self,
-        queries: torch.Tensor,
-        features: torch.Tensor,
-        query_norms: torch.Tensor,
-        norms: torch.Tensor,
-        *,
-        half: bool,
-    ) -> None:
-        dim = features.shape[1]
-        self.half = half
-        self.scale = 1.0
-        largest = norms.max() if len(norms) else norms.new_zeros(())
-        fixed = _gamma(-(-dim // _DOT_COLUMNS) + 8, _UNIT)
-        # Underflow of single products.
-        tiny = 4 * max(dim, 1) * 2.0**-126
-        if not half:
-            self.queries, self.features = queries, features
-            self.bound = (_gamma(dim + 8, _UNIT) + fixed) * query_norms * largest + tiny
-            return
-        top = max(float(largest), float(query_norms.max()) if len(query_norms) else 0.0)
-        exponent = round(torch.tensor(max(top, 1e-18)).log2().item())
-        self.scale = 2.0 ** (8 - exponent)
-        self.features, deltas = self._rounded(features)
-        if queries is features:
-            self.queries, query_deltas = self.features, deltas
-        else:
-            self.queries, query_deltas = self._rounded(queries)
-        delta = deltas.max() if len(deltas) else deltas.new_zeros(())
-        operand_norms = query_norms + query_deltas
-        self.bound = (
-            query_deltas * largest
-            + operand_norms * delta
-            + _gamma(dim + 8, _UNIT_TENSOR_CORE) * operand_norms * (largest + delta)
-            + fixed * query_norms * largest
-            + tiny
-        )
-
-    def _rounded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        operand = torch.empty(rows.shape, dtype=torch.float16, device=rows.device)
-        deltas = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-        for start in range(0, len(rows), 8192):
-            block = rows[start : start + 8192] * self.scale
-            rounded = block.to(torch.float16)
-            operand[start : start + 8192] = rounded
-            errors = torch.linalg.vector_norm(block - rounded.float(), dim=1)
-            deltas[start : start + 8192] = errors
-        slack = 1.0 + _gamma(rows.shape[1] + 8, _UNIT)
-        return operand, deltas * (slack / self.scale) + max(rows.shape[1], 1) ** 0.5 * 2.0**-62
-
-    def tile(
-        self, rows: slice | torch.Tensor, cols: slice, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Products (m, n) times scale^2, in fp32."""
-        left, right = self.queries[rows], self.features[cols].t()
-        if self.half:
-            if left.is_cuda:
-                return torch.mm(left, right, out_dtype=torch.float32)
-            # The products of two fp16 numbers are exact in fp32.
-            return torch.mm(left.float(), right.float())
-        if out is None:
-            return torch.mm(left, right)
-        target = out[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1])
-        return torch.mm(left, right, out=target)
-
-
 # ---- search -------------------------------------------------------------------------------------
 
 
@@ -282,7 +144,7 @@ class _Search:
         self,
         queries: torch.Tensor,
         features: torch.Tensor,
-        products: _Products,
+        products: Products,
         k: int,
         *,
         self_search: bool,
@@ -543,7 +405,7 @@ def knn(
     for name, value in named.items():
         _checks.tensor(op, name, value)
         _checks.rank(op, name, value, 2)
-        _checks.dtype(op, name, value, _FLOATS)
+        _checks.dtype(op, name, value, _checks.ALL_FLOATS)
     _checks.same_device(op, **named)
     if queries is not None and queries.shape[1] != features.shape[1]:
         raise ValueError(
@@ -586,7 +448,7 @@ def _knn(
         search = _Search(
             queries,
             features,
-            _Products(queries, features, query_norms, norms, half=half),
+            Products(queries, features, query_norms, norms, half=half),
             k,
             self_search=self_search,
             certify=precision == "exact",
@@ -607,71 +469,3 @@ def knn_and_least(
     if not features.is_cuda and k > 1:
         least = features.new_full((len(features),), torch.inf)
     return _knn(features, k, None, "torch", "exact", progress, least), least
-
-
-# ---- neighbours by camera -----------------------------------------------------------------------
-
-
-@_arrays.takes_arrays("features", "cameras")
-def camera_neighbours(
-    features: torch.Tensor,
-    cameras: torch.Tensor,
-    k: int,
-    own: int,
-    *,
-    progress: Progress | None = None,
-) -> Neighbours:
-    """Neighbour lists with a fixed share from a row's own camera.
-
-    Where cameras differ much, the nearest rows are mostly of the row's own camera and clusters
-    form by camera. Here each list has the ``own`` nearest rows of the same camera, the row itself
-    first, and the k - own nearest of all other cameras, evenly mixed. Given to
-    :func:`dhcl_ops.jaccard_graph` or :func:`dhcl_ops.cluster` as ``ranks``, mutual neighbours are
-    those within and across cameras apart, as in Chen et al. (CVPR 2023, "CA-Jaccard").
-
-    A row whose camera, or whose other cameras, have too few rows gets more of the other kind.
-
-    Args:
-        features: (N, d), as in :func:`knn`.
-        cameras: (N,) int64, any numbers.
-        k: length of a list, the row itself included, in [1, N].
-        own: how many of them are of the row's own camera, itself included, in [1, k].
-        progress: as in :func:`knn`.
-
-    Returns:
-        :class:`Neighbours`; the similarities of a list do not descend.
-
-    Raises:
-        TypeError, ValueError: as :func:`knn`; cameras of another shape, dtype or device.
-    """
-    op = "camera_neighbours"
-    _checks.tensor(op, "features", features)
-    _checks.rank(op, "features", features, 2)
-    _checks.tensor(op, "cameras", cameras)
-    _checks.dtype(op, "cameras", cameras, (torch.int64,))
-    _checks.shape(op, "cameras", cameras, (len(features),), "one per feature")
-    _checks.same_device(op, features=features, cameras=cameras)
-    k = _checks.integer(op, "k", k, 1)
-    own = _checks.integer(op, "own", own, 1)
-    if not own <= k <= len(features):
-        raise ValueError(
-            f"{op}: own, k and the number of features must not descend "
-            f"(got own={own}, k={k}, N={len(features)})"
-        )
-    n = len(features)
-    similarities = torch.empty(n, k, device=features.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=features.device)
-    uncertified = torch.zeros((), dtype=torch.int64, device=features.device)
-    for camera in cameras.unique().tolist():
-        inside = (cameras == camera).nonzero().squeeze(1)
-        outside = (cameras != camera).nonzero().squeeze(1)
-        here = max(min(own, len(inside)), k - len(outside))
-        near = knn(features[inside], here, progress=progress)
-        far = knn(features[outside], k - here, queries=features[inside], progress=progress)
-        # The i-th of a lists goes to i / a of the way, so that any beginning has the same shares.
-        way = torch.cat([torch.arange(here) / here, (torch.arange(k - here) + 0.5) / (k - here)])
-        order = way.argsort(stable=True).to(features.device)
-        indices[inside] = torch.cat([inside[near.indices], outside[far.indices]], 1)[:, order]
-        similarities[inside] = torch.cat([near.similarities, far.similarities], 1)[:, order]
-        uncertified += near.uncertified + far.uncertified
-    return Neighbours(similarities, indices, uncertified)

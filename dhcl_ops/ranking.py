@@ -20,7 +20,7 @@ import torch
 
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._ops import define
-from dhcl_ops.knn import full_precision, upper_norms
+from dhcl_ops._products import full_precision, upper_norms
 
 __all__ = ["RankingMetrics", "evaluate_ranking"]
 

@@ -12,23 +12,21 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 
 from dhcl_ops import _arrays, _checks
-from dhcl_ops.jaccard import (
+from dhcl_ops._csr import Rows
+from dhcl_ops._products import full_precision
+from dhcl_ops._progress import Progress, slices
+from dhcl_ops.defaults import ZHONG
+from dhcl_ops.jaccard import dense_rows
+from dhcl_ops.knn import knn_and_least
+from dhcl_ops.reciprocal import (
     Lists,
-    Progress,
-    Rows,
-    _available_bytes,
-    _largest_squares,
-    _softmax_rows,
-    as_tensors,
-    check_features,
-    dense_rows,
     expanded_sets,
     expanded_weights,
     feature_weights,
+    largest_squares,
     list_width,
-    slices,
+    softmax_rows,
 )
-from dhcl_ops.knn import full_precision, knn_and_least
 
 __all__ = ["RankedLists", "rerank", "rerank_distances"]
 
@@ -88,7 +86,7 @@ class _Features:
     def weights(self, k: int, half: int, k2: int, progress: Progress | None) -> tuple[Lists, Rows]:
         found, least = knn_and_least(self.features, k, progress)
         lists = Lists(found.indices.int(), k, half, k2)
-        largest = _largest_squares(self.features, progress) if least is None else 2.0 - 2.0 * least
+        largest = largest_squares(self.features, progress) if least is None else 2.0 - 2.0 * least
         self.scale = largest.clamp(min=_TINY)
         weights = feature_weights(self.features, lists, found.similarities, self.scale, progress)
         return lists, weights
@@ -134,7 +132,7 @@ class _Distances:
             owner = torch.arange(end - begin, device=self.device)
             owner = owner.repeat_interleave(offsets[begin : end + 1].diff())
             logits[first:last] = -self._rows(begin, end)[owner, columns[first:last].long()]
-        return lists, Rows(offsets, columns, _softmax_rows(offsets, logits))
+        return lists, Rows(offsets, columns, softmax_rows(offsets, logits))
 
     def block(self, begin: int, end: int) -> torch.Tensor:
         return self._rows(begin, end)[:, self.queries :]
@@ -153,13 +151,8 @@ def _rerank(
     k, half, k2 = list_width(op, source.total, k1, k2, "zhong")
     queries, gallery = source.queries, source.total - source.queries
     if topk is None:
-        free = _available_bytes(source.device)
-        if free is not None and 4 * queries * gallery > free:
-            raise MemoryError(
-                f"{op}: a matrix of {queries} x {gallery} needs "
-                f"{4 * queries * gallery / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-                "topk= gives ranked lists without it"
-            )
+        instead = "topk= gives ranked lists without it"
+        _checks.fits_in_memory(op, (queries, gallery), source.device, instead)
         out = torch.empty(queries, gallery, device=source.device)
     else:
         topk = _checks.integer(op, "topk", topk, 1)
@@ -184,9 +177,9 @@ def _rerank(
 def rerank(
     query: torch.Tensor,
     gallery: torch.Tensor,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    k1: int = ZHONG.k1,
+    k2: int = ZHONG.k2,
+    lambda_value: float = ZHONG.lambda_value,
     *,
     topk: int | None = None,
     progress: Progress | None = None,
@@ -218,9 +211,9 @@ def rerank(
     """
     op = "rerank"
     given = query
-    query, gallery = as_tensors(op, query=query, gallery=gallery)
-    query = check_features(op, "query", query)
-    gallery = check_features(op, "gallery", gallery)
+    query, gallery = _arrays.as_tensors(op, query=query, gallery=gallery)
+    query = _checks.unit_rows(op, "query", query)
+    gallery = _checks.unit_rows(op, "gallery", gallery)
     _checks.same_device(op, query=query, gallery=gallery)
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(
@@ -236,9 +229,9 @@ def rerank_distances(
     q_g: torch.Tensor,
     q_q: torch.Tensor,
     g_g: torch.Tensor,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    k1: int = ZHONG.k1,
+    k2: int = ZHONG.k2,
+    lambda_value: float = ZHONG.lambda_value,
     *,
     topk: int | None = None,
     progress: Progress | None = None,
@@ -262,11 +255,11 @@ def rerank_distances(
     """
     op = "rerank_distances"
     given = q_g
-    q_g, q_q, g_g = as_tensors(op, q_g=q_g, q_q=q_q, g_g=g_g)
+    q_g, q_q, g_g = _arrays.as_tensors(op, q_g=q_g, q_q=q_q, g_g=g_g)
     for name, value in (("q_g", q_g), ("q_q", q_q), ("g_g", g_g)):
         _checks.tensor(op, name, value)
         _checks.rank(op, name, value, 2)
-        _checks.dtype(op, name, value, (*_checks.FLOATS, torch.float64))
+        _checks.dtype(op, name, value, _checks.ALL_FLOATS)
     queries, gallery = q_g.shape
     _checks.shape(op, "q_q", q_q, (queries, queries), "one row and column per query")
     _checks.shape(op, "g_g", g_g, (gallery, gallery), "one row and column per gallery row")

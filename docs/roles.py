@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import griffe
@@ -23,8 +24,9 @@ def _markdown(match: re.Match[str]) -> str:
     name = shown.rsplit(".", 1)[-1]
     if name not in dhcl_ops.__all__:
         return f"`{shown}`"
-    # The module knn bears the name of its function.
-    return f"[`{shown}`][dhcl_ops.{'knn.knn' if name == 'knn' else name}]"
+    # Some modules, such as knn, bear the name of their function.
+    hidden = f"dhcl_ops.{name}" in sys.modules
+    return f"[`{shown}`][dhcl_ops.{name}{f'.{name}' if hidden else ''}]"
 
 
 class Roles(griffe.Extension):

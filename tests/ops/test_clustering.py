@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN
 
-from dhcl_ops import cluster, dbscan, jaccard_distance, jaccard_graph, self_paced_labels
-from dhcl_ops import jaccard as stages
+from dhcl_ops import _csr, cluster, dbscan, jaccard_distance, jaccard_graph, self_paced_labels
 from dhcl_ops.knn import knn
 from tests import checks
 from tests.checks import call, same_bits
@@ -25,7 +24,7 @@ def sklearn_labels(dense, eps, min_samples):
 def sparse(dense, limit):
     near = dense <= limit
     offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
-    return stages.csr_tensor(offsets, near.nonzero()[:, 1], dense[near])
+    return _csr.sparse_tensor(offsets, near.nonzero()[:, 1], dense[near])
 
 
 # ---- DBSCAN -------------------------------------------------------------------------------------

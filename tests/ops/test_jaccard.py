@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import dhcl_ops
-from dhcl_ops import _ops, jaccard_distance, jaccard_graph
-from dhcl_ops import jaccard as stages
+from dhcl_ops import _checks, _ops, jaccard, jaccard_distance, jaccard_graph, reciprocal
+from dhcl_ops._csr import Rows
 from dhcl_ops.knn import Neighbours, knn
 from tests import checks
 from tests.checks import call, same_bits
@@ -27,11 +27,11 @@ def ranks_of(features, k):
 
 def weights_of(features, k1, k2, convention="spcl"):
     """The sparse weights before the query expansion, and the neighbour lists."""
-    k, half, k2 = stages.list_width("test", len(features), k1, k2, convention)
+    k, half, k2 = reciprocal.list_width("test", len(features), k1, k2, convention)
     found = knn(features, k)
-    lists = stages.Lists(found.indices.int(), k, half, k2)
-    scale = stages._largest_squares(features, None) if convention == "zhong" else None
-    return lists, stages.feature_weights(features, lists, found.similarities, scale, None)
+    lists = reciprocal.Lists(found.indices.int(), k, half, k2)
+    scale = reciprocal.largest_squares(features, None) if convention == "zhong" else None
+    return lists, reciprocal.feature_weights(features, lists, found.similarities, scale, None)
 
 
 def dense_of(rows):
@@ -71,7 +71,7 @@ def test_bits_equal_a_dense_computation_with_the_same_weights(regime, k1, k2):
     x = features_like(regime, 400, seed=1)
     lists, weights = weights_of(x, k1, k2)
     expansion = dense_expansion(dense_of(weights), lists.ranks.numpy(), k2)
-    rows = stages.expanded_weights(lists, weights, None)
+    rows = reciprocal.expanded_weights(lists, weights, None)
     assert same_bits(torch.from_numpy(dense_of(rows)), torch.from_numpy(expansion))
     expected = torch.from_numpy(dense_distance(expansion))
     assert same_bits(jaccard_distance(x, k1, k2), expected)
@@ -234,11 +234,11 @@ def test_join_survives_rows_of_other_weights():
     weights = torch.from_numpy(dense)
     row, column = weights.nonzero().T
     offsets = torch.searchsorted(row.contiguous(), torch.arange(n + 1))
-    rows = stages.Rows(offsets, column.int(), weights[row, column])
+    rows = Rows(offsets, column.int(), weights[row, column])
     expected = torch.from_numpy(dense_distance(dense))
     for eps in (0.2, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99):
-        index = stages._Index(*call("compiled", "inverted_index", *rows, eps))
-        graph = stages.join(rows, index, eps, None)
+        index = jaccard.Index(*call("compiled", "inverted_index", *rows, eps))
+        graph = jaccard.join(rows, index, eps, None)
         within = torch.where(expected <= np.float32(eps), expected, torch.inf)
         assert same_bits(densified(graph), within)
 
@@ -259,8 +259,9 @@ def test_ranges_of_rows_do_not_show(monkeypatch):
     x = features_like("moderate", 300)
     plain = jaccard_graph(x)
     dense = jaccard_distance(x)
-    original = stages.slices
-    monkeypatch.setattr(stages, "slices", lambda n, s, p, size=0: original(n, s, p, 37))
+    original = jaccard.slices
+    for module in (reciprocal, jaccard):
+        monkeypatch.setattr(module, "slices", lambda n, s, p, size=0: original(n, s, p, 37))
     again = jaccard_graph(x)
     assert same_bits(again.values(), plain.values())
     assert same_bits(again.col_indices(), plain.col_indices())
@@ -395,7 +396,7 @@ def test_eps_outside_zero_and_one(eps):
 
 
 def test_a_dense_matrix_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(stages, "_available_bytes", lambda device: 1000)
+    monkeypatch.setattr(_checks, "available_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"40 x 40 needs 0.0 GiB and 0.0 GiB .*jaccard_graph"):
         jaccard_distance(GOOD)
 

@@ -68,12 +68,12 @@ def small_tiles(monkeypatch):
 def products(request, monkeypatch):
     """The CPU with the products of CUDA: fp16 operands and their bound."""
     if request.param == "half":
-        original = knn_module._Products
+        original = knn_module.Products
 
         def half_products(*args, half):
             return original(*args, half=True)
 
-        monkeypatch.setattr(knn_module, "_Products", half_products)
+        monkeypatch.setattr(knn_module, "Products", half_products)
     return request.param
 
 
@@ -232,7 +232,7 @@ def test_the_bound_holds(device, half, scale, mixed):
         features = features * torch.logspace(-4, 2, 90).unsqueeze(1)
     features, queries = features.to(device), queries.to(device)
     norms = [knn_module.upper_norms("knn", "rows", rows) for rows in (queries, features)]
-    p = knn_module._Products(queries, features, *norms, half=half)
+    p = knn_module.Products(queries, features, *norms, half=half)
     tile = p.tile(slice(0, 40), slice(0, 90)).double() / p.scale**2
     every = torch.arange(90, device=device).expand(40, 90)
     scores = call("compiled", "knn_scores", queries, features, every).double()
@@ -482,8 +482,8 @@ def test_rows_of_small_integers_are_full_of_ties(data, n, d, levels, half):
     k = data.draw(st.integers(0, n))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knn_module, "_TILES", {"cpu": (7, 11)})
-        original = knn_module._Products
-        patch.setattr(knn_module, "_Products", lambda *a, **_: original(*a, half=half))
+        original = knn_module.Products
+        patch.setattr(knn_module, "Products", lambda *a, **_: original(*a, half=half))
         assert_is(knn(features, k), brute_force(features, k))
         queries = features[: n // 2]
         assert_is(knn(features, k, queries=queries), brute_force(features, k, queries))

@@ -94,8 +94,8 @@ def test_empty_launches(host):
 
 def test_the_whole_search_on_these_kernels(host, monkeypatch):
     """knn with fp16 products and both CUDA kernels, up to its answer."""
-    original = knn_module._Products
-    monkeypatch.setattr(knn_module, "_Products", lambda *a, half: original(*a, half=True))
+    original = knn_module.Products
+    monkeypatch.setattr(knn_module, "Products", lambda *a, half: original(*a, half=True))
     monkeypatch.setattr(knn_module, "_TILES", {"cpu": (16, 40)})
     monkeypatch.setattr(knn_module, "_select", lambda *a: host_select(host, a[:4], *a[4:]))
     monkeypatch.setattr(knn_module, "_scores", lambda *a: host_scores(host, *a))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dhcl_ops import compat, jaccard_distance, rerank, rerank_distances, reranking
+from dhcl_ops import _checks, compat, jaccard_distance, rerank, rerank_distances, reranking
 from tests.ops.jaccard_data import REGIMES, features_like, rerank_by_definition
 
 
@@ -133,7 +133,7 @@ def test_refusals(monkeypatch):
     q_g[3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"q_g must be finite .got nan or inf in row 3"):
         rerank_distances(q_g, q_q, g_g)
-    monkeypatch.setattr(reranking, "_available_bytes", lambda device: 10)
+    monkeypatch.setattr(_checks, "available_bytes", lambda device: 10)
     with pytest.raises(MemoryError, match=r"10 x 40 needs .* GiB .*topk="):
         rerank(query, gallery)
 

@@ -37,6 +37,7 @@ from dhcl.inference.reid import Found, ReID, op_progress
 from dhcl.training.evaluation import RANKS, by_name, table
 from dhcl.words import show
 from dhcl_ops import cluster, evaluate_ranking, rerank
+from dhcl_ops.defaults import SPCL, ZHONG
 
 __all__ = ["SERVICES"]
 
@@ -411,7 +412,8 @@ def _cluster(arguments: list[str]) -> None:
     if given.out.suffix.lower() != ".csv":
         raise ConfigError(f"out: must be a .csv file (got {given.out})")
     _check_cameras(given.pattern, given.trained_cameras)
-    numbers: dict[str, Any] = {"k1": 30, "k2": 6, "eps": 0.6, "min_samples": 4}
+    taken = ("k1", "k2", "eps", "min_samples")
+    numbers: dict[str, Any] = {name: getattr(SPCL, name) for name in taken}
     if given.features.is_dir():
         if given.run is None:
             raise ConfigError("run: for a folder of images a run must be given (--run RUN)")
@@ -464,11 +466,11 @@ class _RerankArguments:
     """File for the lists, .npz: indices and distances (Q, topk), paths where they are known."""
     topk: int = 50
     """Length of the lists."""
-    k1: int = 20
+    k1: int = ZHONG.k1
     """Neighbours."""
-    k2: int = 6
+    k2: int = ZHONG.k2
     """Neighbours in the query expansion."""
-    lambda_value: float = 0.3
+    lambda_value: float = ZHONG.lambda_value
     """Share of the original distance."""
     key: str | None = None
     """Name of the features in the files, where it is not one of the usual ones."""
@@ -524,11 +526,11 @@ class _MetricsArguments:
     """With k-reciprocal re-ranking too."""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Of the features; euclidean takes rows as they are."""
-    k1: int = 20
+    k1: int = ZHONG.k1
     """Neighbours of the re-ranking."""
-    k2: int = 6
+    k2: int = ZHONG.k2
     """Neighbours in its query expansion."""
-    lambda_value: float = 0.3
+    lambda_value: float = ZHONG.lambda_value
     """Its share of the original distance."""
     key: str | None = None
     """Name of the features in the files, where it is not one of the usual ones."""

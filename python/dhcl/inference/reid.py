@@ -31,6 +31,7 @@ from dhcl.data.datasets import IMAGE_SUFFIXES
 from dhcl.models import ReIDModel
 from dhcl.words import show
 from dhcl_ops import Clustering, cluster, knn, rerank
+from dhcl_ops.defaults import ZHONG
 
 __all__ = ["Batch", "Found", "Images", "ReID", "op_progress"]
 
@@ -335,9 +336,9 @@ class ReID:
         topk: int = 20,
         rerank: bool = False,
         *,
-        k1: int = 20,
-        k2: int = 6,
-        lambda_value: float = 0.3,
+        k1: int = ZHONG.k1,
+        k2: int = ZHONG.k2,
+        lambda_value: float = ZHONG.lambda_value,
     ) -> Found:
         """Rank a gallery for each query.
 
@@ -419,9 +420,9 @@ def search(
     topk: int,
     reranked: bool = False,
     *,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    k1: int = ZHONG.k1,
+    k2: int = ZHONG.k2,
+    lambda_value: float = ZHONG.lambda_value,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Found:
     """:meth:`ReID.search` on features (Q, d) and (G, d) with rows of length 1."""

@@ -1,0 +1,249 @@
+"""The memory bank as a module: one feature per training image, and a prototype per class.
+
+Mathematics: method.md in docs, sections "Bank" and "Prototypes"; the ops are those of
+:mod:`dhcl_ops.memory`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dhcl_ops import _arrays, _checks
+from dhcl_ops.memory import class_csr, momentum_update_, update_segment_mean_
+
+__all__ = ["MemoryBank"]
+
+
+class MemoryBank(nn.Module):
+    """One feature per training image, and one prototype per class, kept current together.
+
+    Classes are the clusters ``0 .. C-1`` of :meth:`set_labels`, followed by one class for each
+    un-clustered image (label -1) in ascending image index. A prototype is the mean of its members'
+    rows; after every :meth:`update_` the prototypes of the touched classes are computed again from
+    their members, so ``bank.prototypes`` always equals ``prototypes(bank.features,
+    bank.proto_of)`` to the bit and never drifts.
+
+    All of it is in ``state_dict``: a restored bank goes on bit for bit. Nothing here takes part in
+    autograd, and :meth:`update_` does not wait for the device.
+
+    Args:
+        num_samples: N, the number of training images.
+        num_features: d, the width of a feature.
+        momentum: share of the old row in an update, in [0, 1].
+        eps: see :func:`momentum_update_`.
+        normalize_prototypes: divide prototypes by their norm. SpCL does not.
+        dtype: float32, float16 or bfloat16.
+        device: where the bank lives.
+
+    Attributes:
+        features: (N, d) the instance bank.
+        labels: (N,) int64 as last given to :meth:`set_labels`.
+        skipped: (1,) int64, how many updates were left out because their feature was not finite.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    skipped: torch.Tensor
+    _prototypes: torch.Tensor
+    _proto_of: torch.Tensor
+    _members: torch.Tensor
+    _offsets: torch.Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_features: int,
+        *,
+        momentum: float = 0.2,
+        eps: float = 0.0,
+        normalize_prototypes: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        op = "MemoryBank"
+        for name, size in (("num_samples", num_samples), ("num_features", num_features)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{op}: {name} must be a positive integer (got {size!r})")
+        if dtype not in _checks.FLOATS:
+            raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16 (got {dtype})")
+        self.momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
+        self.eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
+        self.normalize_prototypes = bool(normalize_prototypes)
+
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        features = torch.zeros(num_samples, num_features, dtype=dtype, device=device)
+        self.register_buffer("features", features)
+        self.register_buffer("labels", integers(num_samples) - 1)
+        self.register_buffer("skipped", integers(1))
+        # Empty until set_labels; their lengths are part of the state.
+        self.register_buffer("_prototypes", features[:0].clone())
+        self.register_buffer("_proto_of", integers(0))
+        self.register_buffer("_members", integers(0), persistent=False)
+        self.register_buffer("_offsets", integers(1), persistent=False)
+        self._num_clusters = 0
+
+    @property
+    def num_clusters(self) -> int:
+        """C, the number of clusters; prototypes from C on are single images."""
+        return self._num_clusters
+
+    @property
+    def prototypes(self) -> torch.Tensor:
+        """(K, d) one row per cluster, then one per un-clustered image."""
+        self._require_labels("prototypes")
+        return self._prototypes
+
+    @property
+    def proto_of(self) -> torch.Tensor:
+        """(N,) int64, the prototype each image belongs to."""
+        self._require_labels("proto_of")
+        return self._proto_of
+
+    def _require_labels(self, what: str) -> None:
+        if self._proto_of.shape[0] == 0:
+            raise RuntimeError(f"MemoryBank.{what}: call set_labels(labels) first")
+
+    @torch.no_grad()
+    def init(self, features: torch.Tensor) -> None:
+        """Fill the bank with these features (N, d), each divided by its norm.
+
+        Raises ``ValueError`` naming the first row that is zero or not finite, and then changes
+        nothing.
+        """
+        op = "MemoryBank.init"
+        features = self._as_tensor(op, "features", features)
+        wanted = tuple(self.features.shape)
+        _checks.shape(op, "features", features, wanted, "one row per training image")
+        _checks.dtype(op, "features", features, _checks.ALL_FLOATS)
+        fresh = torch.zeros_like(self.features)
+        left_out = torch.zeros_like(self.skipped)
+        every_row = torch.arange(len(fresh), device=fresh.device)
+        single = features.to(torch.float32) if features.dtype == torch.float64 else features
+        momentum_update_(fresh, single, every_row, 0.0, skipped=left_out)
+        if int(left_out):
+            # Rows that were left out are the ones still zero.
+            row = int((fresh == 0).all(dim=1).nonzero()[0])
+            raise ValueError(
+                f"{op}: every feature must be finite and not zero "
+                f"(got {int(left_out)} that are not, the first at row {row})"
+            )
+        self.features.copy_(fresh)
+        if self._proto_of.shape[0]:
+            self._refresh_all()
+
+    @torch.no_grad()
+    def set_labels(self, labels: torch.Tensor) -> None:
+        """Take new cluster labels (N,) and compute all prototypes.
+
+        Labels are integers, -1 for un-clustered images, and clusters are ``0 .. C-1`` without
+        gaps, as DBSCAN numbers them; an array is accepted. Raises ``ValueError`` otherwise,
+        changing nothing.
+        """
+        op = "MemoryBank.set_labels"
+        labels = self._as_tensor(op, "labels", labels)
+        _checks.dtype(op, "labels", labels, (torch.int64, torch.int32))
+        _checks.shape(op, "labels", labels, tuple(self.labels.shape), "one per training image")
+        labels = labels.to(torch.int64)
+        lowest, highest = (int(x) for x in torch.aminmax(labels))
+        if lowest < -1:
+            raise ValueError(f"{op}: labels must be >= -1 (got {lowest})")
+        clusters = highest + 1
+        if clusters > labels.numel():
+            raise ValueError(
+                f"{op}: clusters must be numbered without gaps "
+                f"(got label {highest} for {labels.numel()} images)"
+            )
+        sizes = torch.bincount(labels[labels >= 0], minlength=clusters)
+        if bool((sizes == 0).any()):
+            gap = int((sizes == 0).nonzero()[0])
+            raise ValueError(
+                f"{op}: clusters must be numbered without gaps (got none with label {gap}, "
+                f"and the highest is {highest})"
+            )
+        outlier = labels < 0
+        proto_of = torch.where(outlier, clusters - 1 + outlier.cumsum(0), labels)
+        self.labels.copy_(labels)
+        self._proto_of = proto_of
+        self._num_clusters = clusters
+        self._rebuild_members()
+        self._prototypes = self.features.new_zeros(
+            self._offsets.shape[0] - 1, self.features.shape[1]
+        )
+        self._refresh_all()
+
+    @torch.no_grad()
+    def update_(self, features: torch.Tensor, indices: torch.Tensor) -> None:
+        """Move the rows of these images towards new features and refresh their prototypes.
+
+        Args:
+            features: (B, d) of the batch.
+            indices: (B,) int64 image indices; repeats are applied one after another.
+        """
+        features = self._as_tensor("MemoryBank.update_", "features", features)
+        indices = self._as_tensor("MemoryBank.update_", "indices", indices)
+        momentum_update_(
+            self.features, features, indices, self.momentum, eps=self.eps, skipped=self.skipped
+        )
+        if self._proto_of.shape[0]:
+            update_segment_mean_(
+                self._prototypes,
+                self.features,
+                self._members,
+                self._offsets,
+                self._proto_of[indices],
+                self.normalize_prototypes,
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes and momentum, for ``print``."""
+        n, d = self.features.shape
+        classes = f", {self._num_clusters} clusters, {self._prototypes.shape[0]} prototypes"
+        return f"{n} x {d}, momentum={self.momentum}{classes if self._proto_of.shape[0] else ''}"
+
+    def _as_tensor(self, op: str, name: str, value: Any) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and _arrays.is_array(value):
+            return _arrays.to_tensor(op, name, value).to(self.features.device)
+        _checks.tensor(op, name, value)
+        tensor: torch.Tensor = value
+        if tensor.device != self.features.device:
+            raise ValueError(
+                f"{op}: {name} must be on the bank's device {self.features.device} "
+                f"(got {tensor.device})"
+            )
+        return tensor
+
+    def _rebuild_members(self) -> None:
+        outliers = int((self.labels < 0).sum())
+        self._members, self._offsets = class_csr(self._proto_of, self._num_clusters + outliers)
+
+    def _refresh_all(self) -> None:
+        every_class = torch.arange(self._prototypes.shape[0], device=self._prototypes.device)
+        update_segment_mean_(
+            self._prototypes,
+            self.features,
+            self._members,
+            self._offsets,
+            every_class,
+            self.normalize_prototypes,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The number of prototypes is part of the state: make room for what is coming.
+        for name in ("_prototypes", "_proto_of"):
+            stored = state_dict.get(prefix + name)
+            if stored is not None:
+                setattr(self, name, getattr(self, name).new_empty(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self._proto_of.shape[0]:
+            self._num_clusters = int(self.labels.max()) + 1
+            self._rebuild_members()
+        else:
+            self._num_clusters = 0

@@ -1,0 +1,127 @@
+"""DBSCAN over a sparse distance matrix.
+
+DBSCAN is that of Ester et al. (KDD 1996) with the numbering of scikit-learn, label for label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dhcl_ops import _checks, _csr
+from dhcl_ops._ops import define
+from dhcl_ops.defaults import SPCL
+
+__all__ = ["dbscan"]
+
+
+def _dbscan_reference(
+    offsets: torch.Tensor,
+    columns: torch.Tensor,
+    values: torch.Tensor,
+    eps: float,
+    min_samples: int,
+) -> torch.Tensor:
+    n = len(offsets) - 1
+    limit = torch.tensor(eps, dtype=torch.float32, device=values.device)
+    rows = _csr.row_ids(offsets)
+    near = values <= limit
+    core = torch.zeros_like(offsets[:-1]).index_add(0, rows, near.long()) >= min_samples
+    near = near & core[columns]
+    # Each core row takes the smallest core row it can reach: neighbours' roots, then their roots.
+    inner = near & core[rows]
+    root = torch.arange(n, device=offsets.device)
+    while True:
+        lower = root.scatter_reduce(0, rows[inner], root[columns[inner]], "amin")
+        # What hangs below a root that has found a smaller one follows it.
+        lower = lower.scatter_reduce(0, root[core], lower[core], "amin")
+        lower = lower[lower]
+        if torch.equal(lower, root):
+            break
+        root = lower
+    is_root = core & (root == torch.arange(n, device=offsets.device))
+    number = is_root.long().cumsum(0) - 1
+    labels = torch.where(core, number[root], -1)
+    border = near & ~core[rows]
+    lowest = torch.full_like(labels, n).scatter_reduce(
+        0, rows[border], labels[columns[border]], "amin"
+    )
+    return torch.where(lowest < n, lowest, labels)
+
+
+def _dbscan_sample(device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(2)
+    distances = torch.rand(24, 24, generator=generator)
+    distances = torch.minimum(distances, distances.T).fill_diagonal_(0.0)
+    near = distances <= 0.1
+    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
+    columns = near.nonzero()[:, 1]
+    return offsets.to(device), columns.to(device), distances[near].to(device), 0.07, 3
+
+
+_dbscan = define(
+    "dbscan(Tensor offsets, Tensor columns, Tensor values, float eps, int min_samples) -> Tensor",
+    family="jaccard",
+    reference=_dbscan_reference,
+    fake=lambda offsets, columns, values, eps, min_samples: offsets.new_empty(offsets.shape[0] - 1),
+    sample=_dbscan_sample,
+)
+
+
+@torch.no_grad()
+def dbscan(
+    graph: torch.Tensor, eps: float | Sequence[float], min_samples: int = SPCL.min_samples
+) -> torch.Tensor:
+    """Cluster the rows of a sparse distance matrix; pairs it does not hold are too far apart.
+
+    Labels equal those of ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples,
+    metric="precomputed")`` on the dense matrix: a row is core if at least ``min_samples`` entries
+    of its line, its own included where that is at most eps, are at most eps (in float32); clusters
+    are numbered by their smallest core row; a border row belongs to the lowest-numbered cluster it
+    touches; -1 is for rows of none.
+
+    Args:
+        graph: (N, N) sparse CSR tensor, symmetric, columns ascending: what
+            :func:`dhcl_ops.jaccard_graph` returns, made with at least the largest eps.
+        eps: largest distance of neighbours, >= 0; or several of them.
+        min_samples: neighbours that make a row core, >= 1.
+
+    Returns:
+        (N,) int64 labels; (E, N) for a sequence of E eps.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, layout, dtype, shape or range.
+    """
+    op = "dbscan"
+    _checks.tensor(op, "graph", graph)
+    if graph.layout != torch.sparse_csr:
+        got = str(graph.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: graph must be a sparse CSR tensor (got {got})")
+    if graph.dim() != 2 or graph.shape[0] != graph.shape[1]:
+        raise ValueError(f"{op}: graph must be square (got shape {tuple(graph.shape)})")
+    _checks.dtype(op, "graph", graph, (torch.float32,))
+    min_samples = _checks.integer(op, "min_samples", min_samples, 1)
+    several = isinstance(eps, Sequence)
+    wanted = [
+        _checks.number(op, "eps", e, 0.0, rule="finite and >= 0")
+        for e in (eps if isinstance(eps, Sequence) else [eps])
+    ]
+    parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
+    _check_ascending(op, parts[0], parts[1])
+    labels: list[torch.Tensor] = [_dbscan(*parts, e, min_samples) for e in wanted]
+    if not several:
+        return labels[0]
+    return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])
+
+
+def _check_ascending(op: str, offsets: torch.Tensor, columns: torch.Tensor) -> None:
+    """Refuse a graph whose columns do not ascend: edges would be missed without a word."""
+    falls = torch.nn.functional.pad(columns[1:] <= columns[:-1], (1, 0))
+    starts = offsets[:-1]
+    falls[starts[starts < len(columns)]] = False
+    if len(columns) and bool(falls.any()):
+        entry = falls.nonzero()[0]
+        row = int(torch.searchsorted(offsets, entry, right=True)) - 1
+        raise ValueError(f"{op}: columns must ascend within each row (got others in row {row})")

@@ -1,0 +1,368 @@
+"""k-reciprocal encoding: from features to weighted sets of mutual neighbours.
+
+The sets and weights of Zhong et al. (CVPR 2017, "Re-ranking person re-identification with
+k-reciprocal encoding"), in the form of their code or in that of SpCL (Ge et al., NeurIPS 2020),
+which most unsupervised re-identification code shares. Both build N x N matrices; here rows stay
+sparse throughout.
+
+The stages, one op each: mutual neighbours, their expansion, similarities within the sets, weights,
+query expansion. ``csrc/reciprocal.h`` states the orders of summation which make the result equal to
+a dense computation, to the bit, given the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from dhcl_ops import _arrays, _checks, _csr, _sums
+from dhcl_ops._csr import Rows
+from dhcl_ops._ops import define
+from dhcl_ops._products import full_precision
+from dhcl_ops._progress import Progress, slices
+from dhcl_ops.knn import Neighbours, knn
+
+Convention = Literal["spcl", "zhong"]
+CONVENTIONS = ("spcl", "zhong")
+
+
+# ---- mutual neighbours --------------------------------------------------------------------------
+
+
+def _reciprocal_positions_reference(ranks: torch.Tensor) -> torch.Tensor:
+    n, width = ranks.shape
+    out = torch.full((n, width), -1, dtype=torch.int16, device=ranks.device)
+    if out.numel() == 0:
+        return out
+    for start in range(0, n, max(1, _csr.CHUNK // (width * width))):
+        block = ranks[start : start + max(1, _csr.CHUNK // (width * width))].long()
+        own = torch.arange(start, start + len(block), device=ranks.device)
+        same = ranks[block] == own[:, None, None]
+        position = torch.where(same, torch.arange(width, device=ranks.device), -1).amax(2)
+        out[start : start + len(block)] = position.to(torch.int16)
+    return out
+
+
+def _k_reciprocal_reference(
+    ranks: torch.Tensor, positions: torch.Tensor, k: int, half: int, begin: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n = len(ranks)
+    keys = []
+    block = max(1, _csr.CHUNK // max(1, k * half * k))
+    near = torch.where((positions >= 0) & (positions < half), ranks, -1)[:, :half].long()
+    for start in range(begin, end, block):
+        stop = min(start + block, end)
+        rows = torch.arange(start, stop, device=ranks.device)
+        mutual = (positions[start:stop, :k] >= 0) & (positions[start:stop, :k] < k)
+        members = torch.where(mutual, ranks[start:stop, :k].long(), -1)
+        # (rows, k, half): the close mutual neighbours of each mutual neighbour.
+        candidates = near[members.clamp(min=0)]
+        exists = (candidates >= 0) & mutual[:, :, None]
+        inside = (candidates[:, :, :, None] == members[:, None, None, :]).any(3) & exists
+        taken = 3 * inside.sum(2) > 2 * exists.sum(2)
+        added = exists & taken[:, :, None]
+        row_of = rows[:, None, None].expand_as(candidates)
+        keys.append((rows[:, None] * n + members)[mutual])
+        keys.append((row_of * n + candidates)[added])
+    distinct = torch.cat(keys).unique() if keys else ranks.new_empty(0, dtype=torch.int64)
+    offsets = _csr.offsets_of(distinct // max(n, 1) - begin, end - begin)
+    return offsets, (distinct % max(n, 1)).int()
+
+
+def _sample_ranks(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 20, generator=generator).repeat_interleave(5, 0)
+    features = nn.functional.normalize(features + 0.2 * torch.randn(15, 20, generator=generator))
+    similarities, ranks = (features @ features.T).topk(6, dim=1)
+    return features.to(device), ranks.int().to(device), similarities.to(device)
+
+
+def _sample_csr(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    _, ranks, _ = _sample_ranks(device)
+    return _k_reciprocal_reference(ranks, _reciprocal_positions_reference(ranks), 6, 4, 0, 15)
+
+
+def sample_weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A small CSR matrix of weights, for the samples of ops that take one."""
+    offsets, columns = _sample_csr(device)
+    generator = torch.Generator().manual_seed(1)
+    logits = -torch.rand(len(columns), generator=generator).to(device)
+    return offsets, columns, _softmax_rows_reference(offsets, logits)
+
+
+_reciprocal_positions = define(
+    "reciprocal_positions(Tensor ranks) -> Tensor",
+    family="jaccard",
+    reference=_reciprocal_positions_reference,
+    fake=lambda ranks: torch.empty_like(ranks, dtype=torch.int16),
+    sample=lambda device: (_sample_ranks(device)[1],),
+)
+
+
+_k_reciprocal = define(
+    "k_reciprocal(Tensor ranks, Tensor positions, int k, int half, int begin, int end) "
+    "-> (Tensor, Tensor)",
+    family="jaccard",
+    reference=_k_reciprocal_reference,
+    fake=lambda ranks, positions, k, half, begin, end: _csr.fake_rows(ranks, end - begin)[:2],
+    sample=lambda device: (
+        _sample_ranks(device)[1],
+        _reciprocal_positions_reference(_sample_ranks(device)[1]),
+        6,
+        4,
+        2,
+        15,
+    ),
+)
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+def _pair_dots_reference(
+    features: torch.Tensor,
+    ranks: torch.Tensor,
+    similarities: torch.Tensor | None,
+    offsets: torch.Tensor,
+    columns: torch.Tensor,
+    begin: int,
+) -> torch.Tensor:
+    rows = _csr.row_ids(offsets) + begin
+    out = features.new_empty(len(columns))
+    block = max(1, _csr.CHUNK // max(features.shape[1], _sums.COLUMNS))
+    for start in range(0, len(columns), block):
+        row, column = rows[start : start + block], columns[start : start + block].long()
+        dots = _sums.sum_elements(features[row] * features[column])
+        if similarities is not None:
+            known = ranks[row] == column[:, None]
+            place = torch.where(known, torch.arange(ranks.shape[1], device=row.device), -1).amax(1)
+            stored = similarities[row].gather(1, place.clamp(min=0)[:, None]).squeeze(1)
+            dots = torch.where(place >= 0, stored, dots)
+        out[start : start + block] = dots
+    return out
+
+
+_pair_dots = define(
+    "pair_dots(Tensor features, Tensor ranks, Tensor? similarities, Tensor offsets, "
+    "Tensor columns, int begin) -> Tensor",
+    family="jaccard",
+    reference=_pair_dots_reference,
+    fake=lambda features, ranks, similarities, offsets, columns, begin: features.new_empty(
+        columns.shape[0]
+    ),
+    sample=lambda device: (*_sample_ranks(device), *_sample_csr(device), 0),
+)
+
+
+def _softmax_rows_reference(offsets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    rows = _csr.row_ids(offsets)
+    count = len(offsets) - 1
+    wide = logits.double()
+    top = wide.new_full((count,), -torch.inf).scatter_reduce(0, rows, wide, "amax")
+    exps = (wide - top[rows]).exp()
+    sums = wide.new_zeros(count).index_add(0, rows, exps)
+    return (exps / sums[rows]).float()
+
+
+softmax_rows = define(
+    "softmax_rows(Tensor offsets, Tensor logits) -> Tensor",
+    family="jaccard",
+    reference=_softmax_rows_reference,
+    fake=lambda offsets, logits: torch.empty_like(logits),
+    sample=lambda device: (sample_weights(device)[0], -sample_weights(device)[2]),
+)
+
+
+# ---- query expansion ----------------------------------------------------------------------------
+
+
+def _query_expand_reference(
+    ranks: torch.Tensor,
+    offsets: torch.Tensor,
+    columns: torch.Tensor,
+    values: torch.Tensor,
+    k2: int,
+    begin: int,
+    end: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = len(offsets) - 1
+    sizes = offsets.diff()
+    near = ranks[begin:end, :k2].long()
+    all_keys, all_values = [], []
+    for start, stop in _csr.chunks(sizes[near].sum(1)):
+        lists = near[start:stop].reshape(-1)
+        rows = torch.arange(start, stop, device=ranks.device).repeat_interleave(k2)
+        owner, place = _csr.places(sizes[lists])
+        entry = offsets[lists[owner]] + place
+        # Stable: of one column the entries stay in the order of the neighbour list.
+        keys, order = (rows[owner] * n + columns[entry]).sort(stable=True)
+        keys, sums = _csr.sums_in_order(values[entry[order]], keys)
+        all_keys.append(keys)
+        all_values.append(sums / torch.tensor(float(k2), device=sums.device))
+    keys = torch.cat(all_keys) if all_keys else offsets.new_empty(0)
+    sums = torch.cat(all_values) if all_values else values.new_empty(0)
+    return _csr.offsets_of(keys // max(n, 1), end - begin), (keys % max(n, 1)).int(), sums
+
+
+_query_expand = define(
+    "query_expand(Tensor ranks, Tensor offsets, Tensor columns, Tensor values, int k2, int begin, "
+    "int end) -> (Tensor, Tensor, Tensor)",
+    family="jaccard",
+    reference=_query_expand_reference,
+    fake=lambda ranks, offsets, columns, values, k2, begin, end: _csr.fake_rows(ranks, end - begin),
+    sample=lambda device: (_sample_ranks(device)[1], *sample_weights(device), 3, 1, 14),
+)
+
+
+# ---- the stages together ------------------------------------------------------------------------
+
+
+class Lists(NamedTuple):
+    """The neighbour lists as the stages take them."""
+
+    ranks: torch.Tensor  # (N, width) int32
+    k: int  # neighbours that count, the row itself included
+    half: int  # neighbours of a neighbour that count
+    k2: int
+
+
+def list_width(op: str, n: int, k1: int, k2: int, convention: str) -> tuple[int, int, int]:
+    """Check k1 and k2; return the width of the lists, of the halves, and k2, clamped to N rows."""
+    k1 = _checks.integer(op, "k1", k1, 1)
+    k2 = _checks.integer(op, "k2", k2, 1)
+    _checks.one_of(op, "convention", convention, CONVENTIONS)
+    if k2 > k1:
+        raise ValueError(f"{op}: k2 must be at most k1 (got k1={k1}, k2={k2})")
+    # SpCL's search returns k1 neighbours, the row itself among them; Zhong et al. count k1 others.
+    k = min(k1 + (convention == "zhong"), n)
+    # round() goes half to even, as NumPy's around in both codes: 25 -> 12, 15 -> 8.
+    return k, min(round(k1 / 2) + 1, k), min(k2, n)
+
+
+def expanded_sets(lists: Lists, progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The expanded mutual neighbours of every row: offsets and columns."""
+    ranks, k, half, _ = lists
+    positions = _reciprocal_positions(ranks)
+    parts = [
+        _k_reciprocal(ranks, positions, k, half, begin, end)
+        for begin, end in slices(len(ranks), "mutual neighbours", progress)
+    ]
+    return cast("tuple[torch.Tensor, torch.Tensor]", _csr.joined(parts, ranks)[:2])
+
+
+def expanded_weights(lists: Lists, weights: Rows, progress: Progress | None) -> Rows:
+    """The mean of the rows of each row's first k2 neighbours."""
+    if lists.k2 <= 1:
+        return weights
+    parts = [
+        _query_expand(lists.ranks, *weights, lists.k2, begin, end)
+        for begin, end in slices(len(lists.ranks), "query expansion", progress)
+    ]
+    return Rows(*_csr.joined(parts, lists.ranks))
+
+
+def largest_squares(features: torch.Tensor, progress: Progress | None) -> torch.Tensor:
+    """Of each row, the largest squared distance to any row: one pass over half of all pairs."""
+    n = len(features)
+    least = features.new_full((n,), torch.inf)
+    with full_precision(features.device):
+        for begin, end in slices(n, "largest distances", progress, 1024):
+            for start in range(begin, n, 8192):
+                stop = min(start + 8192, n)
+                products = features[begin:end] @ features[start:stop].T
+                least[begin:end] = torch.minimum(least[begin:end], products.amin(1))
+                least[start:stop] = torch.minimum(least[start:stop], products.amin(0))
+    return 2.0 - 2.0 * least
+
+
+def feature_weights(
+    features: torch.Tensor,
+    lists: Lists,
+    similarities: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    progress: Progress | None,
+) -> Rows:
+    """Expanded sets with their weights: softmax(-d2), of d2 / scale where a scale (N,) is given."""
+    offsets, columns = expanded_sets(lists, progress)
+    dots = []
+    for begin, end in slices(len(features), "weights", progress):
+        lines = offsets[begin : end + 1]
+        own = columns[int(lines[0]) : int(lines[-1])]
+        dots.append(_pair_dots(features, lists.ranks, similarities, lines - lines[0], own, begin))
+    squares = 2.0 - 2.0 * (torch.cat(dots) if dots else features.new_empty(0))
+    if scale is not None:
+        squares = squares / scale.repeat_interleave(offsets.diff())
+    return Rows(offsets, columns, softmax_rows(offsets, -squares))
+
+
+def neighbour_lists(
+    op: str,
+    features: torch.Tensor,
+    width: int,
+    ranks: Neighbours | torch.Tensor | None,
+    progress: Progress | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Ranks (N, width) int32, their similarities where known, and the uncertified rows."""
+    n = len(features)
+    if ranks is None:
+        found = knn(features, width, progress=progress)
+        return found.indices.int(), found.similarities, int(found.uncertified)
+    similarities, uncertified = None, 0
+    if isinstance(ranks, tuple):
+        pair: list[torch.Tensor] = _arrays.as_tensors(op, similarities=ranks[0], indices=ranks[1])
+        similarities, ranks = pair
+        _checks.tensor(op, "ranks.similarities", similarities)
+    _checks.tensor(op, "ranks", ranks)
+    _checks.rank(op, "ranks", ranks, 2)
+    _checks.dtype(op, "ranks", ranks, (torch.int64, torch.int32))
+    _checks.same_device(op, features=features, ranks=ranks)
+    if ranks.shape[0] != n or ranks.shape[1] < width:
+        raise ValueError(
+            f"{op}: ranks must have {n} rows and at least {width} columns "
+            f"(got shape {tuple(ranks.shape)})"
+        )
+    if similarities is not None:
+        _checks.shape(op, "ranks.similarities", similarities, tuple(ranks.shape), "as its indices")
+        similarities = similarities[:, :width].float().contiguous()
+    ranks = ranks[:, :width]
+    if ranks.numel():
+        low, high = int(ranks.min()), int(ranks.max())
+        if low < 0 or high >= n:
+            raise ValueError(f"{op}: ranks must be in [0, {n}) (got {low if low < 0 else high})")
+    return ranks.int().contiguous(), similarities, uncertified
+
+
+class Encoded(NamedTuple):
+    """Rows after the query expansion, and what is known of the way there."""
+
+    rows: Rows
+    uncertified: int
+
+
+def encode(
+    op: str,
+    features: torch.Tensor,
+    k1: int,
+    k2: int,
+    convention: str,
+    ranks: Neighbours | torch.Tensor | None,
+    progress: Progress | None,
+    timer: Callable[[str], object] = lambda stage: None,
+) -> Encoded:
+    """Features (N, d), already checked, to the weighted sets whose overlap is the distance."""
+    k, half, k2 = list_width(op, len(features), k1, k2, convention)
+    found, similarities, uncertified = neighbour_lists(op, features, k, ranks, progress)
+    lists = Lists(found, k, half, k2)
+    timer("neighbours")
+    scale = None
+    if convention == "zhong":
+        scale = largest_squares(features, progress).clamp(min=torch.finfo(torch.float32).tiny)
+        timer("largest distances")
+    weights = feature_weights(features, lists, similarities, scale, progress)
+    timer("sets and weights")
+    rows = expanded_weights(lists, weights, progress)
+    timer("query expansion")
+    return Encoded(rows, uncertified)
