@@ -136,7 +136,11 @@ class Clustering:
             the squares of that (a plain inverted index would take as many additions): watch both
             for hubs; ``uncertified_rows`` of the neighbour search.
         threshold: limit of independence, with ``self_paced`` only; pass it to the next call.
-        graph: the eps-graph, for :func:`dhcl_ops.dbscan` at other, smaller eps.
+        graph: the graph of the pairs within eps, or within eps + eps_gap where ``loose_labels``
+            are given, for :func:`dhcl_ops.dbscan` at other, smaller eps.
+        loose_labels: (N,) int64, the labels at eps + eps_gap with ``self_paced`` or ``loose``, of
+            the kind of ``labels``; else None. For
+            :func:`dhcl_ops.suspected_false_negatives`.
     """
 
     labels: Any
@@ -146,6 +150,7 @@ class Clustering:
     sizes: dict[str, int]
     threshold: float | None
     graph: torch.Tensor = dataclasses.field(repr=False)
+    loose_labels: Any = None
 
 
 class _Stages:
@@ -175,6 +180,7 @@ def cluster(
     convention: Convention = "spcl",
     ranks: Neighbours | torch.Tensor | None = None,
     self_paced: bool = False,
+    loose: bool = False,
     eps_gap: float = SPCL.eps_gap,
     threshold: float | None = None,
     progress: Progress | None = None,
@@ -182,14 +188,24 @@ def cluster(
     """Neighbours, Jaccard graph and DBSCAN: from features to pseudo-labels.
 
     With ``self_paced`` DBSCAN runs at eps - eps_gap, eps and eps + eps_gap over one graph, and
-    :func:`self_paced_labels` chooses; ``threshold`` is what an earlier call returned.
+    :func:`self_paced_labels` chooses among the clusters at eps. A training loop clusters once per
+    epoch and passes the first epoch's ``threshold`` on::
+
+        threshold = None
+        for epoch in range(epochs):
+            found = cluster(features, self_paced=True, threshold=threshold)
+            threshold = found.threshold
+            bank.set_labels(found.labels)
+            suspects = suspected_false_negatives(bank, found.loose_labels)
 
     Args:
         features: (N, d) rows of norm 1; an array gives labels as an array of its kind.
         k1, k2, eps, convention, ranks, progress: as in :func:`dhcl_ops.jaccard_graph`.
         min_samples: as in :func:`dhcl_ops.dbscan`.
         self_paced: leave out clusters and rows by SpCL's criterion.
-        eps_gap: distance of the tight and the loose eps from eps; all must lie in (0, 1).
+        loose: give the labels at eps + eps_gap too, which ``self_paced`` gives in any case.
+        eps_gap: distance of the tight and the loose eps from eps, >= 0; those that are used must
+            lie in (0, 1).
         threshold: limit of independence from an earlier call, with ``self_paced`` only.
 
     Returns:
@@ -201,29 +217,23 @@ def cluster(
     op = "cluster"
     given = features
     features, ranks = _arrays.as_tensors(op, features=features, ranks=ranks)
-    eps = check_eps(op, eps)
-    min_samples = _checks.integer(op, "min_samples", min_samples, 1)
-    largest = eps
-    if self_paced:
-        eps_gap = _checks.number(op, "eps_gap", eps_gap, 0.0, rule="finite and >= 0")
-        if not (eps - eps_gap > 0.0 and eps + eps_gap < 1.0):
-            raise ValueError(f"{op}: eps -/+ eps_gap must be in (0, 1) (got {eps} -/+ {eps_gap})")
-        largest = eps + eps_gap
-    elif threshold is not None:
+    if threshold is not None and not self_paced:
         raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
+    radii = _radii(op, eps, eps_gap, self_paced, loose)
+    min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     rows = _checks.unit_rows(op, "features", features)
     timer = _Stages(rows.device)
     encoded = encode(op, rows, k1, k2, convention, ranks, progress, timer)
-    index = inverted_index(encoded.rows, largest)
+    index = inverted_index(encoded.rows, radii.largest)
     timer("index")
-    graph = join(encoded.rows, index, largest, progress)
+    graph = join(encoded.rows, index, radii.largest, progress)
     timer("pairs")
+    several = dbscan(graph, [radius for radius in radii if radius is not None], min_samples)
+    # Copies, since a row that is stored would take the others along.
+    labels = several[1 if self_paced else 0].clone()
+    loose_labels = None if radii.loose is None else several[-1].clone()
     if self_paced:
-        tight, labels, loose = dbscan(graph, (eps - eps_gap, eps, eps + eps_gap), min_samples)
-        chosen = self_paced_labels(labels, tight, loose, threshold)
-        labels, threshold = chosen.labels, chosen.threshold
-    else:
-        labels = dbscan(graph, eps, min_samples)
+        labels, threshold, *_ = self_paced_labels(labels, several[0], several[-1], threshold)
     timer("clusters")
     lengths = index.list_offsets.diff()
     sizes = {
@@ -241,4 +251,30 @@ def cluster(
         sizes=sizes,
         threshold=threshold,
         graph=graph,
+        loose_labels=_arrays.like(given, loose_labels),
     )
+
+
+class _Radii(NamedTuple):
+    """The eps at which DBSCAN runs over one graph, ascending; None for those not asked for."""
+
+    tight: float | None
+    eps: float
+    loose: float | None
+
+    @property
+    def largest(self) -> float:
+        """The eps that the graph is made for."""
+        return self.eps if self.loose is None else self.loose
+
+
+def _radii(op: str, eps: float, gap: float, self_paced: bool, loose: bool) -> _Radii:
+    eps = check_eps(op, eps)
+    if not (self_paced or loose):
+        return _Radii(None, eps, None)
+    gap = _checks.number(op, "eps_gap", gap, 0.0, rule="finite and >= 0")
+    if self_paced and not (eps - gap > 0.0 and eps + gap < 1.0):
+        raise ValueError(f"{op}: eps -/+ eps_gap must be in (0, 1) (got {eps} -/+ {gap})")
+    if eps + gap >= 1.0:
+        raise ValueError(f"{op}: eps + eps_gap must be in (0, 1) (got {eps} + {gap})")
+    return _Radii(eps - gap if self_paced else None, eps, eps + gap)

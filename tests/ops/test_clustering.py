@@ -227,6 +227,7 @@ def test_cluster_is_the_stages_together():
     assert got.num_clusters == len(set(labels.tolist()) - {-1})
     assert got.num_outliers == (labels == -1).sum()
     assert got.threshold is None
+    assert got.loose_labels is None
     assert set(got.seconds) == {
         "neighbours", "sets and weights", "query expansion", "index", "pairs", "clusters",
     }  # fmt: skip
@@ -245,9 +246,34 @@ def test_cluster_with_self_paced_choice():
     tight, labels, loose = dbscan(graph, (0.48, 0.5, 0.52))
     expected = self_paced_labels(labels, tight, loose)
     assert same_bits(first.labels, expected.labels)
+    assert not same_bits(first.labels, labels)
     assert first.threshold == expected.threshold
+    assert same_bits(first.loose_labels, loose)
+    assert same_bits(first.graph.values(), graph.values())
     again = cluster(x, eps=0.5, self_paced=True, threshold=first.threshold)
     assert same_bits(again.labels, first.labels)
+    # A limit of another epoch chooses other clusters and does not change.
+    strict = cluster(x, eps=0.5, self_paced=True, threshold=0.0)
+    assert same_bits(strict.labels, self_paced_labels(labels, tight, loose, 0.0).labels)
+    assert not same_bits(strict.labels, first.labels)
+    assert strict.threshold == 0.0
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.1])
+def test_cluster_with_loose_labels(gap):
+    x = features_like("hard", 500)
+    got = cluster(x, eps=0.5, loose=True, eps_gap=gap)
+    labels, loose = dbscan(jaccard_graph(x, eps=0.5 + gap), (0.5, 0.5 + gap))
+    assert same_bits(got.labels, labels)
+    assert same_bits(got.labels, cluster(x, eps=0.5).labels)
+    assert same_bits(got.loose_labels, loose)
+    assert same_bits(labels, loose) == (gap == 0.0)
+    assert got.threshold is None
+    assert got.num_outliers == (labels == -1).sum()
+    paced = cluster(x, eps=0.5, self_paced=True, eps_gap=gap)
+    assert same_bits(paced.loose_labels, loose)
+    for one in (got.labels, got.loose_labels, paced.labels, paced.loose_labels):
+        assert one.untyped_storage().nbytes() == one.nbytes
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5])
@@ -263,6 +289,11 @@ def test_cluster_of_arrays():
     got = cluster(x.numpy(), k1=15)
     assert isinstance(got.labels, np.ndarray)
     np.testing.assert_array_equal(got.labels, cluster(x, k1=15).labels.numpy())
+    assert got.loose_labels is None
+    got = cluster(x.numpy(), k1=15, self_paced=True)
+    assert isinstance(got.loose_labels, np.ndarray)
+    expected = cluster(x, k1=15, self_paced=True).loose_labels
+    np.testing.assert_array_equal(got.loose_labels, expected.numpy())
 
 
 def test_cluster_refuses():
@@ -271,6 +302,12 @@ def test_cluster_refuses():
         cluster(x, eps=0.0)
     with pytest.raises(ValueError, match=r"eps -/\+ eps_gap must be in \(0, 1\)"):
         cluster(x, eps=0.99, self_paced=True)
+    with pytest.raises(ValueError, match=r"eps \+ eps_gap must be in \(0, 1\) \(got 0.99 \+ 0.02"):
+        cluster(x, eps=0.99, loose=True)
+    with pytest.raises(ValueError, match=r"eps_gap must be finite and >= 0 \(got -0.1\)"):
+        cluster(x, loose=True, eps_gap=-0.1)
+    # The tight eps, which is not asked for, may lie below 0.
+    assert cluster(x, eps=0.01, loose=True).num_clusters == cluster(x, eps=0.01).num_clusters
     with pytest.raises(ValueError, match="threshold goes with self_paced=True"):
         cluster(x, threshold=0.3)
     with pytest.raises(ValueError, match="cluster: features must have rows of norm 1"):
