@@ -7,7 +7,6 @@ file's keys are the field names below, the command line's are the same with dash
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from dhcl.words import show
+from dhcl.errors import ConfigError
+from dhcl.words import did_you_mean, show
 
 __all__ = [
     "PRESETS",
@@ -27,7 +27,6 @@ __all__ = [
     "TrainConfig",
     "check_resumed",
     "load_config",
-    "nearest",
     "preset",
     "read_options",
     "read_run",
@@ -35,10 +34,6 @@ __all__ = [
 ]
 
 Preset = Literal["dhcl", "dhcl-hnm", "spcl", "cluster-contrast"]
-
-
-class ConfigError(ValueError):
-    """An option that does not exist, has a wrong value or contradicts another."""
 
 
 @dataclass(frozen=True)
@@ -446,11 +441,5 @@ def check_resumed(began: TrainConfig, now: TrainConfig) -> None:
 # ---- words --------------------------------------------------------------------------------------
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` if one of the names is close, else nothing."""
-    close = difflib.get_close_matches(str(name), list(names), 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _unknown(name: str, names: Iterable[str]) -> str:
-    return f"there is none called {str(name)!r}{nearest(name, names)}"
+    return f"there is none called {str(name)!r}{did_you_mean(name, names)}"

@@ -20,15 +20,17 @@ from tqdm import tqdm
 
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.files import write_atomic
+from dhcl.metrics import RANKS
 from dhcl.report import write_comparison, write_report
 from dhcl.synth import contact_sheet, render_dataset
 from dhcl.training.engine import Engine
-from dhcl.training.evaluation import RANKS, Evaluator
+from dhcl.training.evaluation import Evaluator
 from dhcl.training.logs import duration
 from dhcl.training.record import read_record
 from dhcl.training.results import Results, collect
 from dhcl.training.runs import make_model, open_data, train
 from dhcl.training.trainer import Trainer
+from dhcl.words import first_line
 
 __all__ = ["METHODS", "Demo", "run_demo"]
 
@@ -156,8 +158,7 @@ def _write_pages(demo: Demo, root: Path) -> None:
         all_of_them = (Results(read_record(run)) for run in runs.values())
         page = write_comparison(all_of_them, out=demo.out / "compare.html", retrieval=False)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        tqdm.write(f"warning: no report: {reason}")
+        tqdm.write(f"warning: no report: {first_line(error)}")
     else:
         tqdm.write(f"\nreport of {one.name}: {report}\nall runs compared: {page}")
 

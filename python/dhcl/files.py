@@ -1,11 +1,17 @@
-"""Writing files so that nothing is ever half-written."""
+"""Writing files: never half-written ones, arrays that grow row by row, one writer at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_atomic"]
+import numpy as np
+
+__all__ = ["NpyRows", "only_writer", "write_atomic"]
 
 # Bytes of a write, so that an error comes soon after the disk is full.
 _PIECE = 1 << 20
@@ -35,3 +41,61 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def only_writer(lock: Path) -> Iterator[None]:
+    """Hold a lock that ends with its holder, however that ends; the file stays and says nothing.
+
+    Args:
+        lock: the file, made where there is none.
+
+    Raises:
+        TimeoutError: at once, if another process holds it.
+    """
+    from filelock import FileLock
+
+    with FileLock(lock, timeout=0):
+        yield
+
+
+class NpyRows:
+    """A ``.npy`` file of float32 rows that grows, so that no more than a batch is in memory.
+
+    It is whole once :meth:`close` has been called.
+    """
+
+    def __init__(self, path: Path, width: int) -> None:
+        self.path, self.width, self.rows = path, width, 0
+        self._file = path.open("wb")
+        self._header_bytes = self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        # NumPy pads headers so that the number of rows can grow in place.
+        buffer = io.BytesIO()
+        shape = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
+        np.lib.format.write_array_header_1_0(buffer, shape)
+        return buffer.getvalue()
+
+    def append(self, rows: Any) -> None:
+        """Add rows (n, width) of an array or a tensor on the CPU."""
+        array = np.ascontiguousarray(np.asarray(rows), dtype="<f4")
+        if array.ndim != 2 or array.shape[1] != self.width:
+            raise ValueError(f"rows: must be (n, {self.width}) (got {array.shape})")
+        self._file.write(array.data)
+        self.rows += len(array)
+
+    def close(self) -> None:
+        """Write the number of rows, and everything to the disk."""
+        header = self._header()
+        assert len(header) == self._header_bytes
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)

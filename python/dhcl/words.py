@@ -1,12 +1,42 @@
-"""Text for people: names that can be printed."""
+"""Text for people: names that can be printed, the nearest known name, lists that end early."""
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["show"]
+__all__ = ["did_you_mean", "first_line", "first_ones", "plain", "show"]
 
 
 def show(path: Path | str) -> str:
     """The path as text that can always be printed, whatever bytes its name holds."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def did_you_mean(name: str, known: Iterable[str], *, before: str = "; ") -> str:
+    """``; did you mean 'x'?`` with the known name that is nearest, or nothing if none is near.
+
+    Case and punctuation do not count.
+    """
+    names = {plain(each): each for each in known}
+    near = difflib.get_close_matches(plain(name), names, 1, 0.4)
+    return f"{before}did you mean {names[near[0]]!r}?" if near else ""
+
+
+def plain(name: str) -> str:
+    """Letters and digits of a name alone, in lower case."""
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def first_ones(lines: Sequence[str], count: int = 10) -> list[str]:
+    """The first lines, and ``and 7 more`` in place of those beyond ``count``."""
+    more = len(lines) - count
+    return [*lines[:count], *([f"and {more:,} more"] if more > 0 else [])]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its type if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -7,8 +7,9 @@ import pytest
 import torch
 from dhcl.config import ConfigError
 from dhcl.data import ImageList, load_data
+from dhcl.metrics import table
 from dhcl.training.engine import Engine
-from dhcl.training.evaluation import Evaluator, IdentityObserver, table
+from dhcl.training.evaluation import Evaluator, IdentityObserver
 from dhcl.training.runs import evaluate_run, make_model, open_data, train
 from dhcl.training.trainer import Diverged, NoClusters, Trainer
 

@@ -6,13 +6,15 @@ that signal n interrupted. Without the extra ``train`` only ``dhcl doctor`` work
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import logging
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+
+from dhcl.errors import DHCLError
+from dhcl.words import did_you_mean
 
 __all__ = ["main"]
 
@@ -53,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     name = argv[0]
     if name not in _COMMANDS:
-        close = difflib.get_close_matches(name, _COMMANDS, 1, 0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, _COMMANDS)
         return _fail(f"there is no command {name!r}{hint}\n{_usage()}", 2)
     if name == "doctor":
         return _doctor(argv[1:])
@@ -70,12 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(name: str, arguments: list[str]) -> int:
     """Run a command; turn what can go wrong into one message and a status."""
     from dhcl.cli import commands
-    from dhcl.config import ConfigError
-    from dhcl.data import DataError
-    from dhcl.inference.features import FeatureError
-    from dhcl.training.checkpoint import CheckpointError
-    from dhcl.training.engine import Interrupted
-    from dhcl.training.trainer import Diverged, NoClusters
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # From inside libraries; nothing a user could do about it.
@@ -84,12 +79,8 @@ def _guarded(name: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", "This DataLoader will create")
     try:
         commands.COMMANDS[name](arguments)
-    except (ConfigError, DataError, FeatureError) as error:
-        return _fail(str(error), 2)
-    except (CheckpointError, Diverged, NoClusters) as error:
-        return _fail(str(error), 1)
-    except Interrupted as error:
-        return _fail(f"stopped by {error}", 128 + error.signal_number)
+    except DHCLError as error:
+        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("stopped", 128 + signal.SIGINT)
     except OSError as error:

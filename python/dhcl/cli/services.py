@@ -34,8 +34,8 @@ from dhcl.inference.ranked import (
     write_png,
 )
 from dhcl.inference.reid import Found, ReID, op_progress
-from dhcl.training.evaluation import RANKS, by_name, table
-from dhcl.words import show
+from dhcl.metrics import RANKS, by_name, cameras_apart, table
+from dhcl.words import first_ones, show
 from dhcl_ops import cluster, evaluate_ranking, rerank
 from dhcl_ops.defaults import SPCL, ZHONG
 
@@ -80,10 +80,8 @@ def _options_checked() -> Iterator[None]:
 
 def _print_left_out(lines: list[str]) -> None:
     if lines:
-        shown = [f"left out, {len(lines):,} images that can't be read:", *lines[:10]]
-        if len(lines) > 10:
-            shown.append(f"and {len(lines) - 10:,} more")
-        print("\n  ".join(map(show, shown)), file=sys.stderr)
+        head = f"left out, {len(lines):,} images that can't be read:"
+        print("\n  ".join(map(show, [head, *first_ones(lines)])), file=sys.stderr)
 
 
 def _check_cameras(pattern: str | None, trained_cameras: bool) -> None:
@@ -542,9 +540,8 @@ def _metrics(arguments: list[str]) -> None:
     given = tyro.cli(_MetricsArguments, prog="dhcl metrics", args=arguments)
     query, gallery = _pair(given.query, given.gallery, given.key)
     labels = [*_both("ids", query, gallery, needed=True), *_both("cameras", query, gallery)]
-    # Unknown cameras must not be taken for one camera.
     if len(labels) == 4:
-        labels[3] = torch.where(labels[3] < 0, -2, labels[3])
+        labels[2:] = cameras_apart(*labels[2:])
     pair = (query.values, gallery.values)
     if given.metric == "cosine":
         pair = (query.unit(), gallery.unit())

@@ -2,7 +2,6 @@
 
 from dhcl.data.datasets import (
     DATASETS,
-    DataError,
     ImageList,
     ReIDData,
     image_files,
@@ -23,6 +22,7 @@ from dhcl.data.images import (
     train_transform,
 )
 from dhcl.data.sampler import PKSampler
+from dhcl.errors import DataError
 
 __all__ = [
     "DATASETS",

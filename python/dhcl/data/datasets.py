@@ -11,7 +11,6 @@ Identities are read for evaluation only. Training gets :attr:`ReIDData.unlabeled
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -22,15 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dhcl.words import show
+from dhcl.errors import DataError
+from dhcl.words import did_you_mean, plain, show
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 Integers = NDArray[np.int64]
-
-
-class DataError(ValueError):
-    """A data set that is not there, not what was asked for, or has images that can't be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,14 +294,10 @@ def load_data(name: str, root: str | Path, *, pattern: str | None = None) -> ReI
 
 
 def _resolve(name: str) -> str:
-    def plain(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
-    known = {plain(each): each for each in DATASETS}
-    if plain(name) in known:
-        return known[plain(name)]
-    near = difflib.get_close_matches(plain(name), known, 1, 0.4)
-    hint = f"; did you mean {known[near[0]]!r}?" if near else ""
+    for each in DATASETS:
+        if plain(each) == plain(name):
+            return each
+    hint = did_you_mean(name, DATASETS)
     raise DataError(f"data set: no such name (got {name!r}{hint}) Known: {', '.join(DATASETS)}")
 
 

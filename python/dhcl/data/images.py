@@ -24,9 +24,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from dhcl.data.datasets import DataError, ImageList
+from dhcl.data.datasets import ImageList
 from dhcl.data.sampler import Key, PKSampler
-from dhcl.words import show
+from dhcl.errors import DataError
+from dhcl.words import first_ones, show
 
 try:
     from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
@@ -113,11 +114,9 @@ class ImageReport:
     def __str__(self) -> str:
         if not self.bad:
             return f"All {self.checked:,} images can be read."
-        shown = [f"  {b.split}: {show(b.path)}: {b.reason}" for b in self.bad[:10]]
-        if len(self.bad) > 10:
-            shown.append(f"  and {len(self.bad) - 10:,} more")
         head = f"{len(self.bad):,} of {self.checked:,} images can't be read:"
-        return "\n".join([head, *shown])
+        lines = first_ones([f"{b.split}: {show(b.path)}: {b.reason}" for b in self.bad])
+        return "\n  ".join([head, *lines])
 
 
 def check_images(

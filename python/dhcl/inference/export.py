@@ -22,6 +22,7 @@ from dhcl.files import write_atomic
 from dhcl.inference.features import feature_writer
 from dhcl.inference.reid import OnBad, ReID
 from dhcl.models import MIN_IMAGES, CameraBatchNorm, ReIDModel
+from dhcl.words import first_line
 
 __all__ = ["export_features", "export_onnx", "export_weights", "plain_model"]
 
@@ -235,9 +236,9 @@ def export_onnx(model: ReID, out: Path, *, camera: int | None = None) -> float:
         program.model.metadata_props["dhcl.model"] = model.id
         data = program.model_proto.SerializeToString()
     except Exception as error:  # the exporter has many of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigError(
-            f"onnx: {model.config.backbone} can't be exported ({type(error).__name__}: {reason})"
+            f"onnx: {model.config.backbone} can't be exported "
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     worst = 0.0

@@ -6,7 +6,6 @@ Needs torch and NumPy alone; SciPy for .mat, pyarrow for .parquet.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shutil
 import zipfile
@@ -19,16 +18,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dhcl.errors import FeatureError
+from dhcl.files import NpyRows
+from dhcl.words import first_line
+
 __all__ = [
     "FEATURE_SUFFIXES",
     "FeatureError",
     "FeatureWriter",
     "Features",
-    "NpyRows",
     "check_pair",
     "common_numbers",
     "feature_writer",
     "read_features",
+    "unit_rows",
 ]
 
 FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".mat", ".parquet")
@@ -47,10 +50,6 @@ _NAMES = {
 # Of a file that holds queries and gallery: query_features, or query_f as in layumi's
 # Person_reID_baseline_pytorch, whose other names are query_label and query_cam.
 _ROLE_NAMES = {**_NAMES, "features": (*_NAMES["features"], "f")}
-
-
-class FeatureError(ValueError):
-    """A file of features that can't be read, or holds something else than was expected."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +79,25 @@ class Features:
 
     def unit(self) -> torch.Tensor:
         """Rows scaled to length 1; a row of zeros raises :class:`FeatureError`."""
-        lengths = torch.linalg.vector_norm(self.values, dim=1, dtype=torch.float64)
-        zero = (lengths == 0).nonzero()
+        unit, zero = unit_rows(self.values)
         if len(zero):
             raise FeatureError(
                 f"features: rows must have a length above 0 (got zeros in row {int(zero[0])} of "
                 f"{self.file}, {len(zero)} such rows)"
             )
-        # Rows of length 1 keep their bits.
-        if ((lengths - 1).abs() <= 1e-5).all():
-            return self.values
-        unit: torch.Tensor = self.values / lengths.float()[:, None]
         return unit
+
+
+def unit_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (N, d) float32 scaled to length 1, and the numbers (n,) of those that can't be.
+
+    Rows that are 0 or not finite can't be. Where all have length 1 they keep their bits.
+    """
+    lengths: torch.Tensor = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+    wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero()[:, 0]
+    if ((lengths - 1).abs() <= 1e-5).all():
+        return values, wrong
+    return values / lengths.float()[:, None], wrong
 
 
 def read_features(path: str | Path, *, role: Role = "", key: str | None = None) -> Features:
@@ -145,9 +151,9 @@ def _content(path: Path) -> dict[str, Any]:
     except (FeatureError, MemoryError):
         raise
     except Exception as error:  # each format has its own for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise FeatureError(
-            f"features: {path} can't be read as {kind} ({type(error).__name__}: {reason})"
+            f"features: {path} can't be read as {kind} "
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -365,48 +371,6 @@ def common_numbers(*columns: NDArray[Any]) -> list[torch.Tensor]:
 
 
 # ---- writing ------------------------------------------------------------------------------------
-
-
-class NpyRows:
-    """A ``.npy`` file of float32 rows that grows, so that no more than a batch is in memory.
-
-    It is whole once :meth:`close` has been called.
-    """
-
-    def __init__(self, path: Path, width: int) -> None:
-        self.path, self.width, self.rows = path, width, 0
-        self._file = path.open("wb")
-        self._header_bytes = self._file.write(self._header())
-
-    def _header(self) -> bytes:
-        # NumPy pads headers so that the number of rows can grow in place.
-        buffer = io.BytesIO()
-        shape = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
-        np.lib.format.write_array_header_1_0(buffer, shape)
-        return buffer.getvalue()
-
-    def append(self, rows: torch.Tensor | NDArray[np.float32]) -> None:
-        """Add rows (n, width)."""
-        array = np.ascontiguousarray(np.asarray(rows), dtype="<f4")
-        if array.ndim != 2 or array.shape[1] != self.width:
-            raise ValueError(f"rows: must be (n, {self.width}) (got {array.shape})")
-        self._file.write(array.data)
-        self.rows += len(array)
-
-    def close(self) -> None:
-        """Write the number of rows, and everything to the disk."""
-        header = self._header()
-        assert len(header) == self._header_bytes
-        self._file.seek(0)
-        self._file.write(header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def discard(self) -> None:
-        """Close and remove the file."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
 
 
 class FeatureWriter(Protocol):

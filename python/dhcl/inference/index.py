@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import os
@@ -25,10 +24,9 @@ from numpy.typing import NDArray
 
 from dhcl.config import ConfigError
 from dhcl.data import DataError, image_files, path_reader
-from dhcl.files import write_atomic
-from dhcl.inference.features import NpyRows
+from dhcl.files import NpyRows, only_writer, write_atomic
 from dhcl.inference.reid import Found, ReID, search
-from dhcl.words import show
+from dhcl.words import first_ones, show
 from dhcl_ops import knn
 
 __all__ = ["Index", "Record", "Update", "add_images", "create_index", "remove_images"]
@@ -79,9 +77,7 @@ class Update:
         lines = [f"{', '.join(parts) or 'nothing to do'}; {self.total:,} images in the index"]
         if self.bad:
             lines.append(f"left out, {len(self.bad):,} that can't be read:")
-            lines += [f"  {line}" for line in self.bad[:10]]
-            if len(self.bad) > 10:
-                lines.append(f"  and {len(self.bad) - 10:,} more")
+            lines += [f"  {line}" for line in first_ones(self.bad)]
         return "\n".join(lines)
 
 
@@ -178,7 +174,7 @@ class Index:
         return model
 
     def check_model(self, model: ReID) -> None:
-        """Raise :class:`dhcl.config.ConfigError` unless the index was made by this model."""
+        """Raise :class:`dhcl.errors.ConfigError` unless the index was made by this model."""
         if model.id != self.model:
             raise ConfigError(
                 f"index: {show(self.folder)} was made by model {self.model[:12]} (of "
@@ -369,10 +365,10 @@ def _writing(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which goes with its holder, and leave no folder that is no index."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            held.enter_context(only_writer(folder / ".lock"))
+        except TimeoutError as error:
             raise ConfigError(
                 f"index: another process is changing {show(folder)}; try again when it is done"
             ) from error

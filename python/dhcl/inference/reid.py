@@ -28,8 +28,9 @@ from dhcl.data import (
     training_cameras,
 )
 from dhcl.data.datasets import IMAGE_SUFFIXES
+from dhcl.inference.features import unit_rows
 from dhcl.models import ReIDModel
-from dhcl.words import show
+from dhcl.words import first_ones, show
 from dhcl_ops import Clustering, cluster, knn, rerank
 from dhcl_ops.defaults import ZHONG
 
@@ -403,15 +404,10 @@ class ReID:
                 f"{name}: must be images, or features (N, {self.dim}) floating "
                 f"(got {tuple(values.shape)} {str(values.dtype).removeprefix('torch.')})"
             )
-        values = values.detach().float().cpu()
-        lengths: torch.Tensor = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
-        wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero()
+        unit, wrong = unit_rows(values.detach().float().cpu())
         if len(wrong):
             raise ValueError(f"{name}: rows must be finite and not 0 (got row {int(wrong[0])})")
-        # Features of ours keep their bits.
-        if ((lengths - 1).abs() <= 1e-5).all():
-            return values
-        return values / lengths.float()[:, None]
+        return unit
 
 
 def search(
@@ -544,11 +540,9 @@ def _bad_images(images: Sequence[Any], bad: list[tuple[int, str]]) -> DataError:
 def _list_of_bad(images: Sequence[Any], bad: list[tuple[int, str]]) -> str:
     """The first ten with their reasons."""
     lines = []
-    for index, reason in bad[:10]:
+    for index, reason in bad:
         image = images[index]
         named = show(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else ""
         # read_image names the file itself.
-        lines.append(f"  {reason}" if named and named in reason else f"  {index} {named}: {reason}")
-    if len(bad) > 10:
-        lines.append(f"  and {len(bad) - 10:,} more")
-    return "\n".join(lines)
+        lines.append(reason if named and named in reason else f"{index} {named}: {reason}")
+    return "\n".join(f"  {line}" for line in first_ones(lines))

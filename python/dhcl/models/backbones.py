@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from dhcl.models.weights import (
     fetch_torch_hub,
     resize_tokens,
 )
+from dhcl.words import did_you_mean
 
 __all__ = ["Backbone", "backbone_names", "make_backbone"]
 
@@ -88,8 +88,7 @@ def make_backbone(name: str, image_size: tuple[int, int]) -> Backbone:
 
 
 def _unknown(name: str, names: Sequence[str], known: str) -> ValueError:
-    near = difflib.get_close_matches(name, names, 1, 0.4)
-    hint = f", did you mean {near[0]!r}?" if near else "."
+    hint = did_you_mean(name, names, before=", ") or "."
     return ValueError(f"backbone: unknown name {name!r}{hint} Known are {known}")
 
 

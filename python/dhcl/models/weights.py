@@ -14,6 +14,9 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
+from dhcl.errors import UnavailableWeights
+from dhcl.words import first_line
+
 __all__ = [
     "LoadReport",
     "StateDict",
@@ -31,10 +34,6 @@ _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "base.", "model.")
 # Heads of classifiers, which a re-ID model has no place for.
 _HEADS = ("fc.", "head.", "classifier.", "head_dist.")
-
-
-class UnavailableWeights(RuntimeError):
-    """Pretrained weights are neither in the cache nor to be downloaded; says what to put where."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"weights: {path} is damaged, not a PyTorch file, or holds more than tensors; "
-            f"expected a state dict saved by torch.save ({_first_line(error)})"
+            f"expected a state dict saved by torch.save ({_kind(error)})"
         ) from error
     except Exception as error:  # each of the formats has its own for a damaged file
         raise ValueError(
             f"weights: {path} can't be read; expected a .safetensors file or a state dict saved "
-            f"by torch.save ({_first_line(error)})"
+            f"by torch.save ({_kind(error)})"
         ) from error
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -113,8 +112,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     return state
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+def _kind(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def strip_prefixes(state: Mapping[str, torch.Tensor]) -> StateDict:
@@ -223,7 +222,7 @@ def fetch_torch_hub(url: str) -> StateDict:
         there = (folder / name).exists()
         what = "is damaged" if there else "is not there and could not be downloaded"
         raise UnavailableWeights(
-            f"pretrained weights: {folder / name} {what} ({_first_line(error)}).\n"
+            f"pretrained weights: {folder / name} {what} ({_kind(error)}).\n"
             f"  Put {url}\n  at  {folder / name}\n"
             "  or give the file with --weights FILE; --no-pretrained trains from scratch."
         ) from error
@@ -247,7 +246,7 @@ def fetch_timm(model: str, config: Any) -> StateDict:
         url = f"{constants.ENDPOINT}/{config.hf_hub_id}/resolve/main/model.safetensors"
         raise UnavailableWeights(
             f"pretrained weights: {model} is not in {constants.HF_HUB_CACHE} and could not be "
-            f"downloaded ({_first_line(error)}).\n"
+            f"downloaded ({_kind(error)}).\n"
             f"  Download {url}\n  and give it with --weights FILE, or run, with a connection, "
             f"hf download {config.hf_hub_id}\n"
             f"  and copy its folder models--{config.hf_hub_id.replace('/', '--')} into "

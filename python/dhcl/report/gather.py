@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dhcl.data import ImageList, ReIDData
+from dhcl.metrics import cameras_apart
 from dhcl.training.record import Record
 from dhcl.training.results import Points, Results, members
 from dhcl_ops import evaluate_ranking
@@ -268,7 +269,7 @@ def _spread(total: int, count: int) -> Integers:
 def _retrieval(
     found: Findings, data: ReIDData, query: torch.Tensor, gallery: torch.Tensor, limits: Limits
 ) -> Retrieval | None:
-    cameras = cameras_for_ranking(data)
+    cameras = cameras_apart(data.query.cameras, data.gallery.cameras)
     try:
         metrics = evaluate_ranking(
             (query, gallery), _tensor(data.query.ids), _tensor(data.gallery.ids), *cameras,
@@ -293,12 +294,6 @@ def _retrieval(
         cameras=shown,
         matrix=matrix,
     )
-
-
-def cameras_for_ranking(data: ReIDData) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cameras of query and gallery, unknown ones different from each other."""
-    query, gallery = data.query.cameras, data.gallery.cameras
-    return _tensor(np.where(query < 0, -1, query)), _tensor(np.where(gallery < 0, -2, gallery))
 
 
 def _tensor(values: Integers) -> torch.Tensor:

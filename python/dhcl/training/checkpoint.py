@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dhcl.errors import CheckpointError
 from dhcl.files import write_atomic
 
 __all__ = [
@@ -21,10 +22,6 @@ __all__ = [
     "save_checkpoint",
     "set_random_state",
 ]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written or read, or is of another run."""
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

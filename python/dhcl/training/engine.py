@@ -19,20 +19,13 @@ from tqdm import tqdm
 
 from dhcl.config import TrainConfig
 from dhcl.data import EvalImages, ImageList, eval_loader, eval_transform
+from dhcl.errors import Interrupted
 from dhcl.models import ReIDModel
 
 __all__ = ["Engine", "Interrupted", "Stop"]
 
 # Other processes wait while the first one clusters.
 _PATIENCE = datetime.timedelta(hours=3)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, by Ctrl-C or SIGTERM; a checkpoint has been written."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
 
 
 class Stop:

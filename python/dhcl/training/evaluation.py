@@ -1,4 +1,4 @@
-"""How good a model is: mAP, CMC and mINP, with and without re-ranking; and pseudo-labels' ARI.
+"""How good a model is, with and without re-ranking, and how good its pseudo-labels are.
 
 The only module of training that looks at identities.
 """
@@ -15,6 +15,7 @@ from sklearn.metrics import (
 )
 
 from dhcl.data import EvalImages, ReIDData
+from dhcl.metrics import RANKS, by_name, cameras_apart
 from dhcl.models import ReIDModel
 from dhcl.training.engine import Engine
 from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
@@ -22,9 +23,7 @@ from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
 if TYPE_CHECKING:
     from dhcl.training.trainer import Trainer
 
-__all__ = ["Evaluator", "IdentityObserver", "by_name", "table"]
-
-RANKS = (1, 5, 10)
+__all__ = ["Evaluator", "IdentityObserver"]
 
 
 class Evaluator:
@@ -81,19 +80,9 @@ class Evaluator:
 
     def _rank(self, what: Any) -> RankingMetrics:
         query, gallery = self._data.query, self._data.gallery
-        # Unknown cameras must not be taken for one camera.
-        cameras = [
-            torch.from_numpy(np.where(images.cameras < 0, unknown, images.cameras))
-            for images, unknown in ((query, -1), (gallery, -2))
-        ]
-        ids = [torch.from_numpy(images.ids) for images in (query, gallery)]
+        cameras = cameras_apart(query.cameras, gallery.cameras)
+        ids = torch.from_numpy(query.ids), torch.from_numpy(gallery.ids)
         return evaluate_ranking(what, *ids, *cameras, max_rank=max(RANKS))
-
-
-def by_name(metrics: RankingMetrics) -> dict[str, Any]:
-    """What :class:`Evaluator` returns of them."""
-    ranks = {f"rank{k}": float(metrics.cmc[k - 1]) for k in RANKS}
-    return {"mAP": metrics.mAP, **ranks, "mINP": metrics.mINP, "queries": metrics.num_valid}
 
 
 class IdentityObserver:
@@ -123,17 +112,3 @@ class IdentityObserver:
     def ranking(self, trainer: Trainer) -> dict[str, float]:
         """Metrics of the model as it is; empty without identities to test on."""
         return self._evaluator(trainer.model) if self._evaluator else {}
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Metrics by name, in percent, as a Markdown table."""
-    columns = ("mAP", *(f"rank{k}" for k in RANKS), "mINP")
-    width = max(len(name) for name in rows)
-    lines = [
-        f"| {'':<{width}} | " + " | ".join(f"{c:>6}" for c in columns) + " |",
-        f"|{'-' * (width + 2)}|" + "|".join("-------:" for _ in columns) + "|",
-    ]
-    for name, row in rows.items():
-        cells = " | ".join(f"{100 * row[c]:6.1f}" for c in columns)
-        lines.append(f"| {name:<{width}} | {cells} |")
-    return "\n".join(lines)

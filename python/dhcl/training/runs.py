@@ -14,10 +14,11 @@ from accelerate.utils import broadcast_object_list
 from dhcl.config import ConfigError, TrainConfig
 from dhcl.data import ReIDData, check_images, load_data
 from dhcl.files import write_atomic
+from dhcl.metrics import table
 from dhcl.models import ReIDModel, UnavailableWeights, build_model
 from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
-from dhcl.training.evaluation import Evaluator, IdentityObserver, table
+from dhcl.training.evaluation import Evaluator, IdentityObserver
 from dhcl.training.trainer import Trainer
 
 __all__ = [

@@ -28,6 +28,7 @@ from dhcl.data import (
     train_loader,
     train_transform,
 )
+from dhcl.errors import Diverged, Interrupted, NoClusters
 from dhcl.models import ReIDModel, calibrate
 from dhcl.training.checkpoint import (
     load_checkpoint,
@@ -35,7 +36,7 @@ from dhcl.training.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from dhcl.training.engine import Engine, Interrupted
+from dhcl.training.engine import Engine
 from dhcl.training.logs import RunLog, duration
 from dhcl_ops import (
     MemoryBank,
@@ -57,14 +58,6 @@ _FORMAT = 1
 _AVERAGES = ("loss", "prototype_loss", "instance_loss", "clamped", "instance_clamped")
 # Images that batch-norm statistics are computed from.
 _CALIBRATION = 8192
-
-
-class Diverged(RuntimeError):
-    """A loss or weight that is not finite."""
-
-
-class NoClusters(RuntimeError):
-    """No cluster for as many epochs as the patience allows."""
 
 
 class Observer(Protocol):
