@@ -1,46 +1,30 @@
-"""Image files to tensors: checking, decoding, augmentation, loaders.
-
-Everything up to normalisation is uint8, which is where most of the time is saved. What is random
-in an augmentation depends on a seed and the place of the image in the run, and on nothing else:
-not on the number of workers, not on a resumption, not on the number of processes.
-"""
+"""Image files to pixels: decoding, and checking that all files of a data set can be decoded."""
 
 from __future__ import annotations
 
 import io
-import math
-import mmap
-import signal
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from dhcl.data.datasets import ImageList
-from dhcl.data.sampler import Key, PKSampler
+from dhcl.data.lists import ImageList
 from dhcl.errors import DataError
-from dhcl.words import first_ones, show
+from dhcl.words import first_line, first_ones, show
 
 try:
     from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
 except ImportError:  # deprecated since torchvision 0.29, to be removed
     decode_image = None
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Item: TypeAlias = tuple[torch.Tensor, int, int]
-
-
-# ---- decoding -----------------------------------------------------------------------------------
+__all__ = ["BadImage", "ImageReport", "as_pixels", "check_images", "read_image", "upright"]
 
 
 def read_image(path: Path) -> torch.Tensor:
@@ -56,6 +40,35 @@ def read_image(path: Path) -> torch.Tensor:
         raise DataError(
             f"image: must be a whole, readable image (got {show(path)}: {_reason(error)})"
         ) from error
+
+
+def as_pixels(image: Any) -> torch.Tensor:
+    """(3, H, W) uint8, RGB, of a file, a Pillow image or an array or tensor (H, W, 3) uint8.
+
+    Raises:
+        DataError: a file or Pillow image that can't be decoded.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        try:
+            image = np.array(upright(image))
+        except Exception as error:  # files are decoded here; decoders raise nearly anything
+            raise DataError(f"image: {error}") from error
+    return _planar(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """RGB with 8 bits, turned as its EXIF says."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+    return turned.convert("RGB")
+
+
+def _planar(pixels: Any) -> torch.Tensor:
+    planes: torch.Tensor = torch.as_tensor(pixels)
+    return planes.permute(2, 0, 1)
 
 
 def _decode(data: bytes) -> torch.Tensor:
@@ -77,11 +90,7 @@ def _decode(data: bytes) -> torch.Tensor:
 
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        pixels = np.array(upright.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        return _planar(np.array(upright(image)))
 
 
 def _reason(error: Exception) -> str:
@@ -89,10 +98,7 @@ def _reason(error: Exception) -> str:
         return "not an image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
-
-
-# ---- checking -----------------------------------------------------------------------------------
+    return first_line(error)
 
 
 @dataclass(frozen=True)
@@ -179,268 +185,3 @@ def _problem(path: Path) -> str | None:
     except Exception as error:  # decoders raise nearly anything on bad data
         return _reason(error)
     return None
-
-
-# ---- transforms ---------------------------------------------------------------------------------
-
-
-class _Planar(nn.Module):
-    """Channel after channel: decoders mix them, and all that follows the resize is faster so."""
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return image.contiguous()
-
-
-class _Normalize(nn.Module):
-    """uint8 (3, H, W) to float32, ``(x / 255 - mean) / std``, in two passes over the pixels."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(
-                f"normalisation: mean and std must be three numbers, std positive "
-                f"(got {mean}, {std})"
-            )
-        self.mean = (torch.tensor(mean, dtype=torch.float64) * 255).float().view(3, 1, 1)
-        self.std = (torch.tensor(std, dtype=torch.float64) * 255).float().view(3, 1, 1)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return torch.sub(image, self.mean).div_(self.std)
-
-
-def train_transform(
-    size: tuple[int, int],
-    *,
-    flip: float = 0.5,
-    pad: int = 10,
-    erase: float = 0.5,
-    color_jitter: float = 0.0,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-) -> v2.Compose:
-    """Augmentation of the field: resize, flip, pad and crop, normalise, erase.
-
-    Takes uint8 (3, h, w), gives float32 (3, H, W). Defaults are SpCL's (Ge et al. 2020).
-
-    Args:
-        size: (H, W) in pixels.
-        flip: probability of mirroring left and right.
-        pad: black pixels added on each side before a random crop to ``size``.
-        erase: probability of erasing a rectangle of 2 to 40 % of the area, aspect 0.3 to 3.3
-            (Zhong et al. 2020), to the mean colour.
-        color_jitter: s; brightness, contrast and saturation change by up to ±s, hue by ±s/4.
-            Hue is slow (milliseconds an image).
-        mean, std: of normalised channels, in units of 1.
-    """
-    _check_size(size)
-    for name, value in (("flip", flip), ("erase", erase), ("color_jitter", color_jitter)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"train_transform: {name} must be in [0, 1] (got {value})")
-    if pad < 0:
-        raise ValueError(f"train_transform: pad must be at least 0 (got {pad})")
-    s = color_jitter
-    steps = [
-        _resize(size),
-        _Planar(),
-        v2.RandomHorizontalFlip(flip) if flip else None,
-        v2.RandomCrop(size, padding=pad) if pad else None,
-        v2.ColorJitter(s, s, s, s / 4) if s else None,
-        _Normalize(mean, std),
-        v2.RandomErasing(erase, scale=(0.02, 0.4), ratio=(0.3, 3.3)) if erase else None,
-    ]
-    return v2.Compose([step for step in steps if step is not None])
-
-
-def eval_transform(
-    size: tuple[int, int],
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-) -> v2.Compose:
-    """Resize to (H, W) and normalise: uint8 (3, h, w) to float32 (3, H, W)."""
-    _check_size(size)
-    return v2.Compose([_resize(size), _Planar(), _Normalize(mean, std)])
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size: must be height and width in pixels (got {size})")
-
-
-def _resize(size: tuple[int, int]) -> v2.Resize:
-    return v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-
-
-# ---- data sets ----------------------------------------------------------------------------------
-
-
-class _Cache:
-    """Resized images, kept when first used. Forked workers share it and fill it together.
-
-    The memory is anonymous rather than of ``/dev/shm``, which is small in containers. Workers that
-    are not forked begin with an empty cache of their own.
-    """
-
-    def __init__(self, count: int, shape: tuple[int, ...], budget: int) -> None:
-        self._made_of = (count, shape, budget)
-        row = math.prod(shape)
-        rows = min(count, budget // (row + 1))
-        memory = torch.frombuffer(mmap.mmap(-1, max(1, rows * (row + 1))), dtype=torch.uint8)
-        self._filled, pixels = memory[:rows], memory[rows : rows * (row + 1)]
-        self._pixels = pixels.view(rows, *shape)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Cache, self._made_of
-
-    def get(self, index: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if index >= len(self._filled):
-            return make()
-        if not self._filled[index]:
-            # Two workers may write the same bytes; the mark comes after them.
-            self._pixels[index] = make()
-            self._filled[index] = 1
-        return self._pixels[index]
-
-
-class _Images(Dataset[Item]):
-    def __init__(
-        self, images: ImageList, transform: Callable[[torch.Tensor], torch.Tensor], cache: int
-    ) -> None:
-        self.images = images
-        self._resize: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._transform = transform
-        self._cache: _Cache | None = None
-        if cache < 0:
-            raise ValueError(f"cache_bytes: must be at least 0 (got {cache})")
-        if not cache:
-            return
-        first = transform.transforms[0] if isinstance(transform, v2.Compose) else None
-        if not isinstance(first, v2.Resize) or len(first.size) != 2:
-            raise ValueError("cache_bytes: the transform must begin with a resize to fixed size")
-        self._resize = first
-        self._cache = _Cache(len(images), (3, *first.size), cache)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def _pixels(self, index: int) -> torch.Tensor:
-        path = self.images.paths[index]
-        if self._cache is None or self._resize is None:
-            return read_image(path)
-        resize = self._resize
-        # A transform that finds the size as wanted changes nothing.
-        return self._cache.get(index, lambda: resize(read_image(path)))
-
-
-class TrainImages(_Images):
-    """Augmented images. An item is asked for by ``(index, position)``, as a sampler yields them.
-
-    ``position`` is a number that no other draw of the run has; all that is random in the transform
-    follows from ``seed`` and it. The process's own random state is left as it was.
-
-    Args:
-        images: N images; their identities are not looked at.
-        transform: uint8 (3, h, w) to float32 (3, H, W), see :func:`train_transform`. It may draw
-            from torch's CPU generator only.
-        seed: at least 0.
-        cache_bytes: keep up to this much of the resized images in memory (0: none). An image takes
-            3·H·W bytes.
-
-    An item is ``(image, index, camera)``.
-    """
-
-    def __init__(
-        self,
-        images: ImageList,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        seed: int = 0,
-        *,
-        cache_bytes: int = 0,
-    ) -> None:
-        super().__init__(images, transform, cache_bytes)
-        if seed < 0:
-            raise ValueError(f"TrainImages: seed must be at least 0 (got {seed})")
-        self.seed = seed
-
-    def __getitem__(self, key: Key) -> Item:
-        index, position = key
-        pixels = self._pixels(index)
-        state = np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)
-        # devices=[] and the CPU generator alone: torch.manual_seed would reseed CUDA as well.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(state[0]))
-            image = self._transform(pixels)
-        return image, index, int(self.images.cameras[index])
-
-
-class EvalImages(_Images):
-    """Images as they are, resized and normalised; item ``index`` is ``(image, index, camera)``.
-
-    Arguments as of :class:`TrainImages`.
-    """
-
-    def __init__(
-        self,
-        images: ImageList,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        cache_bytes: int = 0,
-    ) -> None:
-        super().__init__(images, transform, cache_bytes)
-
-    def __getitem__(self, index: int) -> Item:
-        return self._transform(self._pixels(index)), index, int(self.images.cameras[index])
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self[index] for index in range(len(self)))
-
-
-# ---- loaders ------------------------------------------------------------------------------------
-
-
-def train_loader(
-    dataset: TrainImages,
-    sampler: PKSampler,
-    *,
-    workers: int = 0,
-    pin_memory: bool = False,
-    persistent: bool = True,
-) -> DataLoader[Item]:
-    """Batches of the sampler as ``(images (B, 3, H, W), indices (B,), cameras (B,))``.
-
-    The same for any number of workers. Workers load ahead: count batches where they are used, not
-    in the sampler. ``persistent`` keeps workers between epochs.
-    """
-    return _loader(dataset, workers, pin_memory, persistent, batch_sampler=sampler)
-
-
-def eval_loader(
-    dataset: Dataset[Item],
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    pin_memory: bool = False,
-    persistent: bool = False,
-) -> DataLoader[Item]:
-    """All images in order, in batches as of :func:`train_loader`; the last may be smaller."""
-    return _loader(dataset, workers, pin_memory, persistent, batch_size=batch_size)
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; without its workers no step could be finished."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _loader(
-    dataset: Dataset[Item], workers: int, pin_memory: bool, persistent: bool, **batches: Any
-) -> DataLoader[Item]:
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=persistent and workers > 0,
-        worker_init_fn=_leave_signals_to_the_trainer,
-        # Its own, so that starting workers draws nothing from the random state of the training.
-        generator=torch.Generator().manual_seed(0),
-        **batches,
-    )

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+__all__ = ["Key", "PKSampler"]
+
 Key: TypeAlias = tuple[int, int]
 """An image's index, and the position of this draw in the run."""
 

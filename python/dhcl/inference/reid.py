@@ -14,20 +14,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dhcl.config import ConfigError, TrainConfig, read_run
-from dhcl.data import (
-    DataError,
-    eval_loader,
-    eval_transform,
-    image_files,
-    read_image,
-    training_cameras,
-)
-from dhcl.data.datasets import IMAGE_SUFFIXES
+from dhcl.data import DataError, eval_loader, eval_transform, image_files, training_cameras
+from dhcl.data.folders import IMAGE_SUFFIXES
+from dhcl.data.images import as_pixels
 from dhcl.inference.features import unit_rows
 from dhcl.models import ReIDModel
 from dhcl.words import first_ones, show
@@ -480,19 +474,6 @@ def _check_one(index: int, image: Any) -> None:
         )
 
 
-def _pixels(image: Any) -> torch.Tensor:
-    """(3, H, W) uint8."""
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(Path(image).expanduser())
-    if isinstance(image, Image.Image):
-        try:
-            image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except Exception as error:  # files are decoded here; decoders raise nearly anything
-            raise DataError(f"image: {error}") from error
-    pixels: torch.Tensor = torch.as_tensor(image)
-    return pixels.permute(2, 0, 1)
-
-
 class _Source(Dataset[Any]):
     """Items ``(pixels (3, H, W), index, reason)``; where there is a reason, pixels are zeros."""
 
@@ -511,7 +492,7 @@ class _Source(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
         if index not in self._skip:
             try:
-                return self._transform(_pixels(self._images[index])), index, ""
+                return self._transform(as_pixels(self._images[index])), index, ""
             except DataError as error:
                 reason = str(error)
         else:

@@ -1,0 +1,100 @@
+"""What a list of images is, and what a data set is: files, with what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ImageList", "Integers", "ReIDData", "image_list"]
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """Images with what is known of them.
+
+    Attributes:
+        paths: N files.
+        ids: (N,) int64 identities, -1 for junk or unknown.
+        cameras: (N,) int64 cameras from 0 in the order of the data set's own numbers, -1 unknown.
+    """
+
+    paths: tuple[Path, ...]
+    ids: Integers
+    cameras: Integers
+
+    def __post_init__(self) -> None:
+        for name in ("ids", "cameras"):
+            values = np.asarray(getattr(self, name))
+            if values.shape != (len(self.paths),) or values.dtype.kind != "i":
+                raise ValueError(
+                    f"ImageList: {name} must be {len(self.paths)} integers, one per path "
+                    f"(got shape {values.shape}, {values.dtype})"
+                )
+            object.__setattr__(self, name, values.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def num_ids(self) -> int:
+        """How many identities occur, junk and unknown not counted."""
+        return len(np.unique(self.ids[self.ids >= 0]))
+
+    @property
+    def num_cameras(self) -> int:
+        """The highest camera plus one, so that a table of this length has a row for each."""
+        return int(np.max(self.cameras, initial=-1)) + 1
+
+    def select(self, indices: Sequence[int] | NDArray[Any]) -> ImageList:
+        """The images at these indices (integers, or N booleans), in that order."""
+        chosen = np.arange(len(self))[np.asarray(indices, dtype=None if len(indices) else np.int64)]
+        return ImageList(
+            tuple(self.paths[i] for i in chosen), self.ids[chosen], self.cameras[chosen]
+        )
+
+
+def image_list(paths: Iterable[Path], ids: Iterable[int], cameras: Iterable[int]) -> ImageList:
+    """A list of images from plain values, one of each per image."""
+    return ImageList(tuple(paths), np.array(list(ids), np.int64), np.array(list(cameras), np.int64))
+
+
+@dataclass
+class ReIDData:
+    """A data set: what to train on, and, where there is any, what to evaluate on.
+
+    Attributes:
+        name: as given to :func:`load_data`, with the version found (``msmt17_v1``).
+        root: the folder the paths lie in.
+        train, query, gallery: images; query and gallery are empty where the data has none.
+        description: text for the log, with counts beside the published ones.
+    """
+
+    name: str
+    root: Path
+    train: ImageList
+    query: ImageList
+    gallery: ImageList
+    description: str
+
+    @property
+    def has_identities(self) -> bool:
+        """Whether identities of training images are known (to look at, never to train with)."""
+        return self.train.num_ids > 0
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether some query identity is in the gallery."""
+        known = self.query.ids[self.query.ids >= 0]
+        return bool(np.isin(known, self.gallery.ids).any())
+
+    @property
+    def unlabeled(self) -> ImageList:
+        """The training images with every identity -1: all that a trainer may see."""
+        return replace(self.train, ids=np.full(len(self.train), -1, np.int64))
