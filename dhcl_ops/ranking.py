@@ -50,6 +50,27 @@ class RankingMetrics(NamedTuple):
     first_match: torch.Tensor | None = None
 
 
+class Identities(NamedTuple):
+    """Who is in the images and which camera took them, as :func:`evaluate_ranking` takes them."""
+
+    query_ids: Any  # (Q,)
+    gallery_ids: Any  # (G,)
+    query_cameras: Any = None  # (Q,)
+    gallery_cameras: Any = None  # (G,)
+
+
+class Settings(NamedTuple):
+    """How a gallery is evaluated; :func:`evaluate_ranking` says what the fields mean."""
+
+    metric: str = "euclidean"
+    protocol: str = "market"
+    ap: str = "hits"
+    max_rank: int = 50
+    junk_id: int | None = -1
+    repeats: int = 10
+    per_query: bool = False
+
+
 # ---- op -----------------------------------------------------------------------------------------
 
 
@@ -236,30 +257,36 @@ def _cmc_of_first_matches(first_match: Any, max_rank: int) -> Any:
 
 def _single_shot_cmc(
     block: torch.Tensor,
-    query_ids: Any,
-    gallery_ids: Any,
-    removed: Any,
+    identities: Identities,
     max_rank: int,
     repeats: int,
     randint: Callable[[int, Any], Any],
 ) -> Iterator[Any]:
     """CMC (max_rank,) of each query of the block that has a match, one gallery image per identity.
 
-    Draws are those of ``np.random.choice`` for one identity after another, in the order in which
-    identities first appear in the ranked list: torchreid's, given its random state.
+    ``block`` holds the distances of the queries in ``identities``. Draws are those of
+    ``np.random.choice`` for one identity after another, in the order in which identities first
+    appear in the ranked list: torchreid's, given its random state.
     """
+    query_ids = identities.query_ids.numpy(force=True)
+    gallery_ids = identities.gallery_ids.numpy(force=True)
+    removed = torch.zeros(block.shape, dtype=torch.bool, device=block.device)
+    if identities.query_cameras is not None:
+        removed = identities.query_ids[:, None] == identities.gallery_ids
+        removed &= identities.query_cameras[:, None] == identities.gallery_cameras
     orders = block.argsort(dim=1, stable=True).numpy(force=True)
-    for order, query_id, row_removed in zip(orders, query_ids, removed, strict=True):
+    rows = zip(orders, query_ids, removed.numpy(force=True), strict=True)
+    for order, query_id, row_removed in rows:
         ids = gallery_ids[order[~row_removed[order]]]
         if not (ids == query_id).any():
             continue
-        identities, firsts, group = np.unique(ids, return_index=True, return_inverse=True)
+        identity, firsts, group = np.unique(ids, return_index=True, return_inverse=True)
         by_appearance = np.argsort(firsts)
         places = np.argsort(group, kind="stable")  # in the ranked list, grouped by identity
         counts = np.bincount(group)
         starts = np.cumsum(counts) - counts
         counts, starts = counts[by_appearance], starts[by_appearance]
-        own = int(np.flatnonzero(identities[by_appearance] == query_id)[0])
+        own = int(np.flatnonzero(identity[by_appearance] == query_id)[0])
         cmc = np.zeros(max_rank)
         for _ in range(repeats):
             drawn = places[starts + randint(0, counts)]
@@ -332,148 +359,143 @@ def evaluate_ranking(
             valid query at all.
     """
     randint = np.random.RandomState(_checks.integer(_OP, "seed", seed, 0)).randint
-    return _evaluate(
-        distance_or_features,
-        (query_ids, gallery_ids, query_cameras, gallery_cameras),
-        metric,
-        protocol,
-        ap,
-        max_rank,
-        junk_id,
-        repeats,
-        per_query,
-        progress,
-        randint,
-    )
+    identities = Identities(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    settings = Settings(metric, protocol, ap, max_rank, junk_id, repeats, per_query)
+    return evaluate_with_draws(distance_or_features, identities, settings, randint, progress)
 
 
-def _evaluate(
+def evaluate_with_draws(
     distance_or_features: Any,
-    labels: tuple[Any, Any, Any, Any],
-    metric: str,
-    protocol: str,
-    ap: str,
-    max_rank: int,
-    junk_id: int | None,
-    repeats: int,
-    per_query: bool,
-    progress: Callable[[str, int, int], object] | None,
+    identities: Identities,
+    settings: Settings,
     randint: Callable[[int, Any], Any],
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> RankingMetrics:
-    _checks.one_of(_OP, "metric", metric, ("euclidean", "cosine"))
-    _checks.one_of(_OP, "protocol", protocol, ("market", "cuhk03"))
-    _checks.one_of(_OP, "ap", ap, ("hits", "trapezoid"))
-    max_rank = _checks.integer(_OP, "max_rank", max_rank, 1)
-    repeats = _checks.integer(_OP, "repeats", repeats, 1)
+    """:func:`evaluate_ranking` with the caller's own random draws for the protocol of CUHK03.
+
+    Args:
+        distance_or_features: (Q, G) distances or a pair of features, as there.
+        identities: tensors or arrays, as there.
+        settings: as there.
+        randint: called as ``randint(0, highs)``, gives one integer in [0, high) for each of
+            ``highs``, like ``numpy.random.randint``.
+        progress: as there.
+
+    Returns:
+        :class:`RankingMetrics`.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    _checks.one_of(_OP, "metric", settings.metric, ("euclidean", "cosine"))
+    _checks.one_of(_OP, "protocol", settings.protocol, ("market", "cuhk03"))
+    _checks.one_of(_OP, "ap", settings.ap, ("hits", "trapezoid"))
+    settings = settings._replace(
+        max_rank=_checks.integer(_OP, "max_rank", settings.max_rank, 1),
+        repeats=_checks.integer(_OP, "repeats", settings.repeats, 1),
+    )
     pair = isinstance(distance_or_features, (tuple, list))
     given = list(distance_or_features) if pair else [distance_or_features]
     if pair and len(given) != 2:
         raise ValueError(f"{_OP}: features must be a pair, query and gallery (got {len(given)})")
-    lead = given[0]
     names = ("query", "gallery") if pair else ("distance",)
-    given = [
-        _arrays.to_tensor(_OP, name, value) if _arrays.is_array(value) else value
-        for name, value in zip(names, given, strict=True)
-    ]
+    tensors = _arrays.as_tensors(_OP, **dict(zip(names, given, strict=True)))
     distances: _FeatureDistances | _GivenDistances
     if pair:
-        distances = _FeatureDistances(given[0], given[1], metric)
+        distances = _FeatureDistances(tensors[0], tensors[1], settings.metric)
     else:
-        distances = _GivenDistances(given[0])
+        distances = _GivenDistances(tensors[0])
     with full_precision(distances.device):
-        result = _evaluate_blocks(
-            distances,
-            labels,
-            protocol,
-            ap,
-            max_rank,
-            junk_id,
-            repeats,
-            per_query,
-            progress,
-            randint,
-        )
-    if not _arrays.is_array(lead):
-        return result
-    arrays: RankingMetrics = _arrays.like(lead, result)
-    return arrays
+        identities = _without_junk(distances, identities, settings.junk_id)
+        each, cmcs = _each_query(distances, identities, settings, randint, progress)
+    result = _means(distances, each, cmcs, settings)
+    metrics: RankingMetrics = _arrays.like(given[0], result)
+    return metrics
 
 
-def _evaluate_blocks(
-    distances: _FeatureDistances | _GivenDistances,
-    labels: tuple[Any, Any, Any, Any],
-    protocol: str,
-    ap: str,
-    max_rank: int,
-    junk_id: int | None,
-    repeats: int,
-    per_query: bool,
-    progress: Callable[[str, int, int], object] | None,
-    randint: Callable[[int, Any], Any],
-) -> RankingMetrics:
+def _without_junk(
+    distances: _FeatureDistances | _GivenDistances, given: Identities, junk_id: int | None
+) -> Identities:
+    """The checked identities as int64 tensors; junk is taken out of them and of the distances."""
     device = distances.device
-    num_queries, num_gallery = distances.shape
-    one_each = ("one per query", "one per gallery entry")
-    query_ids = _ids("query_ids", labels[0], num_queries, one_each[0], device)
-    gallery_ids = _ids("gallery_ids", labels[1], num_gallery, one_each[1], device)
-    if (labels[2] is None) != (labels[3] is None):
+    (queries, gallery), one_each = distances.shape, ("one per query", "one per gallery entry")
+    query_ids = _ids("query_ids", given.query_ids, queries, one_each[0], device)
+    gallery_ids = _ids("gallery_ids", given.gallery_ids, gallery, one_each[1], device)
+    if (given.query_cameras is None) != (given.gallery_cameras is None):
         raise ValueError(f"{_OP}: give cameras for both query and gallery or for neither")
-    query_cameras = gallery_cameras = None
-    kept = torch.arange(num_gallery, device=device)
+    kept = torch.arange(gallery, device=device)
     if junk_id is not None:
         kept = kept[gallery_ids != junk_id]
-    if labels[2] is not None:
-        query_cameras = _ids("query_cameras", labels[2], num_queries, one_each[0], device)
-        gallery_cameras = _ids("gallery_cameras", labels[3], num_gallery, one_each[1], device)
-        gallery_cameras = gallery_cameras[kept]
-    gallery_ids = gallery_ids[kept]
     distances.keep(kept)
+    if given.query_cameras is None:
+        return Identities(query_ids, gallery_ids[kept])
+    query_cameras = _ids("query_cameras", given.query_cameras, queries, one_each[0], device)
+    cameras = _ids("gallery_cameras", given.gallery_cameras, gallery, one_each[1], device)
+    return Identities(query_ids, gallery_ids[kept], query_cameras, cameras[kept])
 
-    members, begin, offsets = _matches(query_ids, gallery_ids)
+
+def _each_query(
+    distances: _FeatureDistances | _GivenDistances,
+    identities: Identities,
+    settings: Settings,
+    randint: Callable[[int, Any], Any],
+    progress: Callable[[str, int, int], object] | None,
+) -> tuple[_PerQuery, list[Any]]:
+    """Metrics of each query and, for CUHK03, its CMC, from blocks of rows of distances."""
+    queries, gallery = distances.shape
+    members, begin, offsets = _matches(identities.query_ids, identities.gallery_ids)
     bounds = offsets.tolist()
     ranks: list[torch.Tensor] = []
     cmcs: list[Any] = []
-    step = max(_BLOCK_ENTRIES // max(num_gallery, 1), 64)
-    for start in range(0, num_queries, step):
-        stop = min(start + step, num_queries)
+    step = max(_BLOCK_ENTRIES // max(gallery, 1), 64)
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
         block = distances.block(start, stop)
-        cameras = None if query_cameras is None else query_cameras[start:stop]
+        cameras = None
+        if identities.query_cameras is not None:
+            cameras = identities.query_cameras[start:stop]
         part = offsets[start : stop + 1] - bounds[start]
         total = bounds[stop] - bounds[start]
-        ranks.append(
-            _match_ranks(
-                block, members, begin[start:stop], part, total, cameras, gallery_cameras
-            ).cpu()
+        found = _match_ranks(
+            block, members, begin[start:stop], part, total, cameras, identities.gallery_cameras
         )
-        if protocol == "cuhk03":
-            removed = torch.zeros(block.shape, dtype=torch.bool, device=device)
-            if cameras is not None and gallery_cameras is not None:
-                removed = query_ids[start:stop, None] == gallery_ids
-                removed &= cameras[:, None] == gallery_cameras
-            ids = query_ids[start:stop].numpy(force=True), gallery_ids.numpy(force=True)
-            gone = removed.numpy(force=True)
-            cmcs += _single_shot_cmc(block, *ids, gone, max_rank, repeats, randint)
+        ranks.append(found.cpu())
+        if settings.protocol == "cuhk03":
+            here = identities._replace(
+                query_ids=identities.query_ids[start:stop], query_cameras=cameras
+            )
+            cmcs += _single_shot_cmc(block, here, settings.max_rank, settings.repeats, randint)
         if progress is not None:
-            progress("queries", stop, num_queries)
-
+            progress("queries", stop, queries)
     all_ranks = torch.cat(ranks).numpy() if ranks else np.zeros(0, np.int64)
-    each = _per_query(all_ranks, np.asarray(bounds), ap)
+    return _per_query(all_ranks, np.asarray(bounds), settings.ap), cmcs
+
+
+def _means(
+    distances: _FeatureDistances | _GivenDistances,
+    each: _PerQuery,
+    cmcs: list[Any],
+    settings: Settings,
+) -> RankingMetrics:
+    """Metrics over the valid queries."""
     valid = each.first_match > 0
     num_valid = int(valid.sum())
     if num_valid == 0:
+        queries, gallery = distances.shape
         raise ValueError(
             f"{_OP}: no query has a right match in the gallery once entries of its own camera and "
-            f"junk are removed (got {num_queries} queries, {num_gallery} gallery entries)"
+            f"junk are removed (got {queries} queries, {gallery} gallery entries)"
         )
-    if protocol == "cuhk03":
+    if settings.protocol == "cuhk03":
         cmc = np.sum(cmcs, axis=0) / num_valid
     else:
-        cmc = _cmc_of_first_matches(each.first_match, max_rank)
+        cmc = _cmc_of_first_matches(each.first_match, settings.max_rank)
+    device = distances.device
     # fsum rounds once, whatever the order.
     return RankingMetrics(
         torch.from_numpy(cmc).to(device),
         math.fsum(each.average_precision[valid]) / num_valid,
         math.fsum(each.inverse_negative_penalty[valid]) / num_valid,
         num_valid,
-        *(torch.from_numpy(a).to(device) if per_query else None for a in each),
+        *(torch.from_numpy(a).to(device) if settings.per_query else None for a in each),
     )
