@@ -6,11 +6,13 @@ on GitHub too, so they hold no generated text, and links go to files of the repo
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -32,42 +34,50 @@ PLACES = {**FROM_ROOT, "README.md": "index.md"}
 
 
 def options() -> str:
-    """The fields of ``TrainConfig`` in tables, one for each of its sections."""
-    from dhcl import config
+    """The options of ``TrainConfig``: a table for the run itself, and one for each section."""
+    from dhcl.config import SECTIONS, TrainConfig
 
-    defaults = config.TrainConfig()
-    hints = typing.get_type_hints(config.TrainConfig)
-    lines: list[str] = []
-    for name, (section, text) in _documented(config.TrainConfig).items():
-        if section:
-            lines += ["", f"## {section.capitalize()}", ""]
-            lines += ["| option | type | default | what it does |", "|---|---|---|---|"]
+    tables = [_section(name, kind) for name, kind in {"": TrainConfig, **SECTIONS}.items()]
+    return "\n".join(itertools.chain(*tables))
+
+
+def _section(section: str, kind: type) -> Iterator[str]:
+    """The lines of a section's heading and table."""
+    from dhcl.config import OPTIONS, PRESETS
+
+    hints = typing.get_type_hints(kind)
+    texts = _documented(kind)
+    yield from (
+        "",
+        f"## {(section or 'run').capitalize()}",
+        "",
+        str(kind.__doc__).splitlines()[0],
+        "",
+    )
+    yield from ("| option | type | default | what it does |", "|---|---|---|---|")
+    for field in dataclasses.fields(kind):
+        name = field.name
+        if OPTIONS.get(name) != section:  # a section of the run
+            continue
         others = [
             f"`{preset}`: `{_value(changes[name])}`"
-            for preset, changes in config.PRESETS.items()
+            for preset, changes in PRESETS.items()
             if name in changes
         ]
-        default = "<br>".join([f"`{_value(getattr(defaults, name))}`", *others])
-        kind = _kind(hints[name]).replace("|", "\\|")
-        lines.append(f"| `{name}` | {kind} | {default} | {_cell(text)} |")
-    return "\n".join(lines)
+        default = "<br>".join([f"`{_value(field.default)}`", *others])
+        typed = _kind(hints[name]).replace("|", "\\|")
+        yield f"| `{name}` | {typed} | {default} | {_cell(texts[name])} |"
 
 
-def _documented(kind: type) -> dict[str, tuple[str, str]]:
-    """Of each field: the section that begins with it, or nothing, and the text below it."""
-    found: dict[str, tuple[str, str]] = {}
-    names = [field.name for field in dataclasses.fields(kind)]
-    section, last = "", ""
-    for line in map(str.strip, inspect.getsource(kind).splitlines()):
-        if heading := re.fullmatch(r"# ---- (.+) ----", line):
-            section = heading[1]
-        elif (field := re.match(r"(\w+): ", line)) and field[1] in names:
-            last = field[1]
-        elif line.startswith('"""') and last:
-            found[last] = (section, line.strip('"'))
-            section, last = "", ""
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{kind.__name__}: fields without a text: {', '.join(missing)}")
+def _documented(kind: type) -> dict[str, str]:
+    """The text below each field of a dataclass."""
+    found: dict[str, str] = {}
+    [body] = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(body, ast.ClassDef)
+    for field, text in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            name = ast.unparse(field.target)
+            found[name] = " ".join(str(ast.literal_eval(text.value)).split())
     return found
 
 

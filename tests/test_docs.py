@@ -21,7 +21,7 @@ pytest.importorskip("tyro", reason="the extra train is not installed")
 import tyro
 from dhcl import cli
 from dhcl.cli import commands
-from dhcl.config import TrainConfig
+from dhcl.config import OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -170,7 +170,7 @@ def test_data_blocks_are_read(block, tmp_path):
         json.loads(block.code)
         return
     content = yaml.safe_load(block.code)
-    if {*content} & {*TrainConfig.__dataclass_fields__}:
+    if {*content} & {*OPTIONS}:
         (tmp_path / "run.yaml").write_text(block.code)
         commands.train_options(["--config", str(tmp_path / "run.yaml")])
 

@@ -1,7 +1,8 @@
-"""Every option of a training run, in one dataclass, and the presets.
+"""Every option of a training run, in sections, and the presets.
 
-Options come from a preset, then a YAML file, then the command line; what comes later wins. The
-file's keys are the field names below, the command line's are the same with dashes.
+Options come from a preset, then a YAML file, then the command line; what comes later wins. An
+option has one name everywhere: in Python, ``config.loss.kappa``, it is a field of its section; in a
+file it stands below its section or without one; on the command line it is ``--kappa``.
 """
 
 from __future__ import annotations
@@ -12,20 +13,34 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from dhcl.errors import ConfigError
 from dhcl.words import did_you_mean, show
 
 __all__ = [
+    "EPS_GAP",
+    "OPTIONS",
     "PRESETS",
+    "REMOVED",
+    "SECTIONS",
+    "BatchOptions",
     "ConfigError",
+    "DataOptions",
+    "EvaluationOptions",
+    "LabelOptions",
+    "LossOptions",
+    "MemoryOptions",
+    "ModelOptions",
+    "OptimiserOptions",
     "Preset",
     "TrainConfig",
     "check_resumed",
+    "flat_options",
     "load_config",
     "preset",
     "read_options",
@@ -36,180 +51,237 @@ __all__ = [
 Preset = Literal["dhcl", "dhcl-hnm", "spcl", "cluster-contrast"]
 
 
+# ---- types --------------------------------------------------------------------------------------
+
+
+def _no_truth_value(value: object) -> object:
+    # YAML has true where someone meant a word, and pydantic takes it for 1.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+_Number = BeforeValidator(_no_truth_value)
+PositiveInt = Annotated[int, _Number, Field(gt=0)]
+NonNegativeInt = Annotated[int, _Number, Field(ge=0)]
+PositiveFloat = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, _Number, Field(ge=0, le=1)]
+
+
+# ---- sections -----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """Options of a training run. Defaults are the preset ``dhcl``."""
+class DataOptions:
+    """The images to train and test on."""
 
-    # ---- data ----
     data: str = "folder"
-    """Data set: market1501, dukemtmc, msmt17, cuhk03-np, personx, veri776, vehicleid, or folder."""
+    """Layout of the data set, such as market1501 or msmt17, or folder for any tree of images."""
     root: Path | None = None
-    """Where it lies."""
+    """Folder that holds the images."""
     pattern: str | None = None
-    """For a folder: regular expression with groups named id and camera, searched in each path."""
+    """Regular expression with groups named id and camera, searched in each path of a folder."""
     on_bad: Literal["refuse", "skip"] = "refuse"
-    """What to do if images can't be read."""
-    cache_gb: float = 0.0
-    """Memory for decoded, resized images, per data split; 0 decodes every time."""
-    workers: int = 4
-    """Processes that load images; 0 loads in the main one. Results do not depend on it."""
+    """What to do if image files can't be read: refuse to train, or skip them."""
+    cache_gb: NonNegativeFloat = 0.0
+    """Memory in GiB for decoded images, for each of training, query and gallery; 0 keeps none."""
+    workers: NonNegativeInt = 4
+    """Number of processes that load images; 0 is the main one. No result depends on it."""
 
-    # ---- run ----
-    out: Path | None = None
-    """Folder of the run; by default runs/DATA-PRESET-seedSEED."""
-    preset: Preset = "dhcl"
-    """Where the defaults of the method come from."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Arithmetic of the network; features, memory and loss stay in fp32."""
-    deterministic: bool = False
-    """Refuse algorithms that give other bits each time (slower on a GPU; the CPU has none)."""
 
-    # ---- model ----
+@dataclass(frozen=True)
+class ModelOptions:
+    """The network, its weights, and the images and statistics that it works with."""
+
     backbone: str = "resnet50"
-    """small, resnet50, resnet50_ibn_a, vit_small, ..., or timm:NAME."""
+    """Network that computes features: small, resnet50, vit_small and others, or timm:NAME."""
     pretrained: bool = True
-    """Start from ImageNet weights where the backbone has some."""
+    """Whether to start from ImageNet weights, where the backbone has some."""
     weights: Path | None = None
     """File of weights to start from instead; a checkpoint of another run will do."""
-    pooling: Literal["gem", "gem-halves", "avg", "avg-halves", "token"] | None = None
-    """By default what suits the backbone."""
-    image_size: tuple[int, int] = (256, 128)
-    """Height and width in pixels."""
-    samples_per_bn: int = 0
-    """Batch-norm statistics over so many images at a time (16 equals four GPUs at batch 64)."""
+    image_size: tuple[PositiveInt, PositiveInt] = (256, 128)
+    """Height and width in pixels to which every image is resized."""
+    samples_per_bn: NonNegativeInt = 0
+    """Number of images per batch-norm statistic (16: four GPUs, batch 64); 0 is the batch."""
     camera_bn: bool = False
-    """Batch-norm statistics per camera, in training, extraction and evaluation."""
+    """Whether batch norm has statistics per camera, in training, extraction and evaluation."""
     calibrate: Literal["never", "start", "epoch"] = "never"
-    """Batch-norm statistics from clean training images: at the start, or after each epoch too."""
+    """When to take batch-norm statistics of plain images: at the start, or each epoch too."""
 
-    # ---- pseudo-labels ----
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """The pseudo-labels: Jaccard distances between features, and DBSCAN."""
+
     cluster_on: Literal["bank", "extracted"] = "bank"
-    """Cluster the memory bank, or features extracted anew each epoch, which then refill it."""
-    k1: int = 30
-    """Neighbours of the Jaccard distance."""
-    k1_own: int = 0
-    """How many of them are of the image's own camera; 0 takes the nearest of all cameras."""
-    k2: int = 6
-    """Neighbours of its query expansion."""
-    eps: float = 0.6
-    """Largest Jaccard distance of neighbours in DBSCAN."""
-    min_samples: int = 4
-    """Neighbours that make an image the core of a cluster."""
-    eps_gap: float = 0.02
-    """How far the tighter and looser eps of the self-paced criterion and of suspects lie off."""
+    """Features to cluster: the memory bank's, or ones extracted each epoch, which refill it."""
+    k1: PositiveInt = 30
+    """Number of nearest neighbours that the Jaccard distance is computed from."""
+    k1_own: NonNegativeInt = 0
+    """Number of them that are of the image's own camera; with 0 cameras do not count."""
+    k2: PositiveInt = 6
+    """Number of neighbours over which the Jaccard distance averages (query expansion)."""
+    eps: Annotated[float, _Number, Field(gt=0, lt=1)] = 0.6
+    """Largest Jaccard distance at which DBSCAN takes two images for neighbours."""
+    min_samples: PositiveInt = 4
+    """Number of images within eps, itself included, that make one the core of a cluster."""
     self_paced: bool = False
-    """Keep independent and compact clusters only (SpCL's criterion)."""
+    """Whether to keep independent and compact clusters only, by SpCL's criterion."""
     outliers: Literal["keep", "drop"] = "keep"
-    """Un-clustered images: classes of their own, or left out of the epoch."""
-    patience: int = 5
-    """With outliers dropped: stop after so many epochs on end without a cluster."""
+    """Whether images in no cluster are kept, as classes of their own, or dropped this epoch."""
 
-    # ---- memory ----
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """The memory that features are compared with."""
+
     memory: Literal["instances", "clusters"] = "instances"
-    """A row per image with prototypes as their means, or a row per cluster."""
-    momentum: float = 0.2
-    """Share of the old row in an update."""
-    update: Literal["all", "hard"] = "all"
-    """Which images of a batch move a cluster's row: all in order, or the least similar one."""
+    """What a row of the memory stands for: an image, or a cluster."""
+    momentum: Share = 0.2
+    """Share of a memory's row that an update keeps, from 0 to 1."""
 
-    # ---- loss ----
-    temperature: float = 0.05
-    """Divides similarities."""
-    prototype_weight: float = 1.0
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The contrastive loss."""
+
+    temperature: PositiveFloat = 0.05
+    """Number by which cosine similarities are divided before the softmax."""
+    prototype_weight: NonNegativeFloat = 1.0
     """Weight of the loss over prototypes."""
-    instance_weight: float = 0.0
-    """Weight of the loss over instances, lambda; un-clustered ones are told apart at 0 too."""
+    instance_weight: NonNegativeFloat = 0.0
+    """Weight of the loss over single images, lambda; at 0 outliers are still told apart."""
     instance_positives: Literal["self", "class"] = "self"
-    """Positives of the instance loss: an image's own row, or all rows of its class."""
-    kappa: float = 0.0
-    """Debiasing: expected number of false negatives among the other prototypes; 0 is off."""
-    beta: float = 0.0
-    """Weight of hard negatives, on similarity / temperature; 0 is off."""
-    hardness: float | None = None
-    """The same on the similarity itself, beta / temperature; in place of beta."""
-    hardness_gradient: Literal["stop", "through"] = "stop"
-    """Treat the weights of hard negatives as constants, or differentiate them."""
+    """Positives of the loss over single images: the image's own row, or its class's."""
+    kappa: NonNegativeFloat = 0.0
+    """Number of false negatives to expect among the other prototypes; 0 does not debias."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of hard negatives, on similarity divided by temperature; 0 weighs all alike."""
+    hardness: NonNegativeFloat | None = None
+    """Weight of hard negatives on the similarity itself, beta / temperature; replaces beta."""
     suspects: Literal["off", "exclude", "kappa"] = "off"
-    """Classes that a looser clustering joins: leave them out of the negatives, or count them."""
-    warmup_epochs: int = 5
-    """Epochs at the beginning with kappa = beta = 0 and no suspects."""
+    """Classes that a looser clustering joins: exclude them as negatives, or count in kappa."""
+    warmup_epochs: NonNegativeInt = 5
+    """Number of first epochs with kappa and beta at 0 and without suspects."""
 
-    # ---- batches ----
-    classes_per_batch: int = 16
-    """Classes in a batch, over all processes."""
-    images_per_class: int = 4
-    """Images of each."""
-    accumulate: int = 1
-    """Batches per optimiser step."""
-    iterations: int = 400
-    """Batches per epoch."""
-    epochs: int = 50
-    """Rounds of clustering and training."""
-    flip: float = 0.5
-    """Probability of mirroring an image."""
-    pad: int = 10
-    """Pixels of padding before a random crop."""
-    erase: float = 0.5
-    """Probability of erasing a rectangle."""
-    color_jitter: float = 0.0
-    """Strength of random brightness, contrast, saturation and hue."""
 
-    # ---- optimiser ----
-    lr: float = 3.5e-4
-    """Learning rate of Adam."""
-    weight_decay: float = 5e-4
-    """Weight decay, added to the gradient."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """Course of the learning rate over the epochs."""
-    lr_step: int = 20
-    """Epochs between falls by lr_gamma."""
-    lr_gamma: float = 0.1
-    """Factor of a fall."""
-    lr_warmup: int = 0
-    """Epochs over which the learning rate rises to lr."""
+@dataclass(frozen=True)
+class BatchOptions:
+    """The batches of an epoch, and the augmentation of their images."""
 
-    # ---- evaluation and checkpoints ----
-    eval_every: int = 10
-    """Epochs between evaluations that are looked at, not used; 0 evaluates at the end only."""
-    eval_batch: int = 128
-    """Images per batch without gradients."""
+    classes_per_batch: PositiveInt = 16
+    """Number of classes in a batch, over all processes."""
+    images_per_class: PositiveInt = 4
+    """Number of images that a batch has of each of its classes."""
+    accumulate: PositiveInt = 1
+    """Number of batches whose gradients make one step of the optimiser."""
+    iterations: PositiveInt = 400
+    """Number of batches in an epoch."""
+    pad: NonNegativeInt = 10
+    """Width in pixels of the border that is added before a random crop."""
+    erase: Share = 0.5
+    """Probability that a rectangle of an image is erased."""
+    color_jitter: Share = 0.0
+    """Strength of random brightness, contrast, saturation and hue, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class OptimiserOptions:
+    """The steps of Adam."""
+
+    lr: PositiveFloat = 3.5e-4
+    """Learning rate of Adam in the first epochs."""
+    lr_step: PositiveInt = 20
+    """Number of epochs between falls of the learning rate, each to a tenth."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured on the test images."""
+
+    eval_every: NonNegativeInt = 10
+    """Number of epochs between evaluations that are logged, not used; 0 is the end only."""
+    eval_batch: PositiveInt = 128
+    """Number of images in a batch without gradients, in extraction and evaluation."""
     rerank: bool = True
-    """Evaluate the last epoch with k-reciprocal re-ranking too."""
+    """Whether to evaluate the last epoch with k-reciprocal re-ranking too."""
     report: bool = True
-    """At the end, write report.html to the run's folder."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints within an epoch; 0 writes them at its end only."""
-    checkpoint_iterations: int = 0
-    """Iterations between checkpoints within an epoch; 0 goes by minutes only."""
+    """Whether to write report.html to the run's folder at the end."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What belongs to the run as a whole.
+
+    The sections are the fields from ``data`` on. Defaults are the preset ``dhcl``.
+    """
+
+    out: Path | None = None
+    """Folder that the run is written to; without one, runs/DATA-PRESET-seedSEED."""
+    preset: Preset = "dhcl"
+    """Recipe that the defaults of all other options come from."""
+    seed: NonNegativeInt = 0
+    """Seed of everything that is random."""
+    epochs: PositiveInt = 50
+    """Number of rounds, each of which clusters the images and trains on the clusters."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Processor that the network runs on: auto takes a GPU where there is one."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the network's arithmetic; features, memory and loss stay in fp32."""
+    deterministic: bool = False
+    """Whether to refuse algorithms that give other bits each time, as some on GPUs do."""
+    checkpoint_minutes: NonNegativeFloat = 10.0
+    """Minutes between checkpoints within an epoch; with 0 only its end has one."""
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    labels: LabelOptions = LabelOptions()
+    memory: MemoryOptions = MemoryOptions()
+    loss: LossOptions = LossOptions()
+    batches: BatchOptions = BatchOptions()
+    optimiser: OptimiserOptions = OptimiserOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
 
     @property
     def run(self) -> Path:
         """The folder of the run."""
-        name = f"{self.data.replace('/', '_')}-{self.preset}-seed{self.seed}"
+        name = f"{self.data.data.replace('/', '_')}-{self.preset}-seed{self.seed}"
         return self.out or Path("runs") / name
 
     def resolved(self) -> TrainConfig:
         """With ``hardness`` turned into ``beta``, checked."""
         config = self
-        if self.hardness is not None:
-            config = dataclasses.replace(self, beta=self.hardness * self.temperature, hardness=None)
+        if (hardness := self.loss.hardness) is not None:
+            beta = hardness * self.loss.temperature
+            loss = dataclasses.replace(self.loss, beta=beta, hardness=None)
+            config = dataclasses.replace(self, loss=loss)
         config.validate()
         return config
 
     def validate(self) -> None:
-        """Raise :class:`ConfigError` that names every wrong value and contradiction."""
-        wrong = [*_out_of_range(self), *_contradictions(self)]
-        if wrong:
+        """Raise :class:`ConfigError` that names every wrong value, or every contradiction."""
+        _validated(dataclasses.asdict(self))
+        if wrong := _contradictions(self):
             raise ConfigError("\n".join(wrong))
 
     def to_yaml(self) -> str:
-        """All options as YAML, in the order of the fields."""
-        plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-        return str(yaml.safe_dump(plain, sort_keys=False, default_flow_style=None))
+        """All options as YAML, by section, in the order of the fields."""
+        plain = {
+            name: {key: _plain(each) for key, each in value.items()}
+            if isinstance(value, dict)
+            else _plain(value)
+            for name, value in dataclasses.asdict(self).items()
+        }
+        return str(yaml.dump(plain, Dumper=_Dumper, sort_keys=False))
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Pairs in one line, everything else in lines of its own."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, pair: dumper.represent_sequence("tag:yaml.org,2002:seq", pair, True)
+)
 
 
 def _plain(value: Any) -> Any:
@@ -218,71 +290,79 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+SECTIONS: dict[str, type] = {
+    field.name: type(field.default)
+    for field in dataclasses.fields(TrainConfig)
+    if dataclasses.is_dataclass(field.default)
+}
+"""Name and class of each section."""
+
+OPTIONS: dict[str, str] = {
+    **{field.name: "" for field in dataclasses.fields(TrainConfig) if field.name not in SECTIONS},
+    **{
+        field.name: section
+        for section, kind in SECTIONS.items()
+        for field in dataclasses.fields(kind)
+    },
+}
+"""Name of each option, and the section it is in; that of the run itself is empty."""
+
+
+def flat_options(config: TrainConfig) -> dict[str, Any]:
+    """The value of each option by its name, whatever its section."""
+    return {
+        name: getattr(getattr(config, section) if section else config, name)
+        for name, section in OPTIONS.items()
+    }
+
+
 # ---- rules --------------------------------------------------------------------------------------
 
-_POSITIVE = (
-    "temperature lr k1 k2 min_samples classes_per_batch images_per_class accumulate iterations "
-    "epochs eval_batch lr_step lr_gamma patience"
-)
-_NOT_NEGATIVE = (
-    "cache_gb workers seed samples_per_bn k1_own eps_gap prototype_weight instance_weight kappa "
-    "beta warmup_epochs pad weight_decay lr_warmup eval_every checkpoint_minutes "
-    "checkpoint_iterations"
-)
-_SHARES = "momentum flip erase color_jitter"
+EPS_GAP = 0.02
+"""How far the tighter and the looser eps of the self-paced criterion and of suspects lie off."""
 
 
-def _out_of_range(c: TrainConfig) -> Iterable[str]:
-    for name in _POSITIVE.split():
-        if not getattr(c, name) > 0:
-            yield f"{name}: must be greater than 0 (got {getattr(c, name)})"
-    for name in _NOT_NEGATIVE.split():
-        if not getattr(c, name) >= 0:
-            yield f"{name}: must be at least 0 (got {getattr(c, name)})"
-    for name in _SHARES.split():
-        if not 0 <= getattr(c, name) <= 1:
-            yield f"{name}: must be in [0, 1] (got {getattr(c, name)})"
-    if not 0 < c.eps < 1:
-        yield f"eps: must be between 0 and 1 (got {c.eps})"
-    if c.images_per_class * c.classes_per_batch < 2:
-        yield "classes_per_batch, images_per_class: a batch must have at least 2 images"
-
-
-def _contradictions(c: TrainConfig) -> Iterable[str]:
-    clusters = c.memory == "clusters"
-    looks_around = c.self_paced or c.suspects != "off"
+def _contradictions(c: TrainConfig) -> list[str]:
+    labels, loss, batches = c.labels, c.loss, c.batches
+    clusters = c.memory.memory == "clusters"
+    images = batches.classes_per_batch * batches.images_per_class
+    gap = f"eps -/+ {EPS_GAP} must lie between 0 and 1 (got eps {labels.eps})"
+    leaves = not 0 < labels.eps - EPS_GAP <= labels.eps + EPS_GAP < 1
     rules = {
         "samples_per_bn and camera_bn: statistics are per chunk or per camera, choose one": (
-            c.samples_per_bn and c.camera_bn
+            c.model.samples_per_bn and c.model.camera_bn
         ),
-        "pattern and data: a pattern is for data: folder": c.pattern and c.data != "folder",
+        "pattern and data: a pattern is for data: folder": (
+            c.data.pattern and c.data.data != "folder"
+        ),
         "memory and cluster_on: a memory of clusters needs cluster_on: extracted": (
-            clusters and c.cluster_on == "bank"
+            clusters and labels.cluster_on == "bank"
         ),
         "memory and instance_weight: a memory of clusters has no instances, so the instance "
-        f"weight must be 0 (got {c.instance_weight})": clusters and c.instance_weight,
+        f"weight must be 0 (got {loss.instance_weight})": clusters and loss.instance_weight,
         "memory and suspects: suspects need a memory of instances": (
-            clusters and c.suspects != "off"
-        ),
-        "update and memory: hard updates need a memory of clusters": (
-            c.update == "hard" and not clusters
+            clusters and loss.suspects != "off"
         ),
         "outliers and memory: outliers can be dropped from a memory of clusters only": (
-            c.outliers == "drop" and not clusters
+            labels.outliers == "drop" and not clusters
         ),
-        f"k2 and k1: k2 must be at most k1 (got {c.k2} and {c.k1})": c.k2 > c.k1,
-        f"k1_own and k1: k1_own must be at most k1 (got {c.k1_own} and {c.k1})": c.k1_own > c.k1,
+        f"k2 and k1: k2 must be at most k1 (got {labels.k2} and {labels.k1})": (
+            labels.k2 > labels.k1
+        ),
+        f"k1_own and k1: k1_own must be at most k1 (got {labels.k1_own} and {labels.k1})": (
+            labels.k1_own > labels.k1
+        ),
         "prototype_weight and instance_weight: must not both be 0": (
-            not c.prototype_weight and not c.instance_weight
+            not loss.prototype_weight and not loss.instance_weight
         ),
-        f"suspects and kappa: suspects: kappa sets kappa itself (got kappa {c.kappa} too)": (
-            c.suspects == "kappa" and c.kappa
+        f"suspects and kappa: suspects: kappa sets kappa itself (got kappa {loss.kappa} too)": (
+            loss.suspects == "kappa" and loss.kappa
         ),
-        f"eps and eps_gap: {c.eps} -/+ {c.eps_gap} must lie between 0 and 1": (
-            looks_around and not 0 < c.eps - c.eps_gap <= c.eps + c.eps_gap < 1
-        ),
-        f"iterations and accumulate: {c.iterations} batches must make whole steps of "
-        f"{c.accumulate}": c.accumulate > 0 and c.iterations % c.accumulate,
+        f"self_paced and eps: {gap}": labels.self_paced and leaves,
+        f"suspects and eps: {gap}": loss.suspects != "off" and leaves,
+        f"iterations and accumulate: {batches.iterations} batches must make whole steps of "
+        f"{batches.accumulate}": batches.iterations % batches.accumulate,
+        "classes_per_batch and images_per_class: a batch must have at least 2 images": images < 2,
         "precision and device: fp16 needs a GPU": c.precision == "fp16" and c.device == "cpu",
     }
     return [rule for rule, broken in rules.items() if broken]
@@ -323,19 +403,37 @@ def preset(name: str) -> TrainConfig:
     return with_changes(TrainConfig(), {"preset": name, **PRESETS[name]})
 
 
+# ---- changes ------------------------------------------------------------------------------------
+
+REMOVED: dict[str, Any] = {
+    "eps_gap": EPS_GAP,
+    "patience": 5,
+    "hardness_gradient": "stop",
+    "update": "all",
+    "pooling": None,
+    "flip": 0.5,
+    "weight_decay": 5e-4,
+    "schedule": "step",
+    "lr_gamma": 0.1,
+    "lr_warmup": 0,
+    "checkpoint_iterations": 0,
+}
+"""Options that earlier versions had, and the value that every run has now."""
+
+
 def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     """The options with some of them changed; of beta and hardness the one named here counts.
 
-    Values may be given as YAML has them: paths and numbers as text, pairs as lists.
+    Args:
+        config: the options to start from.
+        changes: value by name, ``{"kappa": 0.1}``, or by section, ``{"loss": {"kappa": 0.1}}``.
+            Values may be as YAML has them: paths and numbers as text, pairs as lists.
 
     Raises:
-        ConfigError: no such option, or values of a wrong type, each of which is named.
+        ConfigError: no such option, one that is gone, one named twice, or wrong values, each of
+            which is named.
     """
-    names = [field.name for field in dataclasses.fields(config)]
-    for name in changes:
-        if name not in names:
-            raise ConfigError(f"option: {_unknown(name, names)}")
-    changes = dict(changes)
+    changes = _known(_by_name(changes))
     if "beta" in changes and changes.get("hardness") is not None:
         raise ConfigError(
             "beta and hardness: hardness is beta / temperature, give one of them "
@@ -343,28 +441,70 @@ def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig
         )
     if "beta" in changes:
         changes["hardness"] = None
+    values = dataclasses.asdict(config)
+    for name, value in changes.items():
+        section = OPTIONS[name]
+        (values[section] if section else values)[name] = value
+    return _validated(values)
+
+
+def _by_name(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without their sections."""
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        # data and memory are names of an option and of its section.
+        inside = name in SECTIONS and isinstance(value, Mapping)
+        if name in SECTIONS and name not in OPTIONS and not inside:
+            raise ConfigError(f"{name}: must hold `option: value` lines (got {value})")
+        for key, each in value.items() if inside else [(name, value)]:
+            if inside and OPTIONS.get(key, name) != name:
+                home = f"section {OPTIONS[key]}" if OPTIONS[key] else "no section"
+                raise ConfigError(f"{key}: is an option of {home} (got it in {name})")
+            if key in flat:
+                raise ConfigError(f"{key}: is given twice (got {flat[key]} and {each})")
+            flat[key] = each
+    return flat
+
+
+def _known(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes without options that are gone, if these have the value that is left."""
+    for name, value in changes.items():
+        if name in REMOVED and value != REMOVED[name]:
+            raise ConfigError(
+                f"{name}: this option is gone, and every run has the value "
+                f"{REMOVED[name]} (got {value})"
+            )
+        if name not in OPTIONS and name not in REMOVED:
+            raise ConfigError(f"option: {_unknown(name, OPTIONS)}")
+    return {name: value for name, value in changes.items() if name in OPTIONS}
+
+
+def _validated(values: dict[str, Any]) -> TrainConfig:
+    """The options with these values by section, types and ranges checked by pydantic."""
     try:
-        return _types().validate_python({**dataclasses.asdict(config), **changes})
+        return _validator().validate_python(values)
     except ValidationError as error:
         raise ConfigError("\n".join(map(_sentence, error.errors()))) from error
 
 
 @functools.cache
-def _types() -> TypeAdapter[TrainConfig]:
+def _validator() -> TypeAdapter[TrainConfig]:
     return TypeAdapter(TrainConfig)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    """What the validation says of one value, in the words of this module."""
+    """What pydantic says of one value, in the words of this module."""
+    first, *rest = error["loc"]
+    name = rest[0] if first in SECTIONS else first
     said = re.sub(r"^\w+ should ", "must ", error["msg"])  # "Input should be", "Tuple should have"
-    return f"{error['loc'][0]}: {said} (got {error['input']})"
+    return f"{name}: {said} (got {error['input']})"
 
 
 # ---- files --------------------------------------------------------------------------------------
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """What a YAML file says, by option.
+    """What a YAML file says, by option, whether it has sections or not.
 
     Raises:
         ConfigError: no file that can be read, or not one of options.
@@ -377,7 +517,10 @@ def read_options(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config: {path} is not YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config: {path} must hold `option: value` lines")
-    return content
+    try:
+        return _by_name(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
@@ -412,9 +555,7 @@ def read_run(run: Path) -> TrainConfig:
 
 
 # What may differ when a run goes on: nothing that decides a bit of the result.
-_FREE = (
-    "root workers cache_gb epochs eval_every rerank report checkpoint_minutes checkpoint_iterations"
-)
+_FREE = "root workers cache_gb epochs eval_every rerank report checkpoint_minutes"
 
 
 def check_resumed(began: TrainConfig, now: TrainConfig) -> None:
@@ -427,15 +568,13 @@ def check_resumed(began: TrainConfig, now: TrainConfig) -> None:
     Raises:
         ConfigError: the name of an option that may not change, with both values.
     """
-    for field in dataclasses.fields(now):
-        old, new = getattr(began, field.name), getattr(now, field.name)
-        if old != new and field.name not in _FREE.split():
+    old = flat_options(began)
+    for name, value in flat_options(now).items():
+        if value != old[name] and name not in _FREE.split():
             raise ConfigError(
-                f"{field.name} and resume: a run goes on with the options it began with "
-                f"(got {new}, was {old}); what may change: {_FREE}"
+                f"{name} and resume: a run goes on with the options it began with "
+                f"(got {value}, was {old[name]}); what may change: {_FREE}"
             )
-    if now.epochs != began.epochs and now.schedule == "cosine":
-        raise ConfigError("epochs and resume: a cosine schedule depends on the epochs")
 
 
 # ---- words --------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def _options(demo: Demo, root: Path, name: str, seed: int) -> TrainConfig:
         "iterations": demo.iterations,
         "lr_step": max(demo.epochs * 3 // 4, 1),
     }
-    if preset(base).warmup_epochs:
+    if preset(base).loss.warmup_epochs:
         common["warmup_epochs"] = demo.epochs // 4
     return with_changes(preset(base), {**common, **changes}).resolved()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dhcl import ReID
 from dhcl.cli import main
-from dhcl.config import ConfigError, TrainConfig
+from dhcl.config import ConfigError, TrainConfig, with_changes
 from dhcl.data import image_files
 from dhcl.inference.export import export_features, export_onnx, export_weights, plain_model
 from dhcl.inference.features import read_features
@@ -26,7 +26,8 @@ def untrained(backbone, tmp_path, size=(64, 32)):
     for name, buffer in network.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             buffer.add_(0.1 * torch.rand_like(buffer))
-    config = TrainConfig(backbone=backbone, image_size=size, pretrained=False)
+    changes = {"backbone": backbone, "image_size": size, "pretrained": False}
+    config = with_changes(TrainConfig(), changes)
     return ReID(network, config, tmp_path)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from dhcl.cli import main
-from dhcl.config import ConfigError
+from dhcl.config import ConfigError, load_config, with_changes
 from dhcl.data import ImageList, load_data
 from dhcl.report import charts, report_training, write_comparison, write_report
 from dhcl.report.gather import (
@@ -290,8 +289,8 @@ def test_options_that_are_no_options(copy):
 
 
 def change_options(run, **changes):
-    content = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**content, **changes}))
+    file = run / "config.yaml"
+    file.write_text(with_changes(load_config(file), changes).to_yaml())
 
 
 def test_images_that_are_gone_or_others(copy, pictures, tmp_path):

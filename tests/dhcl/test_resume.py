@@ -85,14 +85,16 @@ RECIPES = {
         "iterations": 12,
     },
     "spcl": {"accumulate": 2, "iterations": 12, "workers": 1},
-    "cluster-contrast": {"images_per_class": 4, "iterations": 12, "update": "hard"},
+    "cluster-contrast": {"images_per_class": 4, "iterations": 12},
 }
+# Less than a step takes, so that there is one after each.
+CHECKPOINT_MINUTES = 1e-9
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def uninterrupted(request, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    changes = {**RECIPES[request.param], "checkpoint_iterations": 4}
+    changes = {**RECIPES[request.param], "checkpoint_minutes": CHECKPOINT_MINUTES}
     config = options(pictures, folder / "run", request.param, **changes)
     finish(config)
     return request.param, changes, result(config)
@@ -146,7 +148,7 @@ def test_killed_at_random_times_it_goes_on_to_the_same_bits(uninterrupted, pictu
 
 
 def test_killed_while_writing_a_checkpoint_the_one_before_is_whole(pictures, tmp_path):
-    changes = {"checkpoint_iterations": 1, "iterations": 6, "epochs": 2}
+    changes = {"checkpoint_minutes": CHECKPOINT_MINUTES, "iterations": 6, "epochs": 2}
     whole = options(pictures, tmp_path / "whole", **changes)
     finish(whole)
     config = options(pictures, tmp_path / "run", **changes)
@@ -208,7 +210,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path, moment)
     from dhcl.training.trainer import Trainer
 
     step = Trainer.step
-    last = config.iterations - 1
+    last = config.batches.iterations - 1
     iteration = 2 if moment == "in mid-epoch" else last
 
     def interrupting(self, *batch):
@@ -229,7 +231,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path, moment)
     if moment == "in mid-epoch":
         assert (at["epoch"], at["iteration"]) in ((1, 3), (1, 4))
     else:
-        assert (at["epoch"], at["iteration"]) == (1, config.iterations)
+        assert (at["epoch"], at["iteration"]) == (1, config.batches.iterations)
     finish(config, resume=True)
     assert_same(result(config), result(whole))
 

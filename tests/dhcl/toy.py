@@ -1,9 +1,7 @@
 """Small pictures on disk and options that train on them in seconds."""
 
-import dataclasses
-
 import numpy as np
-from dhcl.config import preset, with_changes
+from dhcl.config import flat_options, preset, with_changes
 from dhcl.training.runs import train
 from PIL import Image
 
@@ -70,7 +68,7 @@ def make_run(root, out, **changes):
 def command_line(config):
     """The options as arguments of ``dhcl train``."""
     arguments = []
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in flat_options(config).items():
         option = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(option if value else "--no-" + option[2:])

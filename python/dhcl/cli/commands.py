@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from dhcl.config import (
     ConfigError,
     TrainConfig,
     check_resumed,
+    flat_options,
     load_config,
     preset,
     read_options,
@@ -53,7 +54,10 @@ class _TrainArguments:
     """YAML file with options; the command line goes before it."""
     resume: Path | None = None
     """Folder of a run to go on with, bit for bit."""
-    options: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
+    # Without a name, so that the help's headings are those of the sections.
+    options: Annotated[tyro.conf.OmitArgPrefixes[TrainConfig], tyro.conf.arg(name="")] = (
+        dataclasses.field(default_factory=TrainConfig)
+    )
 
 
 def _train(arguments: list[str]) -> None:
@@ -92,8 +96,9 @@ def _parse(base: TrainConfig, arguments: list[str]) -> TrainConfig:
     """The options with those on a command line, which tyro reads and checks."""
     default = _TrainArguments(options=base)
     parsed = tyro.cli(_TrainArguments, prog="dhcl train", default=default, args=arguments)
-    given = {f.name: getattr(parsed.options, f.name) for f in dataclasses.fields(base)}
-    return with_changes(base, {k: v for k, v in given.items() if v != getattr(base, k)})
+    before = flat_options(base)
+    given = flat_options(parsed.options)
+    return with_changes(base, {k: v for k, v in given.items() if v != before[k]})
 
 
 # ---- eval, synth, demo --------------------------------------------------------------------------
@@ -123,15 +128,14 @@ def _eval(arguments: list[str]) -> None:
     given = tyro.cli(_EvalArguments, prog="dhcl eval", args=arguments)
     config = load_config(given.run / "config.yaml")
     own = given.data is None and given.root is None
+    changes: dict[str, Any] = {"rerank": given.rerank, "workers": given.workers}
     if given.data is not None:
-        config = dataclasses.replace(config, data=given.data, pattern=given.pattern)
-    config = dataclasses.replace(
-        config,
-        root=given.root or config.root,
-        pattern=given.pattern or config.pattern,
-        rerank=given.rerank,
-        workers=given.workers,
-    )
+        changes.update(data=given.data, pattern=None)
+    if given.root is not None:
+        changes["root"] = given.root
+    if given.pattern is not None:
+        changes["pattern"] = given.pattern
+    config = with_changes(config, changes)
     config.validate()
     evaluate_run(config, given.run, which=given.which, same_data=own)
 

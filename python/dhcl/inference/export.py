@@ -237,7 +237,7 @@ def export_onnx(model: ReID, out: Path, *, camera: int | None = None) -> float:
         data = program.model_proto.SerializeToString()
     except Exception as error:  # the exporter has many of its own
         raise ConfigError(
-            f"onnx: {model.config.backbone} can't be exported "
+            f"onnx: {model.config.model.backbone} can't be exported "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])

@@ -104,7 +104,7 @@ class ReID:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.dim, self.num_cameras = model.dim, model.num_cameras
-        self.image_size = config.image_size
+        self.image_size = config.model.image_size
         self._transform = eval_transform(self.image_size, model.mean, model.std)  # type: ignore[arg-type]
 
     @classmethod
@@ -154,7 +154,8 @@ class ReID:
         """Fingerprint of everything features depend on: SHA-256 of weights and preprocessing."""
         digest = hashlib.sha256()
         model = self.model
-        about = (_PREPROCESSING, self.config.backbone, self.config.pooling, self.image_size)
+        # The None was an option once; without it, indexes would not know their model any more.
+        about = (_PREPROCESSING, self.config.model.backbone, None, self.image_size)
         digest.update(repr((*about, tuple(model.mean), tuple(model.std))).encode())
         for name, tensor in sorted(model.state_dict().items()):
             if name.endswith("num_batches_tracked"):
@@ -172,8 +173,8 @@ class ReID:
         Raises:
             DataError: the cameras of the training are unknown.
         """
-        config = self.config
-        table = training_cameras(config.data, config.root or Path(), config.pattern)
+        data = self.config.data
+        table = training_cameras(data.data, data.root or Path(), data.pattern)
         return [table.get(name, -1) for name in names]
 
     # ---- features ----
@@ -375,7 +376,7 @@ class ReID:
         Returns:
             :class:`dhcl_ops.Clustering`; ``labels`` (N,) int64, -1 for images in no cluster.
         """
-        own = self.config
+        own = self.config.labels
         return cluster(
             self._rows("images_or_features", images_or_features),
             k1=own.k1 if k1 is None else k1,

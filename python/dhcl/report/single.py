@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dhcl.config import PRESETS, ConfigError, preset
+from dhcl.config import PRESETS, ConfigError, flat_options, preset
 from dhcl.data import ImageList, ReIDData
 from dhcl.files import write_atomic
 from dhcl.report import charts
@@ -107,7 +107,7 @@ def report_training(trained: Trained) -> None:
     One line says where it is, or why there is none. To be called on every process.
     """
     engine = trained.engine
-    if not trained.config.report or not engine.is_main:
+    if not trained.config.evaluation.report or not engine.is_main:
         return
     try:
         path = write_report(results_of(trained))
@@ -174,13 +174,13 @@ def subtitle(record: Record) -> str:
     o = record.options
     parts = [f"{o[key]}" for key in ("data", "backbone") if o.get(key)]
     parts += [f"{key} {o[key]}" for key in ("preset", "seed") if o.get(key) is not None]
-    if record.config and record.config.root:
-        parts.append(f"images in {show(record.config.root)}")
+    if record.config and record.config.data.root:
+        parts.append(f"images in {show(record.config.data.root)}")
     return ", ".join(parts)
 
 
 def _image_size(record: Record) -> tuple[int, int]:
-    return record.config.image_size if record.config else (256, 128)
+    return record.config.model.image_size if record.config else (256, 128)
 
 
 def _key_figures(found: Findings) -> list[tuple[str, str]]:
@@ -480,7 +480,7 @@ def _configuration(record: Record) -> str:
         return missing(record.missing["configuration"])
     base = {}
     if record.options.get("preset") in PRESETS:
-        base = vars(preset(record.options["preset"]))
+        base = flat_options(preset(record.options["preset"]))
     rows, changed = [], []
     for number, (name, value) in enumerate(record.options.items()):
         default = base.get(name)

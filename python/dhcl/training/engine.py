@@ -69,7 +69,7 @@ class Engine:
         self.accelerator = Accelerator(
             cpu=config.device == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-            gradient_accumulation_steps=config.accumulate,
+            gradient_accumulation_steps=config.batches.accumulate,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
         self.stop = Stop()
@@ -107,8 +107,8 @@ class Engine:
 
     def images(self, images: ImageList, model: ReIDModel) -> EvalImages:
         """A data set of images as the model takes them."""
-        transform = eval_transform(self.config.image_size, model.mean, model.std)  # type: ignore[arg-type]
-        return EvalImages(images, transform, cache_bytes=int(self.config.cache_gb * 2**30))
+        transform = eval_transform(self.config.model.image_size, model.mean, model.std)  # type: ignore[arg-type]
+        return EvalImages(images, transform, cache_bytes=int(self.config.data.cache_gb * 2**30))
 
     @torch.no_grad()
     def extract(self, model: ReIDModel, images: EvalImages, what: str) -> torch.Tensor:
@@ -117,8 +117,8 @@ class Engine:
         mine = list(range(len(images)))[self.rank * share : (self.rank + 1) * share]
         loader = eval_loader(
             Subset(images, mine),
-            batch_size=self.config.eval_batch,
-            workers=self.config.workers,
+            batch_size=self.config.evaluation.eval_batch,
+            workers=self.config.data.workers,
             pin_memory=self.device.type == "cuda",
         )
         features = torch.zeros(share, model.dim, device=self.device)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from dhcl.config import ConfigError, TrainConfig, with_changes
+from dhcl.config import ConfigError, TrainConfig, read_options, with_changes
 from dhcl.training.checkpoint import CheckpointError, load_checkpoint
 from dhcl.words import show
 
@@ -63,7 +61,7 @@ class Record:
         """Look for the images elsewhere, or load them with other processes."""
         changes = {k: v for k, v in (("root", root), ("workers", workers)) if v is not None}
         if self.config is not None:
-            self.config = dataclasses.replace(self.config, **changes)  # type: ignore[arg-type]
+            self.config = with_changes(self.config, changes)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -94,16 +92,12 @@ def read_record(run: Path) -> Record:
 
 
 def _read_options(record: Record) -> None:
-    file = record.run / "config.yaml"
     try:
-        options = yaml.safe_load(file.read_text())
-        if not isinstance(options, dict):
-            raise ConfigError("it must hold `option: value` lines")
-        record.options = {str(name): value for name, value in options.items()}
+        record.options = read_options(record.run / "config.yaml")
         config = with_changes(TrainConfig(), record.options)
         config.validate()
         record.config = config
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ConfigError) as error:
+    except ConfigError as error:
         record.missing["configuration"] = f"config.yaml can't be used ({_why(error)})"
 
 

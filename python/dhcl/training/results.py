@@ -88,7 +88,7 @@ def collect(
     """Open the data set of a run, and extract the features that are to be looked at.
 
     Args:
-        record: the run's files; ``record.config.root`` says where the images lie.
+        record: the run's files; ``record.config.data.root`` says where the images lie.
         data: its data set, if it is open already.
         engine: of the training, if that has just ended.
         features: of query and gallery (Q, d) and (G, d), if they are there already.
@@ -120,9 +120,9 @@ def _open(config: TrainConfig, missing: dict[str, str]) -> ReIDData | None:
     """The data set, without test images that can't be read."""
     why = "the images are needed, and "
     try:
-        if config.root is None:
+        if config.data.root is None:
             raise ConfigError("the options name no root")
-        data = load_data(config.data, config.root, pattern=config.pattern)
+        data = load_data(config.data.data, config.data.root, pattern=config.data.pattern)
     except (ConfigError, DataError, OSError, ValueError) as error:
         why += f"they can't be opened: {error}"
         missing.update(dict.fromkeys(("images", "clusters", "retrieval", "map"), why))
@@ -131,7 +131,7 @@ def _open(config: TrainConfig, missing: dict[str, str]) -> ReIDData | None:
     if not splits:
         return data
     try:
-        lists, report = check_images(splits, on_bad="skip", workers=max(config.workers, 2))
+        lists, report = check_images(splits, on_bad="skip", workers=max(config.data.workers, 2))
     except DataError as error:
         missing["retrieval"] = str(error)
         return data
@@ -148,7 +148,7 @@ def _training_images(found: Results, data: ReIDData, config: TrainConfig) -> Ima
     if record.images is None:
         return None
     images = data.train
-    if fingerprint(images) != record.images and config.on_bad == "skip" and len(images):
+    if fingerprint(images) != record.images and config.data.on_bad == "skip" and len(images):
         try:
             lists, _ = check_images({"train": images}, on_bad="skip", workers=2)
         except DataError:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from dhcl.config import ConfigError, TrainConfig
+from dhcl.config import ConfigError, TrainConfig, with_changes
 from dhcl.data import ReIDData, check_images, load_data
 from dhcl.files import write_atomic
 from dhcl.metrics import table
@@ -34,9 +34,9 @@ __all__ = [
 
 def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> ReIDData:
     """Load the data set, say what it holds, and check every image."""
-    if config.root is None:
+    if config.data.root is None:
         raise ConfigError("root: where the images lie must be given (got None)")
-    data = load_data(config.data, config.root, pattern=config.pattern)
+    data = load_data(config.data.data, config.data.root, pattern=config.data.pattern)
     if not quiet:
         engine.say(data.description)
     found: list[Any] = [None]
@@ -48,7 +48,7 @@ def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> Re
             bar.update(done - bar.n)
 
         lists, report = check_images(
-            splits, on_bad=config.on_bad, workers=max(config.workers, 2), progress=show
+            splits, on_bad=config.data.on_bad, workers=max(config.data.workers, 2), progress=show
         )
         bar.close()
         if not quiet or report.bad:
@@ -63,17 +63,16 @@ def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> Re
 
 def make_model(config: TrainConfig, cameras: int) -> ReIDModel:
     """The model of these options, the same on every process."""
-    if config.camera_bn and cameras < 1:
+    if config.model.camera_bn and cameras < 1:
         raise ConfigError("camera_bn: the cameras of the training images must be known")
     try:
         return build_model(
-            config.backbone,
-            pretrained=config.pretrained,
-            weights=config.weights,
-            pooling=config.pooling,
-            image_size=config.image_size,
-            samples_per_bn=config.samples_per_bn,
-            num_cameras=cameras if config.camera_bn else 0,
+            config.model.backbone,
+            pretrained=config.model.pretrained,
+            weights=config.model.weights,
+            image_size=config.model.image_size,
+            samples_per_bn=config.model.samples_per_bn,
+            num_cameras=cameras if config.model.camera_bn else 0,
             seed=config.seed,
         )
     except (ValueError, FileNotFoundError, UnavailableWeights) as error:
@@ -150,16 +149,16 @@ def train(
         engine.say(f"trained: {trainer.checkpoint}. No identities to evaluate on.")
         return Trained(config, engine, data)
     features = evaluator.features(trainer.model)
-    last = evaluator.metrics(*features, reranked=config.rerank)
+    last = evaluator.metrics(*features, reranked=config.evaluation.rerank)
     metrics = _report(config, engine, trainer, last, quiet) if engine.is_main else {}
     return Trained(config, engine, data, features, metrics)
 
 
 def _drawn_classes(config: TrainConfig, data: ReIDData) -> torch.Tensor:
     """The identities (N,) of drawn people, numbered from 0; those of others are not given out."""
-    if config.root is None or not (config.root / "synth.json").exists():
+    if config.data.root is None or not (config.data.root / "synth.json").exists():
         raise ConfigError(
-            f"root: identities are learned of drawn people only, and {config.root} holds no "
+            f"root: identities are learned of drawn people only, and {config.data.root} holds no "
             "synth.json of dhcl synth"
         )
     classes: torch.Tensor = torch.from_numpy(data.train.ids).unique(return_inverse=True)[1]
@@ -167,17 +166,17 @@ def _drawn_classes(config: TrainConfig, data: ReIDData) -> torch.Tensor:
 
 
 def _check_data(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
-    if config.classes_per_batch % engine.world_size:
+    if config.batches.classes_per_batch % engine.world_size:
         raise ConfigError(
             f"classes_per_batch: must be a multiple of the {engine.world_size} processes "
-            f"(got {config.classes_per_batch})"
+            f"(got {config.batches.classes_per_batch})"
         )
-    if config.k1_own and data.train.num_cameras < 2:
+    if config.labels.k1_own and data.train.num_cameras < 2:
         raise ConfigError(
             "k1_own: the cameras of the training images must be known, and two at least "
             f"(got {data.train.num_cameras})"
         )
-    if data.train.num_cameras > 1 and not config.camera_bn:
+    if data.train.num_cameras > 1 and not config.model.camera_bn:
         engine.say(
             f"hint: {data.train.num_cameras} cameras are known; if their pictures differ much, "
             "--camera-bn may help a lot"
@@ -226,7 +225,7 @@ def read_model(config: TrainConfig, run: Path, which: str = "last") -> ReIDModel
     state = load_checkpoint(file)["model"]
     cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
     # All weights are in the checkpoint.
-    config = dataclasses.replace(config, pretrained=False, weights=None)
+    config = with_changes(config, {"pretrained": False, "weights": None})
     model = make_model(config, len(cameras))
     model.load_state_dict(state)
     return model
@@ -247,8 +246,12 @@ def evaluate_run(
     model = load_model(config, run, engine, which)
     data = open_data(config, engine)
     if not data.can_evaluate:
-        raise ConfigError(f"root: {config.root} has no queries with their identity in a gallery")
-    metrics = Evaluator(engine, data, model, same_cameras=same_data)(model, reranked=config.rerank)
+        raise ConfigError(
+            f"root: {config.data.root} has no queries with their identity in a gallery"
+        )
+    metrics = Evaluator(engine, data, model, same_cameras=same_data)(
+        model, reranked=config.evaluation.rerank
+    )
     if engine.is_main:
         rows = {which: metrics}
         if "reranked" in metrics:

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import Subset
 
-from dhcl.config import ConfigError, TrainConfig
+from dhcl.config import EPS_GAP, ConfigError, OptimiserOptions, TrainConfig
 from dhcl.data import (
     ImageList,
     PKSampler,
@@ -45,7 +45,6 @@ from dhcl_ops import (
     cluster,
     dbscan,
     hybrid_contrastive_loss,
-    least_similar,
     prototypes,
     self_paced_labels,
     suspected_false_negatives,
@@ -58,6 +57,13 @@ _FORMAT = 1
 _AVERAGES = ("loss", "prototype_loss", "instance_loss", "clamped", "instance_clamped")
 # Images that batch-norm statistics are computed from.
 _CALIBRATION = 8192
+
+WEIGHT_DECAY = 5e-4
+"""Of Adam; it is added to the gradient."""
+LR_FALL = 0.1
+"""Factor by which the learning rate falls."""
+PATIENCE = 5
+"""Epochs on end without a cluster after which a run that drops outliers ends."""
 
 
 class Observer(Protocol):
@@ -84,16 +90,10 @@ class Progress:
     seconds: float = 0.0  # of all epochs so far
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """The learning rate of an epoch: a rise, then steps, half a cosine or a constant."""
-    if epoch < config.lr_warmup:
-        return config.lr * (epoch + 1) / (config.lr_warmup + 1)
-    if config.schedule == "step":
-        return config.lr * config.lr_gamma ** (epoch // config.lr_step)
-    if config.schedule == "cosine":
-        done = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr
+def learning_rate(options: OptimiserOptions, epoch: int) -> float:
+    """The learning rate of an epoch, which falls to a tenth every ``lr_step`` epochs."""
+    rate: float = options.lr * LR_FALL ** (epoch // options.lr_step)
+    return rate
 
 
 def fingerprint(images: ImageList) -> str:
@@ -135,18 +135,17 @@ class Trainer:
         self._images = images
         self._plain_images = engine.images(images, model)
         transform = train_transform(
-            config.image_size,
-            flip=config.flip,
-            pad=config.pad,
-            erase=config.erase,
-            color_jitter=config.color_jitter,
+            config.model.image_size,
+            pad=config.batches.pad,
+            erase=config.batches.erase,
+            color_jitter=config.batches.color_jitter,
             mean=model.mean,  # type: ignore[arg-type]
             std=model.std,  # type: ignore[arg-type]
         )
-        cache = int(config.cache_gb * 2**30)
+        cache = int(config.data.cache_gb * 2**30)
         self._train_images = TrainImages(images, transform, config.seed, cache_bytes=cache)
         learned = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(learned, config.lr, weight_decay=config.weight_decay)
+        adam = torch.optim.Adam(learned, config.optimiser.lr, weight_decay=WEIGHT_DECAY)
         set_seed(config.seed + engine.rank)  # dropout differs between processes
         self._parallel, self.optimizer = engine.accelerator.prepare(model, adam)
         self.model: ReIDModel = engine.accelerator.unwrap_model(self._parallel)
@@ -171,7 +170,7 @@ class Trainer:
         Raises:
             Interrupted: by Ctrl-C or SIGTERM, with a checkpoint written.
             Diverged: a loss that is not finite; the last checkpoint is from before.
-            NoClusters: none for ``patience`` epochs on end, with outliers dropped.
+            NoClusters: none for :data:`PATIENCE` epochs on end, with outliers dropped.
             CheckpointError: one could not be written; the last one is whole.
         """
         with self.engine.stop:
@@ -192,9 +191,9 @@ class Trainer:
         config = self.config
         self.at.entry = {"epoch": self.at.epoch, "seconds": {}}
         self.at.totals = [0.0] * len(_AVERAGES)
-        if config.calibrate != "never" and self.at.epoch == 0:
+        if config.model.calibrate != "never" and self.at.epoch == 0:
             self.calibrate()
-        if config.cluster_on == "bank" and self.at.epoch > 0:
+        if config.labels.cluster_on == "bank" and self.at.epoch > 0:
             return self.bank.features
         features = self.extract()
         self._lap("extract")
@@ -208,25 +207,25 @@ class Trainer:
             return self.labels.to(self.engine.device)
         found: list[Any] = [None]
         if self.engine.is_main:
-            looser = config.self_paced or config.suspects != "off"
-            gap = config.eps_gap if looser else 0.0
+            looser = config.labels.self_paced or config.loss.suspects != "off"
+            gap = EPS_GAP if looser else 0.0
             started = time.perf_counter()
             ranks = self._ranks_by_camera(features)
             searched = time.perf_counter() - started
             result = cluster(
                 features,
-                k1=config.k1,
-                k2=config.k2,
-                eps=config.eps + gap,
-                min_samples=config.min_samples,
+                k1=config.labels.k1,
+                k2=config.labels.k2,
+                eps=config.labels.eps + gap,
+                min_samples=config.labels.min_samples,
                 ranks=ranks,
                 progress=self._check_stop,
             )
             labels, loose = result.labels, result.labels
             if looser:
-                labels = dbscan(result.graph, config.eps, config.min_samples)
-            if config.self_paced:
-                tight = dbscan(result.graph, config.eps - gap, config.min_samples)
+                labels = dbscan(result.graph, config.labels.eps, config.labels.min_samples)
+            if config.labels.self_paced:
+                tight = dbscan(result.graph, config.labels.eps - gap, config.labels.min_samples)
                 chosen = self_paced_labels(labels, tight, loose, self.at.threshold)
                 labels, self.at.threshold = chosen.labels, chosen.threshold
             seconds = dict(result.seconds)
@@ -244,11 +243,11 @@ class Trainer:
         """Fill the memory and give each image its row: of its own, or of its cluster."""
         config, entry = self.config, self.at.entry
         clusters, outliers = int(labels.max()) + 1, int((labels < 0).sum())
-        dropped = config.outliers == "drop" and clusters > 0
+        dropped = config.labels.outliers == "drop" and clusters > 0
         self.at.barren = 0 if clusters else self.at.barren + 1
         if not clusters:
             self._without_clusters()
-        if config.memory == "instances":
+        if config.memory.memory == "instances":
             if features is not self.bank.features:
                 self.bank.init(features)
             self.bank.set_labels(labels)
@@ -263,7 +262,9 @@ class Trainer:
             self.bank.set_labels(torch.arange(count, device=labels.device))
         self._set_epoch_up()
         entry.update(clusters=clusters, outliers=outliers, dropped=dropped)
-        entry.update(lr=learning_rate(config, self.at.epoch), kappa=self.kappa, beta=self.beta)
+        entry.update(
+            lr=learning_rate(config.optimiser, self.at.epoch), kappa=self.kappa, beta=self.beta
+        )
         if self.observer:
             entry["observed"] = {"observed_only": True, **self.observer.clustering(self.labels)}
 
@@ -279,15 +280,14 @@ class Trainer:
                 features,
                 self.bank,
                 rows,
-                prototype_weight=config.prototype_weight,
-                instance_weight=config.instance_weight,
-                instance_positives=config.instance_positives,
-                temperature=config.temperature,
+                prototype_weight=config.loss.prototype_weight,
+                instance_weight=config.loss.instance_weight,
+                instance_positives=config.loss.instance_positives,
+                temperature=config.loss.temperature,
                 kappa=self.kappa,
                 beta=self.beta,
                 suspects=self.suspects,
-                suspects_as="kappa" if config.suspects == "kappa" else "exclude",
-                hardness_gradient=config.hardness_gradient,
+                suspects_as="kappa" if config.loss.suspects == "kappa" else "exclude",
                 return_stats=True,
             )
             self._note(loss, stats)
@@ -296,9 +296,6 @@ class Trainer:
             self.optimizer.zero_grad()
         # In the order of the ranks, so that every process makes the same memory.
         features, rows = accelerator.gather((features.detach(), rows))
-        if config.update == "hard":
-            chosen = least_similar(features, rows, self.bank.features)
-            features, rows = features[chosen], rows[chosen]
         self.bank.update_(features, rows)
 
     def finish_epoch(self) -> None:
@@ -312,7 +309,9 @@ class Trainer:
             if self.engine.world_size == 1:
                 self.save()
             raise
-        entry.update(zip(_AVERAGES, (t / self.config.iterations for t in at.totals), strict=True))
+        entry.update(
+            zip(_AVERAGES, (t / self.config.batches.iterations for t in at.totals), strict=True)
+        )
         entry["skipped_updates"] = int(self.bank.skipped)
         at.seconds += sum(entry["seconds"].values())
         self.engine.say(self._line(entry))
@@ -324,8 +323,8 @@ class Trainer:
     # ---- its parts ------------------------------------------------------------------------------
 
     def _ranks_by_camera(self, features: torch.Tensor) -> Neighbours | None:
-        k1 = min(self.config.k1, len(features))
-        own = min(self.config.k1_own, k1)
+        k1 = min(self.config.labels.k1, len(features))
+        own = min(self.config.labels.k1_own, k1)
         if not own:
             return None
         cameras = torch.from_numpy(self._images.cameras).to(features.device)
@@ -337,11 +336,15 @@ class Trainer:
     def _look_back(self) -> None:
         """After the epoch's steps: statistics from clean images, and the observer's look."""
         config, at = self.config, self.at
-        if config.calibrate == "epoch":
+        if config.model.calibrate == "epoch":
             self.calibrate()
             self._lap("extract")
         done = at.epoch + 1
-        due = config.eval_every and done % config.eval_every == 0 and done < config.epochs
+        due = (
+            config.evaluation.eval_every
+            and done % config.evaluation.eval_every == 0
+            and done < config.epochs
+        )
         if self.observer and due:
             metrics = self.observer.ranking(self)
             at.entry.setdefault("observed", {"observed_only": True}).update(metrics)
@@ -354,9 +357,9 @@ class Trainer:
         sampler = PKSampler(
             self.labels,
             self._images.cameras,
-            classes_per_batch=config.classes_per_batch,
-            images_per_class=config.images_per_class,
-            iterations=config.iterations,
+            classes_per_batch=config.batches.classes_per_batch,
+            images_per_class=config.batches.images_per_class,
+            iterations=config.batches.iterations,
             seed=config.seed,
             outliers=not self.at.entry["dropped"],
             rank=self.engine.rank,
@@ -369,13 +372,13 @@ class Trainer:
         loader = train_loader(
             self._train_images,
             sampler,
-            workers=config.workers,
+            workers=config.data.workers,
             pin_memory=device.type == "cuda",
             persistent=False,
         )
         self._parallel.train()
         name = f"epoch {self.at.epoch + 1}/{config.epochs}"
-        bar = self.engine.bar(loader, name, config.iterations, self.at.iteration)
+        bar = self.engine.bar(loader, name, config.batches.iterations, self.at.iteration)
         for batch in bar:
             yield tuple(t.to(device, non_blocking=True) for t in batch)  # type: ignore[misc]
 
@@ -388,12 +391,12 @@ class Trainer:
         config = self.config
         order = torch.randperm(len(self._images), generator=torch.Generator().manual_seed(0))
         # No small rest: its statistics would count as much as a whole batch's.
-        whole = len(order) - len(order) % config.eval_batch or len(order)
+        whole = len(order) - len(order) % config.evaluation.eval_batch or len(order)
         part = Subset(self._plain_images, order[: min(whole, _CALIBRATION)].tolist())
         loader = eval_loader(
             part,
-            batch_size=config.eval_batch,
-            workers=config.workers,
+            batch_size=config.evaluation.eval_batch,
+            workers=config.data.workers,
         )
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -404,7 +407,7 @@ class Trainer:
         calibrate(self.model, batches())
 
     def _new_bank(self, rows: int) -> MemoryBank:
-        momentum, device = self.config.momentum, self.engine.device
+        momentum, device = self.config.memory.momentum, self.engine.device
         return MemoryBank(rows, self.model.dim, momentum=momentum, device=device)
 
     def _line(self, entry: dict[str, Any]) -> str:
@@ -427,20 +430,21 @@ class Trainer:
         """What follows from the memory, the labels and the epoch."""
         config = self.config
         others = max(len(self.bank.prototypes) - 1, 1)
-        warm = self.at.epoch >= config.warmup_epochs
+        warm = self.at.epoch >= config.loss.warmup_epochs
         # With very few classes no more than half of the negatives can be false.
-        self.kappa = min(config.kappa, others / 2) if warm else 0.0
-        self.beta = config.beta if warm else 0.0
+        self.kappa = min(config.loss.kappa, others / 2) if warm else 0.0
+        self.beta = config.loss.beta if warm else 0.0
         self.suspects = None
-        if warm and config.suspects != "off" and self.loose is not None:
+        if warm and config.loss.suspects != "off" and self.loose is not None:
             loose = self.loose.to(self.engine.device)
             self.suspects = suspected_false_negatives(self.bank, loose)
 
     def _without_clusters(self) -> None:
-        config, at = self.config, self.at
+        at = self.at
         where = f"epoch {at.epoch + 1}: no clusters, all {len(self._images)} images are outliers"
-        hint = f"a larger eps than {config.eps} or fewer min_samples than {config.min_samples}"
-        if config.outliers == "drop" and at.barren >= config.patience:
+        labels = self.config.labels
+        hint = f"a larger eps than {labels.eps} or fewer min_samples than {labels.min_samples}"
+        if labels.outliers == "drop" and at.barren >= PATIENCE:
             raise NoClusters(
                 f"{where}, for {at.barren} epochs on end, and they are to be dropped; try {hint}, "
                 "better weights to start from, or outliers: keep"
@@ -471,8 +475,7 @@ class Trainer:
         )
         raise Diverged(
             f"{what} not finite in epoch {at.epoch + 1}, iteration {at.iteration + 1} "
-            f"(lr {at.entry['lr']:g}). {kept}. A lower lr, an lr_warmup, or precision: fp32 "
-            "may help."
+            f"(lr {at.entry['lr']:g}). {kept}. A lower lr or precision: fp32 may help."
         )
 
     # ---- state ----------------------------------------------------------------------------------
@@ -552,11 +555,10 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         """Between optimiser steps, write a checkpoint if it is time, or if asked to stop."""
-        config, iteration = self.config, self.at.iteration
-        if iteration == config.iterations or not self.engine.accelerator.sync_gradients:
+        last = self.at.iteration == self.config.batches.iterations
+        if last or not self.engine.accelerator.sync_gradients:
             return  # the end of the epoch writes one anyway
-        every = config.checkpoint_iterations
-        if any(self._requests) or (every and iteration % every == 0):
+        if any(self._requests):
             self._lap("train")
             self.save()
         if self._requests[0]:
