@@ -416,7 +416,7 @@ def _cluster(arguments: list[str]) -> None:
         if given.run is None:
             raise ConfigError("run: for a folder of images a run must be given (--run RUN)")
         model = ReID.load(given.run, given.which, given.reading.device)
-        numbers = {name: getattr(model.config, name) for name in numbers}
+        numbers = {name: getattr(model.config.labels, name) for name in numbers}
         paths = image_files(given.features)
         every = [path.relative_to(given.features).as_posix() for path in paths]
         cameras = None
