@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import dhcl_ops
+from dhcl_ops import _contrastive_kernels as kernels
+from dhcl_ops import _contrastive_stream as streaming
 from dhcl_ops import _ops, debiased_contrastive_loss
 from dhcl_ops import contrastive as module
 from tests import checks
@@ -192,9 +194,9 @@ def test_loss_and_statistics(device, implementation, monkeypatch, options, mode,
 
 def on_reference(monkeypatch):
     """Run the small ops by their reference; the streaming around them is Python in both cases."""
-    for name in ("_stream", "_finish"):
-        monkeypatch.setattr(module, name, getattr(module, f"{name}_reference"))
-    monkeypatch.setattr(module, "_contrastive", module._forward_reference)
+    for name, op in (("stream", "contrastive_stream_"), ("finish", "contrastive_finish")):
+        monkeypatch.setattr(kernels, name, _ops.OPS[op].reference)
+    monkeypatch.setattr(streaming, "contrastive", _ops.OPS["contrastive"].reference)
 
 
 @pytest.mark.parametrize(
@@ -233,24 +235,25 @@ def kernel_inputs(name, dtype, mode, beta, b=7, k=205, start=31, weights=None):
     total = start + k
     labels = torch.randint(total, (b,), generator=generator)
     proxy_labels = None
-    if mode != module._SUM:
+    if mode != kernels.SUM:
         proxy_labels = torch.randint(9, (total,), generator=generator)
         labels = labels % 9
     row_groups = torch.randint(-1, 4, (b,), generator=generator)
     column_groups = torch.randint(-1, 4, (total,), generator=generator)
     excluded = torch.randint(-1, total, (b, 6), generator=generator)
     roles = (labels, proxy_labels, row_groups, column_groups, excluded)
-    state, counts = module._new_state(b, torch.device("cpu"))
-    slots = torch.zeros(b, total, dtype=torch.float64) if mode == module._EACH else None
+    each = mode == kernels.EACH
+    state, counts, slots = kernels.new_sums(b, total if each else None, torch.device("cpu"))
     scale = 1 / 0.05
-    module._stream_reference(state, counts, slots, before, None, None, *roles, 0, scale, beta, 1.0)
+    earlier = (state, counts, slots, before, None, None, *roles, 0, scale, beta, 1.0)
+    checks.call("reference", "contrastive_stream_", *earlier)
     out = torch.full((b, k), 7.0, dtype=weights or dtype)
     factors = torch.full((b,), 7.0, dtype=dtype)
     stream = (state, counts, slots, products, out, factors, *roles, start, scale, beta, 0.5)
     if name == "contrastive_stream_":
         return list(stream)
     later = checks.clones(stream)
-    module._stream_reference(*later)
+    checks.call("reference", "contrastive_stream_", *later)
     state, counts, slots = later[:3]
     assert (counts[:, 1] > 0).sum() > 1
     kappa = torch.linspace(0, 2, b, dtype=torch.float64)
@@ -261,9 +264,10 @@ def kernel_inputs(name, dtype, mode, beta, b=7, k=205, start=31, weights=None):
         return [state, counts, held, kappa[live], False, mode, 0.05, beta, True]
     state, counts = later[:2]
     counts[:, 1].clamp_(min=1)
-    state[:, module._POSITIVE_MASS].clamp_(min=1.0)
-    state[:, module._POSITIVE_MAX].clamp_(min=-10.0)
-    _, rows = module._finish_reference(state, counts, slots, kappa, False, mode, 0.05, beta, True)
+    state[:, kernels.POSITIVE_MASS].clamp_(min=1.0)
+    state[:, kernels.POSITIVE_MAX].clamp_(min=-10.0)
+    finish = (state, counts, slots, kappa, False, mode, 0.05, beta, True)
+    _, rows = checks.call("reference", "contrastive_finish", *finish)
     grad = torch.linspace(-1, 1, b, dtype=torch.float64)
     return [products, rows, state, counts, grad, *roles, start, scale, beta, mode]
 
@@ -568,7 +572,7 @@ def test_rows_with_the_same_products_have_the_same_bits(device):
     products = products.repeat(rows, 1).to(device)
     labels = torch.full((rows,), 40, device=device)
     roles = (labels, None, None, None, None)
-    state, counts = module._new_state(rows, device)
+    state, counts, _ = kernels.new_sums(rows, None, device)
     weights, factors = torch.empty_like(products), products.new_empty(rows)
     checks.call(
         "compiled", "contrastive_stream_", state, counts, None, products, weights, factors,
@@ -576,7 +580,7 @@ def test_rows_with_the_same_products_have_the_same_bits(device):
     )  # fmt: skip
     kappa = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
     loss, coefficients = checks.call(
-        "compiled", "contrastive_finish", state, counts, None, kappa, False, module._SUM, 0.05,
+        "compiled", "contrastive_finish", state, counts, None, kappa, False, kernels.SUM, 0.05,
         0.2, False,
     )  # fmt: skip
     for result in (state, counts, products, weights, factors, loss, coefficients):
@@ -739,10 +743,12 @@ def test_the_logits_never_exist_as_a_whole():
 
     f, c, labels, *_ = case(1024, 20_000, 8)
     f, c = f.float(), c.float()
-    arguments = (f, c, labels, None, None, None, None, torch.zeros(1024, dtype=torch.float64))
+    roles = kernels.Roles(labels, None, None, None, None)
+    kappa = torch.zeros(1024, dtype=torch.float64)
+    options = kernels.Settings(kappa, False, kernels.SUM, 0.05, 0.1, False)
     with Watch():
-        module._forward_reference(*arguments, False, module._SUM, 0.05, 0.1, False, True, False, 0)
-    assert largest[0] <= module._WORKSPACE["cpu"] / 2
+        streaming.stream_loss(f, c, roles, options, streaming.Streaming(True, False, 0))
+    assert largest[0] <= streaming.WORKSPACE["cpu"] / 2
     assert largest[0] < 4 * 1024 * 20_000 / 3
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dhcl_ops import _ops, debiased_contrastive_loss
-from dhcl_ops import contrastive as module
+from dhcl_ops import _contrastive_kernels, _ops, debiased_contrastive_loss
+from dhcl_ops._contrastive_kernels import MASS, MEAN
+from dhcl_ops._contrastive_stream import WEIGHT_SCALE
 from tests.checks import call, clones, same_bits
 from tests.ops.test_contrastive import assert_kernels_agree, case, kernel_inputs, leaf
 
@@ -55,7 +56,7 @@ class Glue:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", range(3))
 def test_kernels_equal_their_reference(kernels, name, dtype, mode):
-    beta = 0.0 if mode == module._MEAN else 0.3
+    beta = 0.0 if mode == MEAN else 0.3
     inputs = kernel_inputs(name, dtype, mode, beta, b=2, k=600)
     ours, expected = clones(inputs), clones(inputs)
     returned = getattr(Glue(kernels), name)(*ours) or ()
@@ -66,7 +67,7 @@ def test_kernels_equal_their_reference(kernels, name, dtype, mode):
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16])
 def test_weights_in_16_bits(host, weights):
     inputs = kernel_inputs("contrastive_stream_", torch.float32, 1, 0.3, b=2, k=70, weights=weights)
-    inputs[-1] = module._WEIGHT_SCALE if weights == torch.float16 else 1.0
+    inputs[-1] = WEIGHT_SCALE if weights == torch.float16 else 1.0
     ours, expected = clones(inputs), clones(inputs)
     Glue(host).contrastive_stream_(*ours)
     call("reference", "contrastive_stream_", *expected)
@@ -118,11 +119,11 @@ def test_the_whole_loss_on_these_kernels(host, monkeypatch, mode, gradient):
         return kernel
 
     for attribute, name in (
-        ("_stream", "contrastive_stream_"),
-        ("_finish", "contrastive_finish"),
-        ("_slopes", "contrastive_slopes_"),
+        ("stream", "contrastive_stream_"),
+        ("finish", "contrastive_finish"),
+        ("slopes", "contrastive_slopes_"),
     ):
-        monkeypatch.setattr(module, attribute, counted(name))
+        monkeypatch.setattr(_contrastive_kernels, attribute, counted(name))
     got = run()
     assert calls.count("contrastive_stream_") == 3
     assert calls.count("contrastive_slopes_") == 3
@@ -152,7 +153,7 @@ def test_nan_is_passed_on(host):
         inputs[3][0] = float("nan")
         Glue(host).contrastive_stream_(*inputs)
         state, counts = inputs[:2]
-        assert state[0, module._MASS].isnan()
+        assert state[0, MASS].isnan()
         kappa = torch.zeros(len(state), dtype=torch.float64)
         counts[:, 1].clamp_(min=1)
         loss, _ = Glue(host).contrastive_finish(

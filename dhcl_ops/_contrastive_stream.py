@@ -1,0 +1,419 @@
+"""The contrastive loss and its gradients, streamed over the proxies.
+
+A chunk of proxies at a time, torch's matrix product gives the similarities, a kernel of
+:mod:`dhcl_ops._contrastive_kernels` turns them into running sums and gradient weights, and a second
+product reads the weighted proxies out. The (B, K) logits never exist as a whole. The loops are one
+op each, so that a compiled graph sees neither chunks nor buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+
+from dhcl_ops import _contrastive_kernels as kernels
+from dhcl_ops._contrastive_kernels import Roles, Settings, Sums, grouped
+from dhcl_ops._ops import define
+
+# Bytes of the buffers for one chunk, and the fewest and most proxies in it.
+WORKSPACE = {"cpu": 24 << 20, "cuda": 256 << 20}
+_CHUNK = {"cpu": (256, 4096), "cuda": (4096, 1 << 20)}
+# Powers of two that keep operands and weights out of fp16's subnormal numbers.
+_OPERAND_SCALE = 2.0**8
+WEIGHT_SCALE = 2.0**15
+
+
+class Streaming(NamedTuple):
+    """How the loss is computed."""
+
+    one_pass: bool  # the gradient with respect to the features, along with the loss
+    fast: bool  # fp32 operands rounded to fp16, on CUDA
+    columns: int  # proxies in a chunk; 0: chosen for the workspace
+
+
+class Results(NamedTuple):
+    """What the first pass over the proxies gives."""
+
+    losses: torch.Tensor  # (B,) float64
+    gradient: torch.Tensor  # (B, d) of each loss by its feature, or (0, d) without one_pass
+    state: torch.Tensor  # (B, 6) float64, the rows' sums
+    counts: torch.Tensor  # (B, 3) int64
+    rows: torch.Tensor  # (B, 9) float64, coefficients of the slopes
+
+
+class Rows(NamedTuple):
+    """What a second pass needs of the results of the first."""
+
+    state: torch.Tensor
+    counts: torch.Tensor
+    rows: torch.Tensor
+
+
+class SecondPass(NamedTuple):
+    """How the gradients are computed, and which are wanted."""
+
+    aggregation: int
+    temperature: float
+    beta: float
+    columns: int
+    for_features: bool
+    for_proxies: bool
+
+
+# ---- products of chunks -------------------------------------------------------------------------
+
+
+class Operands:
+    """The two factors of the products, chunk by chunk, in the format they are multiplied in.
+
+    Products are fp32 (fp64 for fp64 operands) and come multiplied by ``scale``; 16-bit operands are
+    multiplied as they are on CUDA, with fp32 sums, and as fp32 on the CPU. ``fast`` rounds fp32
+    operands to fp16 on CUDA.
+    """
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        proxies: torch.Tensor,
+        *,
+        fast: bool,
+        columns: int,
+        weighted: bool = False,
+    ) -> None:
+        double = torch.float64 in (features.dtype, proxies.dtype)
+        self.sums = torch.float64 if double else torch.float32
+        self.proxies = proxies
+        self.scale = 1.0
+        self.format = self.sums
+        if features.is_cuda and not double:
+            if features.dtype == proxies.dtype and features.dtype != torch.float32:
+                self.format = features.dtype
+            elif fast:
+                self.format = torch.float16
+                self.scale = _OPERAND_SCALE
+        self.narrow = self.format != self.sums
+        self.weight_scale = WEIGHT_SCALE if self.format == torch.float16 else 1.0
+        rows, width = features.shape
+        if self.scale != 1.0:
+            self.left = (features.float() * self.scale).to(self.format)
+        else:
+            self.left = features.to(self.format).contiguous()
+        self.converts = proxies.dtype != self.format or self.scale != 1.0
+        device = features.device
+        size = torch.empty(0, dtype=self.sums).element_size()
+        narrow_size = torch.empty(0, dtype=self.format).element_size()
+        per_column = rows * size
+        per_column += rows * narrow_size if weighted else 0
+        per_column += width * narrow_size if self.converts else 0
+        if columns <= 0:
+            kind = "cuda" if features.is_cuda else "cpu"
+            least, most = _CHUNK[kind]
+            columns = min(max(WORKSPACE[kind] // max(per_column, 1), least), most)
+            columns -= columns % 16
+        self.columns = max(min(columns, len(proxies)), 1)
+        if self.narrow:
+            self._products = None
+        else:
+            self._products = torch.empty(rows * self.columns, dtype=self.sums, device=device)
+        self._converted = None
+        if self.converts:
+            self._converted = torch.empty(self.columns, width, dtype=self.format, device=device)
+        self._weights = None
+        if weighted:
+            self._weights = torch.empty(rows * self.columns, dtype=self.format, device=device)
+
+    def chunks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """First column, products (B, n) times ``scale`` squared, and the chunk's proxies (n, d)."""
+        for start in range(0, len(self.proxies), self.columns):
+            chunk = self.proxies[start : start + self.columns]
+            if self._converted is not None:
+                converted = self._converted[: len(chunk)]
+                if self.scale != 1.0:
+                    torch.mul(chunk, self.scale, out=converted)
+                else:
+                    converted.copy_(chunk)
+                chunk = converted
+            if self._products is None:
+                products = torch.mm(self.left, chunk.t(), out_dtype=self.sums)
+            else:
+                shape = (len(self.left), len(chunk))
+                products = self._products[: shape[0] * shape[1]].view(shape)
+                torch.mm(self.left, chunk.t(), out=products)
+            yield start, products, chunk
+
+    def weights(self, columns: int) -> torch.Tensor:
+        """The buffer of gradient weights (B, columns)."""
+        assert self._weights is not None
+        rows = len(self.left)
+        return self._weights[: rows * columns].view(rows, columns)
+
+    def read_out(
+        self,
+        sums: torch.Tensor | None,
+        factors: torch.Tensor,
+        weights: torch.Tensor,
+        chunk: torch.Tensor,
+    ) -> torch.Tensor:
+        """Running sums (B, d) times their rows' factors, plus weights @ chunk."""
+        if self.narrow:
+            part = torch.mm(weights, chunk, out_dtype=self.sums)
+            return part if sums is None else torch.addcmul(part, sums, factors[:, None], out=sums)
+        if sums is None:
+            return torch.mm(weights, chunk)
+        return sums.mul_(factors[:, None]).addmm_(weights, chunk)
+
+
+# ---- the loss -----------------------------------------------------------------------------------
+
+
+def stream_loss(
+    features: torch.Tensor,
+    proxies: torch.Tensor,
+    roles: Roles,
+    settings: Settings,
+    streaming: Streaming,
+) -> Results:
+    """The loss of each row and, with ``one_pass``, its gradient with respect to the feature."""
+    with torch.autocast(features.device.type, enabled=False):
+        one_pass = streaming.one_pass
+        operands = Operands(
+            features, proxies, fast=streaming.fast, columns=streaming.columns, weighted=one_pass
+        )
+        sums = kernels.new_sums(len(features), _slots(roles, settings), features.device)
+        weights = factors = read_out = None
+        if one_pass:
+            factors = torch.empty(len(features), dtype=operands.sums, device=features.device)
+        scale = 1.0 / settings.temperature / operands.scale**2
+        for start, products, chunk in operands.chunks():
+            if one_pass:
+                weights = operands.weights(len(chunk))
+            kernels.stream(
+                *sums, products, weights, factors, *roles,
+                start, scale, settings.beta, operands.weight_scale,
+            )  # fmt: skip
+            if factors is not None and weights is not None:
+                read_out = operands.read_out(read_out, factors, weights, chunk)
+        _refuse(sums, settings, proxies)
+        losses, rows = kernels.finish(*sums, *settings)
+        if read_out is None:
+            gradient = features.new_empty(0, features.shape[1])
+        else:
+            unit = operands.weight_scale * operands.scale * settings.temperature
+            gradient = read_out.mul_((rows[:, kernels.ALPHA, None] / unit).to(read_out.dtype))
+            pull = (rows[:, kernels.SLOPE, None] / -settings.temperature).to(gradient.dtype)
+            positives = proxies.index_select(0, roles.labels).to(gradient.dtype)
+            gradient.addcmul_(positives, pull)
+        return Results(losses, gradient, sums.state, sums.counts, rows)
+
+
+def _slots(roles: Roles, settings: Settings) -> int | None:
+    """Most positives that a row can have, where their logits are needed one by one."""
+    if settings.aggregation != kernels.EACH:
+        return None
+    assert roles.proxy_labels is not None
+    return int(torch.unique(roles.proxy_labels, return_counts=True)[1].max())
+
+
+def _refuse(sums: Sums, settings: Settings, proxies: torch.Tensor) -> None:
+    """Raise on the CPU for what shows only in the sums; on CUDA the kernel asserts."""
+    state, counts, _ = sums
+    if state.is_cuda or len(state) == 0:
+        return
+    op = "debiased_contrastive_loss"
+    # An infinite logit shows as the maximum, one that is NaN in the sums.
+    total = float(state[:, kernels.MASS].sum() + state[:, kernels.POSITIVE_MASS].sum())
+    top = float(state[:, kernels.MAX].max().maximum(state[:, kernels.POSITIVE_MAX].max()))
+    if not (math.isfinite(total) and top < math.inf):
+        wrong = (~proxies.isfinite().all(1)).nonzero()
+        where = f"proxies must be finite (got one that is not at row {int(wrong[0])})"
+        raise ValueError(f"{op}: {where if len(wrong) else 'similarities overflow float32'}")
+    if int(counts[:, kernels.POSITIVES].min()) == 0:
+        without = (counts[:, kernels.POSITIVES] == 0).nonzero()
+        raise ValueError(
+            f"{op}: every row needs a positive proxy (got none for batch position "
+            f"{int(without[0])})"
+        )
+    if not settings.prior:
+        kappa, negatives = settings.kappa, counts[:, kernels.NEGATIVES]
+        wrong = (kappa >= negatives) & (negatives > 0)
+        if bool(wrong.any()):
+            wrong = wrong.nonzero()
+            row = int(wrong[0])
+            raise ValueError(
+                f"{op}: kappa must be smaller than the number of negatives (got "
+                f"{float(kappa[row]):g} and {int(negatives[row])} at batch position {row})"
+            )
+
+
+def stream_gradients(
+    grad: torch.Tensor,
+    features: torch.Tensor,
+    proxies: torch.Tensor,
+    roles: Roles,
+    first: Rows,
+    options: SecondPass,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients with respect to features and proxies by a second pass; empty if not wanted.
+
+    ``grad`` (B,) float64 is that of the losses.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        double = torch.float64 in (features.dtype, proxies.dtype)
+        left = features.to(torch.float64 if double else torch.float32)
+        operands = Operands(left, proxies, fast=False, columns=options.columns)
+        temperature = options.temperature
+        by_feature = torch.zeros_like(left) if options.for_features else left.new_empty(0)
+        by_proxy = torch.empty_like(proxies) if options.for_proxies else proxies.new_empty(0)
+        for start, products, chunk in operands.chunks():
+            kernels.slopes(
+                products, first.rows, first.state, first.counts, grad, *roles,
+                start, 1.0 / temperature, options.beta, options.aggregation,
+            )  # fmt: skip
+            if options.for_features:
+                by_feature.addmm_(products, chunk)
+            if options.for_proxies:
+                part = torch.mm(products.t(), left).div_(temperature)
+                by_proxy[start : start + len(chunk)] = part
+        return by_feature.div_(temperature).to(features.dtype), by_proxy
+
+
+# ---- ops ----------------------------------------------------------------------------------------
+
+
+def _second_pass(settings: Settings, streaming: Streaming) -> SecondPass:
+    """A second pass for both gradients."""
+    aggregation, temperature, beta = settings.aggregation, settings.temperature, settings.beta
+    return SecondPass(aggregation, temperature, beta, streaming.columns, True, True)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    features, proxies, *flat = inputs
+    roles, settings, streaming = grouped(flat, Roles, Settings, Streaming)
+    results = Results(*output)
+    ctx.options = _second_pass(settings, streaming)
+    ctx.one_pass = streaming.one_pass
+    ctx.format = features.dtype
+    first = Rows(results.state, results.counts, results.rows)
+    if ctx.one_pass and not ctx.needs_input_grad[1]:
+        # The proxies are not kept, so they may change before backward.
+        ctx.save_for_backward(results.gradient)
+    else:
+        gradient = results.gradient if ctx.one_pass else None
+        ctx.save_for_backward(gradient, features, proxies, *roles, *first)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, *others: Any) -> tuple[Any, ...]:
+    by_feature = by_proxy = None
+    if grad is not None:
+        gradient, *saved = ctx.saved_tensors
+        for_features, for_proxies = ctx.needs_input_grad[:2]
+        if ctx.one_pass and for_features:
+            by_feature = scale_rows(gradient, grad).to(ctx.format)
+            for_features = False
+        if for_features or for_proxies:
+            options = ctx.options._replace(for_features=for_features, for_proxies=for_proxies)
+            parts = contrastive_backward(grad, *saved, *options)
+            by_feature = parts[0] if for_features else by_feature
+            by_proxy = parts[1] if for_proxies else None
+    return (by_feature, by_proxy, *(None,) * (len(ctx.needs_input_grad) - 2))
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("debiased_contrastive_loss: it is not twice differentiable")
+
+
+def _loss_sample(device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    features = normalize(torch.randn(3, 24, generator=generator)).to(device)
+    proxies = normalize(torch.randn(5, 24, generator=generator)).to(device)
+    kappa = torch.full((3,), 0.2, dtype=torch.float64, device=device)
+    settings = Settings(kappa, False, kernels.SUM, 0.05, 0.5, False)
+    streaming = Streaming(one_pass=True, fast=False, columns=2)
+    return (features, proxies, *kernels.sample_roles(device), *settings, *streaming)
+
+
+def _of_loss(flat: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of :func:`stream_loss` from those of its op."""
+    return (*flat[:2], *grouped(flat[2:], Roles, Settings, Streaming))
+
+
+def _loss_fake(*flat: Any) -> tuple[torch.Tensor, ...]:
+    features, proxies, _, _, streaming = _of_loss(flat)
+    batch, width = features.shape
+    double = torch.float64 in (features.dtype, proxies.dtype)
+    dtype = torch.float64 if double else torch.float32
+    state = features.new_empty(batch, 6, dtype=torch.float64)
+    gradient = features.new_empty(batch, width, dtype=dtype)
+    return (
+        state.new_empty(batch),
+        gradient if streaming.one_pass else features.new_empty(0, width),
+        state,
+        features.new_empty(batch, 3, dtype=torch.int64),
+        state.new_empty(batch, 9),
+    )
+
+
+contrastive: Any = define(
+    "contrastive(Tensor features, Tensor proxies, Tensor labels, Tensor? proxy_labels, "
+    "Tensor? row_groups, Tensor? column_groups, Tensor? excluded, Tensor kappa, bool prior, "
+    "int aggregation, float temperature, float beta, bool through, bool one_pass, bool fast, "
+    "int columns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    family="contrastive",
+    reference=lambda *flat: tuple(stream_loss(*_of_loss(flat))),
+    fake=_loss_fake,
+    sample=_loss_sample,
+    backward=_backward,
+    setup_context=_setup_context,
+    composed="torch.mm around contrastive_stream_ and contrastive_finish",
+)
+
+
+def _of_gradients(flat: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of :func:`stream_gradients` from those of its op."""
+    return (*flat[:3], *grouped(flat[3:], Roles, Rows, SecondPass))
+
+
+def _gradients_fake(*flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _, features, proxies, _, _, options = _of_gradients(flat)
+    return (
+        torch.empty_like(features) if options.for_features else features.new_empty(0),
+        torch.empty_like(proxies) if options.for_proxies else proxies.new_empty(0),
+    )
+
+
+def _gradients_sample(device: torch.device) -> tuple[Any, ...]:
+    features, proxies, roles, settings, streaming = _of_loss(_loss_sample(device))
+    results = stream_loss(features, proxies, roles, settings, streaming)
+    grad = torch.ones(3, dtype=torch.float64, device=device)
+    options = _second_pass(settings, streaming)
+    return (grad, features, proxies, *roles, *results[2:], *options)
+
+
+contrastive_backward: Any = define(
+    "contrastive_backward(Tensor grad, Tensor features, Tensor proxies, Tensor labels, "
+    "Tensor? proxy_labels, Tensor? row_groups, Tensor? column_groups, Tensor? excluded, "
+    "Tensor state, Tensor counts, Tensor rows, int aggregation, "
+    "float temperature, float beta, int columns, bool for_features, bool for_proxies) "
+    "-> (Tensor, Tensor)",
+    family="contrastive",
+    reference=lambda *flat: stream_gradients(*_of_gradients(flat)),
+    fake=_gradients_fake,
+    sample=_gradients_sample,
+    backward=_no_double_backward,
+    composed="torch.mm around contrastive_slopes_",
+)
+
+scale_rows: Any = define(
+    "contrastive_scale_rows(Tensor gradient, Tensor grad) -> Tensor",
+    family="contrastive",
+    reference=lambda gradient, grad: gradient * grad.to(gradient.dtype)[:, None],
+    fake=lambda gradient, grad: torch.empty_like(gradient),
+    sample=lambda device: (torch.ones(2, 3, device=device), torch.ones(2, device=device)),
+    backward=_no_double_backward,
+    composed="torch.mul",
+)
