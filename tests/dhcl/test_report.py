@@ -1,7 +1,10 @@
 import itertools
 import json
 import math
+import re
 import shutil
+from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,16 @@ import pytest
 import torch
 from dhcl.cli import main
 from dhcl.config import ConfigError, load_config, with_changes
-from dhcl.data import ImageList, load_data
+from dhcl.data import ImageList, ReIDData, load_data
+from dhcl.inference import ranked as found_lists
+from dhcl.inference.ranked import Listed, Shown
 from dhcl.report import charts, report_training, write_comparison, write_report
 from dhcl.report.gather import (
+    Findings,
     Limits,
+    Map,
+    RankedList,
+    Retrieval,
     camera_matrix,
     choose_clusters,
     choose_queries,
@@ -21,11 +30,12 @@ from dhcl.report.gather import (
     rank_lists,
     similarities,
 )
-from dhcl.report.page import page, table
 from dhcl.report.pictures import Pictures
-from dhcl.report.several import labels_of
+from dhcl.report.ranked import ranked_page
+from dhcl.report.several import comparison_page, labels_of
+from dhcl.report.single import run_page
 from dhcl.training.checkpoint import load_checkpoint, save_checkpoint
-from dhcl.training.record import read_record
+from dhcl.training.record import Record, read_record
 from dhcl.training.results import Results, collect
 from dhcl.training.runs import train
 from dhcl.training.trainer import fingerprint
@@ -182,12 +192,94 @@ def test_charts_are_plotly_figures():
     assert [each["name"] for each in drawn[1].figure["data"]] == ["extract", "train"]
 
 
-def test_page_escapes_everything():
-    evil = '</script><script>alert("é")</script>'
-    content = page(evil, evil, [("a", evil, table([evil], [[evil, evil]]))], [], [evil]).decode()
-    assert evil not in content
-    assert "<script>alert" not in content
-    assert "é" in content
+# Would break out of text, an attribute, a script's JSON, a comment, a template.
+HOSTILE = (
+    "</script><x-evil>alert(1)</x-evil>",
+    '"><x-evil onclick="alert(1)">',
+    "' onclick='alert(1)",
+    "--><!--<x-evil>",
+    "{{ 7 * 191 }}{% x %}",
+)
+
+
+class Tags(HTMLParser):
+    """Elements of a page with their attributes, and its text outside of scripts and styles."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(page.decode())
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, tuple(sorted(name for name, _ in attributes))))
+
+    def handle_data(self, data):
+        if self.found and self.found[-1][0] not in ("script", "style"):
+            self.text += data
+
+
+def in_files(name):
+    return name.replace("/", "|")
+
+
+def some_run(folder, name):
+    """A run that has every part of a page, with this name wherever one comes from outside."""
+    paths = tuple(folder / f"{in_files(name)} {i}" for i in range(6))
+    people = ImageList(paths, np.arange(6) % 2, np.arange(6) // 3)
+    data = ReIDData(name, folder, people, people, people, name)
+    options = {"epochs": 1, "preset": name, "data": name, name: [name]}
+    entry = {"epoch": 0, "loss": 1.0, name: 1.0, "seconds": {"train": 1.0, name: 1.0}}
+    labels = np.array([0, 0, 0, 0, 1, -1])
+    run = folder / in_files(name)
+    record = Record(run, options, None, [entry], labels=labels, missing={name: name})
+    found = Findings(record, data, record.sizes, missing={name: name})
+    found.clusters = choose_clusters(labels, people, Limits())
+    found.outliers = np.array([5])
+    found.map = Map(np.arange(6), np.zeros((6, 2)), 6, False)
+    ranked = RankedList(0, "best", 1.0, 1, (0, 1), (0.9, 0.8), (True, False))
+    matrix = np.array([[np.nan, 0.5], [0.5, np.nan]])
+    found.retrieval = Retrieval(np.ones(6), 1.0, 1.0, (ranked,), None, np.array([0, 1]), matrix)
+    return found
+
+
+def page_of(template, folder, name):
+    if template == "report.html":
+        return run_page(some_run(folder, name))
+    if template == "comparison.html":
+        return comparison_page([some_run(folder, name), some_run(folder / "other", name)])
+    image, gone = folder / f"{in_files(name)}.png", folder / "gone" / in_files(name)
+    Image.new("RGB", (4, 8)).save(image)
+    place = Listed(Shown(image, name, name), 0.9, None, True)
+    places = (place, Listed(Shown(gone, name, name), 0.9, 0.5, False))
+    return ranked_page([found_lists.RankedList(Shown(image, name, name), places)], name, name)
+
+
+PAGES = ("report.html", "comparison.html", "ranked.html")
+
+
+@pytest.mark.parametrize("template", PAGES)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_outside_stay_names(template, name, tmp_path):
+    harmless = Tags(page_of(template, tmp_path, "harmless"))
+    page = page_of(template, tmp_path, name)
+    hostile = Tags(page)
+    assert hostile.found == harmless.found  # no element and no attribute more
+    shown = hostile.text.replace(name, "harmless").replace(in_files(name), "harmless")
+    assert shown == harmless.text
+    assert shown.count("harmless") > 10
+    for values in re.findall(rb'<script type="application/json"[^>]*>(.*)</script>', page):
+        json.loads(values)
+        assert b"<" not in values
+
+
+def test_every_template_is_tried_with_names_from_outside():
+    folder = resources.files("dhcl.report") / "templates"
+    names = {file.name for file in folder.iterdir() if file.name.endswith(".html")}
+    assert names == {*PAGES, "page.html", "parts.html"}  # these two are parts of the others
+    for name in names:
+        text = (folder / name).read_text()
+        assert not re.search(r"=\{\{", text), f"{name}: an attribute without quotes"
+        assert not re.search(r"\bsafe\b", text), f"{name}: something is not escaped"
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -218,7 +310,7 @@ def test_training_ends_with_a_report(run):
     text = (run / "report.html").read_text()
     metrics = json.loads((run / "metrics.json").read_text())["last"]
     assert f"{100 * metrics['mAP']:.1f} %" in text
-    assert "Run run &lt;i&gt;&quot;&amp;é" in text
+    assert "Run run &lt;i&gt;&#34;&amp;é" in text
     assert "<i>" not in text.split("<script>")[0]
     assert "What this report does not have" not in text
     assert len(text) < 20e6
@@ -272,7 +364,7 @@ def test_half_written_run(copy, tmp_path):
     (copy / "log.jsonl").write_text(first + "\n" + first[:40])
     text = report_of(copy, out=tmp_path / "half.html").read_text()
     assert "there is no checkpoints/last.pt" in text
-    assert "1 of 2 lines of log.jsonl can&#x27;t be read" in text
+    assert "1 of 2 lines of log.jsonl can&#39;t be read" in text
     assert "the log has 1 of 3 epochs" in text
     assert 'id="chart-loss"' in text
     (copy / "log.jsonl").unlink()
@@ -282,10 +374,10 @@ def test_half_written_run(copy, tmp_path):
 def test_options_that_are_no_options(copy):
     (copy / "config.yaml").write_text("kappa: [")
     text = report_of(copy).read_text()
-    assert "config.yaml can&#x27;t be used" in text
+    assert "config.yaml can&#39;t be used" in text
     assert 'id="chart-sizes"' in text  # of the checkpoint
     save_checkpoint(copy / "checkpoints" / "last.pt", {"model": {}})
-    assert "last.pt can&#x27;t be used" in report_of(copy).read_text()
+    assert "last.pt can&#39;t be used" in report_of(copy).read_text()
 
 
 def change_options(run, **changes):

@@ -9,8 +9,9 @@ import tyro
 
 from dhcl.config import ConfigError
 from dhcl.report.gather import Limits
+from dhcl.report.pages import check_file
 from dhcl.report.several import write_comparison
-from dhcl.report.single import check_file, write_report
+from dhcl.report.single import write_report
 from dhcl.training.record import Record, read_record
 from dhcl.training.results import Results, collect
 from dhcl.words import show

@@ -30,11 +30,11 @@ from dhcl.inference.ranked import (
     Shown,
     as_json,
     as_table,
-    write_html,
     write_png,
 )
 from dhcl.inference.reid import Found, ReID, op_progress
 from dhcl.metrics import RANKS, by_name, cameras_apart, table
+from dhcl.report.ranked import write_ranked
 from dhcl.words import first_ones, show
 from dhcl_ops import cluster, evaluate_ranking, rerank
 from dhcl_ops.defaults import SPCL, ZHONG
@@ -365,7 +365,7 @@ def _write_lists(given: _SearchArguments, index: Index, lists: list[RankedList])
             f"Queries: {len(lists):,}. Images in {show(index.folder)}: {len(index):,}, ordered by "
             f"{order}; model {index.model[:12]}."
         )
-        write_html(given.html, lists, "Search results", about_page)
+        write_ranked(given.html, lists, "Search results", about_page)
     if given.png is not None:
         write_png(given.png, lists)
     for file in (given.html, given.png):

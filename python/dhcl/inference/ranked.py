@@ -1,9 +1,7 @@
-"""Ranked lists as text, JSON, PNG, and HTML that holds its pictures."""
+"""Ranked lists as text, JSON and PNG; `dhcl.report.ranked` makes a page of them."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 from collections.abc import Sequence
@@ -17,7 +15,16 @@ from dhcl.config import ConfigError
 from dhcl.files import write_atomic
 from dhcl.words import show
 
-__all__ = ["Listed", "RankedList", "Shown", "as_json", "as_table", "write_html", "write_png"]
+__all__ = [
+    "Listed",
+    "RankedList",
+    "Shown",
+    "about_image",
+    "as_json",
+    "as_table",
+    "thumbnail",
+    "write_png",
+]
 
 _HEIGHT = 160
 _MAX_PNG_ROWS = 100
@@ -53,7 +60,7 @@ class RankedList:
     results: tuple[Listed, ...]
 
 
-def _about(image: Shown) -> str:
+def about_image(image: Shown) -> str:
     """``id 7, camera 2``, as far as known."""
     parts = [("id", image.id), ("camera", image.camera)]
     return ", ".join(f"{name} {show(str(value))}" for name, value in parts if value != -1)
@@ -66,9 +73,9 @@ def as_table(lists: Sequence[RankedList]) -> str:
     """A block of lines per query; ``+`` marks a right result, ``-`` a wrong one."""
     blocks = []
     for one in lists:
-        about = _about(one.query)
+        about = about_image(one.query)
         lines = [show(one.query.path) + (f"  ({about})" if about else "")]
-        cameras = [_about(each.image) for each in one.results]
+        cameras = [about_image(each.image) for each in one.results]
         width = max(map(len, cameras), default=0)
         for rank, (each, text) in enumerate(zip(one.results, cameras, strict=True), 1):
             distance = "" if each.distance is None else f"  {each.distance:.3f}"
@@ -115,7 +122,7 @@ def as_json(lists: Sequence[RankedList], about: dict[str, Any]) -> str:
 # ---- pictures -----------------------------------------------------------------------------------
 
 
-def _thumbnail(path: Path) -> Image.Image | None:
+def thumbnail(path: Path) -> Image.Image | None:
     """The image, not larger than is shown; None where it can't be read any more."""
     try:
         with Image.open(path) as image:
@@ -125,79 +132,6 @@ def _thumbnail(path: Path) -> Image.Image | None:
         return None
     picture.thumbnail((2 * _HEIGHT, _HEIGHT), Image.Resampling.BICUBIC)
     return picture
-
-
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1a1a1a; --soft: #666; --line: #ddd;
-  --right: #1a7f37; --wrong: #cf222e; }
-@media (prefers-color-scheme: dark) { :root { --back: #16181c; --text: #e6e6e6; --soft: #9aa0a6;
-  --line: #333; --right: #3fb950; --wrong: #ff7b72; } }
-body { background: var(--back); color: var(--text); font: 14px/1.4 system-ui, sans-serif;
-  margin: 24px; }
-h1 { font-size: 20px; margin: 0 0 4px; }
-.about { color: var(--soft); margin: 0 0 20px; }
-section { display: flex; gap: 20px; padding: 14px 0; border-top: 1px solid var(--line); }
-.results { display: flex; flex-wrap: wrap; gap: 12px; margin: 0; padding: 0; list-style: none; }
-figure { margin: 0; width: 104px; }
-figure img, figure .gone { display: block; max-width: 98px; height: 160px; object-fit: contain;
-  border: 3px solid transparent; border-radius: 4px; box-sizing: content-box; }
-figure .gone { width: 80px; background: var(--line); color: var(--soft); display: flex;
-  align-items: center; justify-content: center; font-size: 12px; }
-.right img { border-color: var(--right); }
-.wrong img { border-color: var(--wrong); border-style: dashed; }
-.query img { border-color: var(--soft); }
-figcaption { font-size: 12px; overflow-wrap: anywhere; }
-figcaption b { font-variant-numeric: tabular-nums; }
-figcaption span { color: var(--soft); display: block; }
-"""
-
-
-def write_html(path: Path, lists: Sequence[RankedList], title: str, about: str) -> None:
-    """A page with a row per query, pictures inside; whole, or not at all."""
-    rows = []
-    for one in lists:
-        query = _figure(one.query, "query", "query", _about(one.query))
-        results = [
-            "<li>" + _result(rank, each) + "</li>" for rank, each in enumerate(one.results, 1)
-        ]
-        inner = "".join(results) or "<li>nothing</li>"
-        rows.append(f'<section>{query}<ol class="results">{inner}</ol></section>')
-    known = any(each.right is not None for one in lists for each in one.results)
-    legend = " Solid green border: the same identity; dashed red: another one." if known else ""
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><p class='about'>{html.escape(about)}{legend}</p>"
-        + "\n".join(rows)
-        + "</body></html>\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, page.encode())
-
-
-def _result(rank: int, each: Listed) -> str:
-    kind = {True: "right", False: "wrong", None: ""}[each.right]
-    mark = {True: " ✓", False: " ✗", None: ""}[each.right]
-    distance = "" if each.distance is None else f" · {each.distance:.3f}"
-    head = f"{rank} · {each.similarity:.3f}{distance}{mark}"
-    return _figure(each.image, kind, head, _about(each.image))
-
-
-def _figure(image: Shown, kind: str, head: str, about: str) -> str:
-    name = html.escape(show(image.path.name))
-    whole = html.escape(show(image.path))
-    picture = _thumbnail(image.path)
-    if picture is None:
-        shown = f'<div class="gone" title="{whole}">not there</div>'
-    else:
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        shown = f'<img alt="{name}" title="{whole}" src="data:image/jpeg;base64,{data}">'
-    more = f"<span>{html.escape(about)}</span>" if about else ""
-    caption = f"<figcaption><b>{html.escape(head)}</b>{more}<span>{name}</span></figcaption>"
-    return f'<figure class="{kind}">{shown}{caption}</figure>'
 
 
 _CELL, _GAP, _BORDER, _LINE = 104, 12, 4, 15
@@ -251,14 +185,14 @@ def _cell(
 ) -> None:
     left, top = place
     room = (_CELL - 2 * _BORDER, _HEIGHT)
-    picture = ImageOps.contain(_thumbnail(image.path) or Image.new("RGB", room, "#dddddd"), room)
+    picture = ImageOps.contain(thumbnail(image.path) or Image.new("RGB", room, "#dddddd"), room)
     frame = (left, top, left + picture.width + 2 * _BORDER, top + picture.height + 2 * _BORDER)
     draw.rectangle(frame, fill=color)
     sheet.paste(picture, (left + _BORDER, top + _BORDER))
     below = top + _HEIGHT + 2 * _BORDER
     name = show(image.path.name)
     fits = next(n for n in range(len(name), 0, -1) if n == 1 or _fits(draw, font, name[:n]))
-    texts = [head, _about(image), name[:fits], name[fits:]]
+    texts = [head, about_image(image), name[:fits], name[fits:]]
     for line, text in enumerate(text for text in texts if text):
         shade = "#666666" if line else "#1a1a1a"
         draw.text((left, below + line * _LINE), _fitting(draw, font, text), fill=shade, font=font)

@@ -1,10 +1,10 @@
-"""``dhcl compare``: the charts of several runs together."""
+"""``dhcl compare``: several runs together, as plain data for the page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,15 +12,15 @@ from dhcl.config import ConfigError
 from dhcl.files import write_atomic
 from dhcl.report import charts
 from dhcl.report.charts import Chart, Series
+from dhcl.report.curves import CURVES, epoch_series, seconds_of
 from dhcl.report.gather import Findings, look
-from dhcl.report.page import chart_grid, missing, page, table
-from dhcl.report.single import EPOCH_CHARTS, check_file, epoch_series, percent
+from dhcl.report.pages import Table, check_file, grouped, percent, render, scripted
 from dhcl.training.logs import duration, flat
 from dhcl.training.record import Record
 from dhcl.training.results import Results
 from dhcl.words import show
 
-__all__ = ["labels_of", "write_comparison"]
+__all__ = ["comparison_page", "labels_of", "write_comparison"]
 
 _METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 # Differ between any two runs and say nothing of the method.
@@ -44,31 +44,32 @@ def write_comparison(results: Iterable[Results], *, out: Path, retrieval: bool =
     found = [look(each, pictures=False) for each in results]
     if len(found) < 2:
         raise ConfigError(f"runs: at least two are needed to compare (got {len(found)})")
-    write_atomic(out, render(found, retrieval=retrieval))
+    write_atomic(out, comparison_page(found, retrieval=retrieval))
     return out
 
 
-def render(found: Sequence[Findings], *, retrieval: bool = True) -> bytes:
+def comparison_page(found: Sequence[Findings], *, retrieval: bool = True) -> bytes:
     """The page."""
     records = [each.record for each in found]
     names = labels_of(records)
-    drawn: list[Chart] = []
-
-    def grid(parts: list[Chart]) -> str:
-        drawn.extend(parts)
-        return chart_grid(parts) if parts else ""
-
-    sections = [
-        ("metrics", "Final metrics", _metrics(names, records) + _gaps(names, found)),
-        ("settings", "Settings that differ", _settings(names, records)),
-        ("epochs", "Over the epochs", _over_epochs(names, records, grid)),
-        ("time", "Time", _time(names, records, grid)),
-        ("clusters", "Clusters", _clusters(names, found, grid)),
-    ]
-    if retrieval:
-        sections.append(("retrieval", "Retrieval", _retrieval(names, found, grid)))
-    title = f"Comparison of {len(names)} runs"
-    return page(title, ", ".join(names), sections, drawn)
+    epochs = _over_epochs(names, records)
+    time = _time(names, records)
+    clusters = _clusters(names, found)
+    looked_up = _retrieval(names, found) if retrieval else []
+    drawn = [*epochs, time.chart if time else None, clusters, *looked_up]
+    return render(
+        "comparison.html",
+        title=f"Comparison of {len(names)} runs",
+        subtitle=", ".join(names),
+        picture_width=64,
+        metrics={"table": _metrics(names, records), "missing": _missing(names, found)},
+        settings=_settings(names, records),
+        epochs=epochs,
+        time=time,
+        clusters=clusters,
+        retrieval={"charts": looked_up} if retrieval else None,
+        **scripted([chart for chart in drawn if chart is not None]),
+    )
 
 
 def labels_of(records: list[Record]) -> list[str]:
@@ -89,14 +90,13 @@ def labels_of(records: list[Record]) -> list[str]:
     ]
 
 
-def _metrics(names: list[str], records: list[Record]) -> str:
+def _metrics(names: list[str], records: list[Record]) -> Table:
     head = ["run", "epochs", "mAP", "rank-1", "rank-5", "rank-10", "mINP", "mAP, re-ranked", "ARI"]
     head += ["clusters", "outliers", "time"]
     rows = []
     for name, record in zip(names, records, strict=True):
         entry = flat(record.log[-1]) if record.log else {}
         last = record.last
-        spent = sum(sum(e.get("seconds", {}).values()) for e in record.log)
         rows.append(
             [
                 name,
@@ -106,34 +106,31 @@ def _metrics(names: list[str], records: list[Record]) -> str:
                 percent(entry.get("observed.ari")),
                 str(entry.get("clusters", "-")),
                 str(entry.get("outliers", "-")),
-                duration(spent) if record.log else "-",
+                duration(seconds_of(record)) if record.log else "-",
             ]
         )
-    text = '<p class="note">Of the last epoch; a run that is not finished has no metrics yet.</p>'
-    return text + table(head, rows, name="Final metrics")
+    return Table(head, rows, name="Final metrics")
 
 
-def _gaps(names: list[str], found: Sequence[Findings]) -> str:
-    return missing(
+def _missing(names: list[str], found: Sequence[Findings]) -> list[tuple[str, str]]:
+    return grouped(
         {
             f"{name}, {part}": why
             for name, each in zip(names, found, strict=True)
             for part, why in each.missing.items()
-            if part not in ("map",)
+            if part != "map"
         }
     )
 
 
-def _settings(names: list[str], records: list[Record]) -> str:
+def _settings(names: list[str], records: list[Record]) -> Table:
     keys = list(dict.fromkeys(key for r in records for key in r.options))
     rows = []
     for key in keys:
         values = [_value(r.options, key) for r in records]
         if key not in _OWN and len(set(values)) > 1:
             rows.append([key, *values])
-    if not rows:
-        return "<p>None: the options of all runs are the same, but for their folders.</p>"
-    return table(["option", *names], rows, numeric=False, name="Settings that differ")
+    return Table(["option", *names], rows, numeric=False, name="Settings that differ")
 
 
 def _value(options: dict[str, Any], key: str) -> str:
@@ -142,9 +139,9 @@ def _value(options: dict[str, Any], key: str) -> str:
     return "-" if options[key] is None else str(options[key])
 
 
-def _over_epochs(names: list[str], records: list[Record], grid: Any) -> str:
+def _over_epochs(names: list[str], records: list[Record]) -> list[Chart]:
     drawn = []
-    for key, title, text, unit, lines in EPOCH_CHARTS:
+    for key, title, text, unit, lines in CURVES:
         for number, (line, logged) in enumerate(lines.items()):
             series = [
                 Series(name, epoch_series(r, logged))
@@ -155,17 +152,23 @@ def _over_epochs(names: list[str], records: list[Record], grid: Any) -> str:
                 about = f"{title}: {line}" if line.lower() not in title.lower() else line
                 heading = about[0].upper() + about[1:] if about != "mAP" else about
                 drawn.append(charts.lines(f"{key}-{number}", heading, text, series, unit=unit))
-    return str(grid(drawn)) if drawn else missing("no run has an epoch in its log yet")
+    return drawn
 
 
-def _time(names: list[str], records: list[Record], grid: Any) -> str:
+class _Time(NamedTuple):
+    chart: Chart
+    table: Table
+
+
+def _time(names: list[str], records: list[Record]) -> _Time | None:
+    """Mean seconds per epoch, if a run has an epoch in its log."""
     means = []
     for record in records:
         entries = [e["seconds"] for e in record.log if e.get("seconds")]
         stages = charts.stage_names(entries)
         means.append({s: sum(e.get(s, 0.0) for e in entries) / len(entries) for s in stages})
     if not any(means):
-        return missing("no run has an epoch in its log yet")
+        return None
     stages = charts.stage_names(means)
     rows = [
         [
@@ -176,18 +179,16 @@ def _time(names: list[str], records: list[Record], grid: Any) -> str:
         for name, mean in zip(names, means, strict=True)
     ]
     head = ["run", *stages, "all"]
-    chart = str(grid([charts.stages_of_runs(names, means)]))
-    return chart + table(head, rows, caption="Seconds per epoch, mean over the epochs")
+    table = Table(head, rows, caption="Seconds per epoch, mean over the epochs")
+    return _Time(charts.stages_of_runs(names, means), table)
 
 
-def _clusters(names: list[str], found: Sequence[Findings], grid: Any) -> str:
+def _clusters(names: list[str], found: Sequence[Findings]) -> Chart | None:
     series = [(n, f.sizes) for n, f in zip(names, found, strict=True) if len(f.sizes)]
-    if not series:
-        return missing("no run has a checkpoint with clusters")
-    return str(grid([charts.cluster_sizes(series)]))
+    return charts.cluster_sizes(series) if series else None
 
 
-def _retrieval(names: list[str], found: Sequence[Findings], grid: Any) -> str:
+def _retrieval(names: list[str], found: Sequence[Findings]) -> list[Chart]:
     drawn = []
     for number, (name, each) in enumerate(zip(names, found, strict=True)):
         r = each.retrieval
@@ -199,6 +200,4 @@ def _retrieval(names: list[str], found: Sequence[Findings], grid: Any) -> str:
             )
         if np.isfinite(r.matrix).any():
             drawn.append(charts.cameras(r, f"cameras-{number}", f"From camera to camera: {name}"))
-    if not drawn:
-        return missing("no run has test images to look up; see above")
-    return str(grid(drawn))
+    return drawn

@@ -1,21 +1,20 @@
-"""``dhcl report``: everything about one run on one page."""
+"""``dhcl report``: everything about one run, as plain data for the page."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dhcl.config import PRESETS, ConfigError, flat_options, preset
+from dhcl.config import PRESETS, flat_options, preset
 from dhcl.data import ImageList, ReIDData
 from dhcl.files import write_atomic
-from dhcl.report import charts
-from dhcl.report.charts import Chart, Series
-from dhcl.report.gather import Cluster, Findings, Limits, RankedList, look
-from dhcl.report.page import chart_grid, escape, missing, numbers, page, picture, table
+from dhcl.report import charts, views
+from dhcl.report.curves import CURVES, epoch_series, seconds_of
+from dhcl.report.gather import Cluster, Findings, Limits, RankedList, Retrieval, look
+from dhcl.report.pages import Table, check_file, grouped, percent, render, scripted
 from dhcl.report.pictures import Pictures
 from dhcl.training.logs import duration, flat
 from dhcl.training.record import Record
@@ -23,62 +22,12 @@ from dhcl.training.results import Results, results_of
 from dhcl.training.runs import Trained
 from dhcl.words import show
 
-__all__ = [
-    "EPOCH_CHARTS",
-    "check_file",
-    "epoch_series",
-    "percent",
-    "report_training",
-    "subtitle",
-    "write_report",
-]
+__all__ = ["report_training", "run_page", "write_report"]
 
 _KINDS = ("largest", "purest", "most mixed", "most cross-camera", "any size")
 # Options that change no method.
 _OWN = ("data", "root", "out", "preset", "seed", "workers", "cache_gb", "device", "report")
 _MAP_HEIGHT = 72  # pixels of a thumbnail that only the map shows
-# Key, title, text, unit, and the lines: name and key in the log.
-EPOCH_CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
-    (
-        "ranking",
-        "mAP and rank-1",
-        "On the test images. Evaluations along the way are looked at, not used; the last epoch is "
-        "the result.",
-        "%",
-        {"mAP": "observed.mAP", "rank-1": "observed.rank1"},
-    ),
-    (
-        "clusters",
-        "Clusters and outliers",
-        "Pseudo-labels of each epoch. Outliers are images in no cluster.",
-        "",
-        {"clusters": "clusters", "outliers": "outliers"},
-    ),
-    (
-        "agreement",
-        "Clusters against identities",
-        "Adjusted Rand index and normalised mutual information, 100 % where they agree. Outliers "
-        "count as clusters of one.",
-        "%",
-        {"ARI": "observed.ari", "NMI": "observed.nmi"},
-    ),
-    (
-        "loss",
-        "Loss",
-        "Mean over the steps of an epoch: the whole, and its parts before their weights; a part "
-        "without weight is 0.",
-        "",
-        {"loss": "loss", "over prototypes": "prototype_loss", "over instances": "instance_loss"},
-    ),
-    (
-        "clamp",
-        "Clamped rows",
-        "Share of rows whose debiased negative mass came out below its lower bound; without "
-        "debiasing (kappa 0) there are none. Near 100 % for good: kappa is too large.",
-        "%",
-        {"over prototypes": "clamped", "over instances": "instance_clamped"},
-    ),
-)
 
 
 def write_report(
@@ -97,7 +46,7 @@ def write_report(
     """
     out = out or results.record.run / "report.html"
     check_file(out)
-    write_atomic(out, render(look(results, limits)))
+    write_atomic(out, run_page(look(results, limits)))
     return out
 
 
@@ -118,58 +67,38 @@ def report_training(trained: Trained) -> None:
         engine.say(f"report: {show(path)}")
 
 
-def check_file(out: Path) -> None:
-    """Raise :class:`ConfigError` if no page can be written there, before there is one to write."""
-    if not out.parent.is_dir():
-        raise ConfigError(f"out: there is no folder {show(out.parent)} to write {out.name} in")
-    if out.is_dir():
-        raise ConfigError(f"out: must be a file (got the folder {show(out)})")
-
-
-def render(found: Findings) -> bytes:
+def run_page(found: Findings) -> bytes:
     """The page of what was found."""
-    pictures = Pictures()
-    record = found.record
-    drawn: list[Chart] = []
-
-    def grid(parts: list[Chart], extra: Mapping[str, str] | None = None) -> str:
-        drawn.extend(parts)
-        return chart_grid(parts, extra) if parts else ""
-
-    sheets = _clusters(found, pictures)
-    lists = _lists(found, pictures)
+    record, pictures = found.record, Pictures()
+    # A thumbnail keeps the height it was first asked for with, and the map's are the smallest.
+    clusters = _clusters(found, pictures)
+    retrieval = _retrieval(found, pictures)
     points = _points(found, pictures)
-    sections = [
-        ("overview", "Overview", numbers(_key_figures(found)) + missing(_missing(found, pictures))),
-        ("epochs", "Over the epochs", _over_epochs(record, grid)),
-        ("clusters", "Clusters", _sizes(found, grid) + sheets),
-        ("retrieval", "Retrieval", _retrieval(found, grid) + lists),
-        ("bank", "Map", _map(found, points, grid)),
-        ("configuration", "Configuration", _configuration(record)),
-    ]
-    height, width = _image_size(record)
-    return page(
-        f"Run {record.name}",
-        subtitle(record),
-        sections,
-        drawn,
-        pictures.uris,
-        points,
-        int(np.clip(round(128 * width / height), 40, 200)),
+    epochs, plane = _over_epochs(record), _map(found, points)
+    drawn = [*epochs.charts, clusters.sizes, *retrieval.charts, plane.chart]
+    height, width = record.config.model.image_size if record.config else (256, 128)
+    return render(
+        "report.html",
+        title=f"Run {record.name}",
+        subtitle=_subtitle(record),
+        picture_width=int(np.clip(round(128 * width / height), 40, 200)),
+        overview=views.Overview(
+            figures=_key_figures(found),
+            missing=grouped({**found.missing, **_missing_pictures(pictures)}),
+        ),
+        epochs=epochs,
+        clusters=clusters,
+        retrieval=retrieval,
+        map=plane,
+        configuration=_configuration(record),
+        **scripted([chart for chart in drawn if chart is not None], pictures.uris, points),
     )
 
 
 # ---- overview -----------------------------------------------------------------------------------
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as text, a dash for none."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{100 * value:.{digits}f} %"
-
-
-def subtitle(record: Record) -> str:
+def _subtitle(record: Record) -> str:
     """What the run is, in a line."""
     o = record.options
     parts = [f"{o[key]}" for key in ("data", "backbone") if o.get(key)]
@@ -177,10 +106,6 @@ def subtitle(record: Record) -> str:
     if record.config and record.config.data.root:
         parts.append(f"images in {show(record.config.data.root)}")
     return ", ".join(parts)
-
-
-def _image_size(record: Record) -> tuple[int, int]:
-    return record.config.model.image_size if record.config else (256, 128)
 
 
 def _key_figures(found: Findings) -> list[tuple[str, str]]:
@@ -201,13 +126,12 @@ def _key_figures(found: Findings) -> list[tuple[str, str]]:
             figures.append(("ARI", percent(entry["observed.ari"])))
     total = record.options.get("epochs", "?")
     figures.append(("epochs", f"{len(record.log)} of {total}"))
-    spent = sum(sum(e.get("seconds", {}).values()) for e in record.log)
-    figures.append(("time", duration(spent)))
+    figures.append(("time", duration(seconds_of(record))))
     return figures
 
 
-def _missing(found: Findings, pictures: Pictures) -> dict[str, str]:
-    reasons = dict(found.missing)
+def _missing_pictures(pictures: Pictures) -> dict[str, str]:
+    reasons = {}
     if pictures.unreadable:
         one = show(min(pictures.unreadable))
         reasons["pictures"] = (
@@ -223,26 +147,13 @@ def _missing(found: Findings, pictures: Pictures) -> dict[str, str]:
 # ---- epochs -------------------------------------------------------------------------------------
 
 
-def epoch_series(record: Record, key: str) -> dict[int, float]:
-    """A value of the log by epoch, from 1; test metrics with those of the last epoch."""
-    values = {}
-    for entry in record.log:
-        value = flat(entry).get(key)
-        if isinstance(value, (int, float)):
-            values[entry["epoch"] + 1] = float(value)
-    name = key.removeprefix("observed.")
-    if name != key and name in record.last:
-        values[int(record.last["epoch"]) + 1] = float(record.last[name])
-    return values
-
-
-def _over_epochs(record: Record, grid: Any) -> str:
+def _over_epochs(record: Record) -> views.Epochs:
     if not record.log:
-        return missing(record.missing.get("log", "the log is empty"))
+        return views.Epochs(reason=record.missing.get("log", "the log is empty"))
     drawn = []
     absent = {}
-    for key, title, text, unit, names in EPOCH_CHARTS:
-        series = [Series(n, v) for n, k in names.items() if (v := epoch_series(record, k))]
+    for key, title, text, unit, names in CURVES:
+        series = [charts.Series(n, v) for n, k in names.items() if (v := epoch_series(record, k))]
         if series:
             drawn.append(charts.lines(key, title, text, series, unit=unit))
         else:
@@ -250,17 +161,16 @@ def _over_epochs(record: Record, grid: Any) -> str:
     seconds = {e["epoch"] + 1: e["seconds"] for e in record.log if e.get("seconds")}
     if seconds:
         drawn.append(charts.stages(seconds))
-    return str(grid(drawn)) + missing(absent) + _log_table(record)
+    return views.Epochs(charts=tuple(drawn), missing=grouped(absent), log=_log(record))
 
 
-def _log_table(record: Record) -> str:
+def _log(record: Record) -> Table:
     rows = [flat(entry) for entry in record.log]
     hidden = ("epoch", "observed.observed_only", "dropped")
     names = [n for n in dict.fromkeys(n for r in rows for n in r) if n not in hidden]
     head = ["epoch", *(n.replace("observed.", "").replace("seconds.", "s ") for n in names)]
     body = [[str(r["epoch"] + 1), *(_cell(r.get(n)) for n in names)] for r in rows]
-    content = table(head, body, caption="The log, one row an epoch; times in seconds")
-    return f"<details><summary>All values as a table</summary>{content}</details>"
+    return Table(head, body, caption="The log, one row an epoch; times in seconds")
 
 
 def _cell(value: Any) -> str:
@@ -272,31 +182,33 @@ def _cell(value: Any) -> str:
 # ---- clusters -----------------------------------------------------------------------------------
 
 
-def _sizes(found: Findings, grid: Any) -> str:
+def _clusters(found: Findings, pictures: Pictures) -> views.Clusters:
+    why = found.missing.get("clusters", "")
     if not len(found.sizes):
-        return missing(found.missing.get("clusters", "the clustering found no clusters"))
-    return str(grid([charts.cluster_sizes([("", found.sizes)])]))
-
-
-def _clusters(found: Findings, pictures: Pictures) -> str:
+        why = why or "the clustering found no clusters"
+    sizes = charts.cluster_sizes([("", found.sizes)]) if len(found.sizes) else None
     if found.data is None or not (found.clusters or len(found.outliers)):
-        return missing(found.missing["clusters"]) if len(found.sizes) else ""
-    train, record = found.data.train, found.record
-    there = dict.fromkeys(k for c in found.clusters for k in c.kinds)
-    kinds = [k for k in _KINDS if k in there]
+        return views.Clusters(sizes, reason=why)
+    train = found.data.train
+    shown = tuple(_cluster(cluster, train, pictures) for cluster in found.clusters)
+    there = {kind for cluster in found.clusters for kind in cluster.kinds}
+    kinds = [kind for kind in _KINDS if kind in there]
+    outliers = None
     if len(found.outliers):
         kinds.append("outliers")
-    first = kinds[0]
-    boxes = [_radio("kind", kind, kind, kind == first) for kind in [*kinds, "all"]]
-    form = (
-        f'<form class="filter" id="clusters-filter"><fieldset><legend>Show</legend>'
-        f"{''.join(boxes)}</fieldset>"
-        '<label>images from <input type="number" name="from" min="1"></label>'
-        '<label>to <input type="number" name="to" min="1"></label>'
-        '<output aria-live="polite"></output></form>'
-    )
+        total = int((found.record.labels < 0).sum()) if found.record.labels is not None else 0
+        outliers = views.Sheet(
+            name="Outliers",
+            about=f"{len(found.outliers)} of {total:,}",
+            pictures=tuple(_picture(train, int(i), "", pictures) for i in found.outliers),
+        )
+    sheets = views.Sheets(_about_clusters(found, train), _choices(kinds), shown, outliers)
+    return views.Clusters(sizes, "" if len(found.sizes) else why, sheets)
+
+
+def _about_clusters(found: Findings, train: ImageList) -> str:
     about = (
-        f"Pseudo-labels of epoch {record.labels_epoch}; of each cluster at most "
+        f"Pseudo-labels of epoch {found.record.labels_epoch}; of each cluster at most "
         f"{max((len(c.shown) for c in found.clusters), default=0)} images. "
     )
     if train.num_ids:
@@ -304,27 +216,15 @@ def _clusters(found: Findings, pictures: Pictures) -> str:
             "A solid green border and ✓: the identity that most of the cluster have; a dashed red "
             "one and ✗: another. Purity is the share of the former."
         )
-    cards = "".join(_cluster(c, train, pictures) for c in found.clusters)
-    if len(found.outliers):
-        total = int((found.record.labels < 0).sum()) if found.record.labels is not None else 0
-        items = "".join(_image(train, int(i), "", pictures) for i in found.outliers)
-        cards += (
-            f'<div class="sheet" data-in="clusters" data-kinds="outliers" data-size="1">'
-            f"<h3>Outliers</h3><p class=about>{len(found.outliers)} of {total:,}</p>"
-            f'<ul class="row wrap">{items}</ul></div>'
-        )
-    return f'<p class="note">{about}</p>{form}{cards}'
+    return about
 
 
-def _radio(name: str, value: str, text: str, checked: bool) -> str:
-    mark = " checked" if checked else ""
-    return (
-        f'<label><input type="radio" name="{name}" value="{escape(value)}"{mark}>'
-        f"{escape(text)}</label>"
-    )
+def _choices(kinds: Sequence[str]) -> dict[str, str]:
+    """Values of a choice, which are their own names, and all of them."""
+    return {kind: kind for kind in (*kinds, "all")}
 
 
-def _cluster(cluster: Cluster, train: ImageList, pictures: Pictures) -> str:
+def _cluster(cluster: Cluster, train: ImageList, pictures: Pictures) -> views.Sheet:
     parts = [f"{cluster.size} images"]
     if cluster.cameras:
         parts.append(_count(cluster.cameras, "camera", "cameras"))
@@ -335,41 +235,34 @@ def _cluster(cluster: Cluster, train: ImageList, pictures: Pictures) -> str:
     for i in cluster.shown:
         known = cluster.main_id >= 0 and train.ids[i] >= 0
         kind = "" if not known else "right" if train.ids[i] == cluster.main_id else "wrong"
-        items.append(_image(train, i, kind, pictures))
-    tags = "".join(f'<span class="tag">{escape(kind)}</span>' for kind in cluster.kinds)
-    return (
-        f'<article class="sheet" data-in="clusters" data-size="{cluster.size}" '
-        f'data-kinds="{escape("|".join(cluster.kinds))}"><h3>Cluster {cluster.label}{tags}</h3>'
-        f'<p class="about">{escape(", ".join(parts))}</p>'
-        f'<ul class="row" tabindex="0" aria-label="Images of cluster {cluster.label}">'
-        f"{''.join(items)}</ul></article>"
-    )
+        items.append(_picture(train, i, kind, pictures))
+    name, about = f"Cluster {cluster.label}", ", ".join(parts)
+    return views.Sheet(name, about, tuple(items), cluster.kinds, cluster.size)
 
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-def _image(
+def _picture(
     images: ImageList, number: int, kind: str, pictures: Pictures, *more: str, before: str = ""
-) -> str:
-    """An image with identity and camera below it, and a mark for right or wrong."""
+) -> views.Picture:
+    """An image with identity and camera below it."""
     person, camera = int(images.ids[number]), int(images.cameras[number])
-    mark = {"right": "<b>✓</b> ", "wrong": "<b>✗</b> "}.get(kind, "")
     known = [f"id {person}" if person >= 0 else "", f"c{camera + 1}" if camera >= 0 else ""]
-    lines = [mark + escape(known[0]), escape(" · ".join(k for k in (known[1], *more) if k))]
+    lines = [known[0], " · ".join(part for part in (known[1], *more) if part)]
     path = images.paths[number]
-    said = ", ".join(s for s in (before, kind, *known, show(path.name)) if s)
-    return picture(pictures.add(path), kind, said, [line for line in lines if line])
+    alt = ", ".join(part for part in (before, kind, *known, show(path.name)) if part)
+    return views.Picture(pictures.add(path), kind, alt, tuple(line for line in lines if line))
 
 
 # ---- retrieval ----------------------------------------------------------------------------------
 
 
-def _retrieval(found: Findings, grid: Any) -> str:
+def _retrieval(found: Findings, pictures: Pictures) -> views.Retrieval:
     r = found.retrieval
-    if r is None:
-        return missing(found.missing["retrieval"])
+    if r is None or found.data is None:
+        return views.Retrieval(reason=found.missing["retrieval"])
     valid = ~np.isnan(r.ap)
     full = int((r.ap[valid] >= 1).sum())
     text = (
@@ -382,52 +275,41 @@ def _retrieval(found: Findings, grid: Any) -> str:
         drawn.append(charts.similarity(r.similarities))
     if len(r.cameras) > 1:
         drawn.append(charts.cameras(r))
-    return f"<p>{escape(text)}</p>{grid(drawn)}"
+    return views.Retrieval(text=text, charts=tuple(drawn), lists=_lists(r, found.data, pictures))
 
 
-def _lists(found: Findings, pictures: Pictures) -> str:
-    r = found.retrieval
-    if r is None or found.data is None:
-        return ""
-    query = found.data.query
-    there = sorted({int(query.cameras[each.query]) for each in r.lists})
-    options = "".join(f'<option value="{c + 1}">camera {c + 1}</option>' for c in there if c >= 0)
+def _lists(r: Retrieval, data: ReIDData, pictures: Pictures) -> views.Lists:
+    cameras = sorted({int(data.query.cameras[each.query]) for each in r.lists})
     each = sum(one.kind == "best" for one in r.lists)
     kinds = [k for k in ("median", "best", "worst") if any(o.kind == k for o in r.lists)]
-    boxes = [_radio("kind", k, k, k == kinds[0]) for k in [*kinds, "all"]]
-    camera = f'<label>query camera <select name="camera"><option value="">any</option>{options}'
-    form = (
-        f'<form class="filter" id="lists-filter"><fieldset><legend>Queries</legend>{"".join(boxes)}'
-        f"</fieldset>{camera if options else '<label hidden><select>'}</select></label>"
-        '<label>identity <input name="person" inputmode="numeric"></label>'
-        '<output aria-live="polite"></output></form>'
-    )
     about = (
         f"The {each} best, median and worst queries by average precision (AP), the query first. "
         "Green and ✓: the same identity; dashed red and ✗: another. As in evaluation, images of "
         "the query's identity in its own camera, and junk, are not in the lists."
     )
-    cards = "".join(_ranked(one, found.data, pictures) for one in r.lists)
-    return f'<h3 class="apart">Ranked lists</h3><p class="note">{about}</p>{form}{cards}'
+    return views.Lists(
+        about=about,
+        kinds=_choices(kinds),
+        cameras=[camera + 1 for camera in cameras if camera >= 0],
+        queries=[_ranked(one, data, pictures) for one in r.lists],
+    )
 
 
-def _ranked(one: RankedList, data: ReIDData, pictures: Pictures) -> str:
+def _ranked(one: RankedList, data: ReIDData, pictures: Pictures) -> views.Query:
     person, camera = int(data.query.ids[one.query]), int(data.query.cameras[one.query])
-    items = [_image(data.query, one.query, "query", pictures, "query")]
+    items = [_picture(data.query, one.query, "query", pictures, "query")]
     ranked = zip(one.gallery, one.similarity, one.right, strict=True)
     for rank, (number, similarity, right) in enumerate(ranked, 1):
-        kind = "right" if right else "wrong"
-        items.append(
-            _image(data.gallery, number, kind, pictures, f"{similarity:.2f}", before=f"rank {rank}")
-        )
+        kind, text = "right" if right else "wrong", f"{similarity:.2f}"
+        items.append(_picture(data.gallery, number, kind, pictures, text, before=f"rank {rank}"))
     where = f", camera {camera + 1}" if camera >= 0 else ""
-    shown = camera + 1 if camera >= 0 else ""
-    return (
-        f'<article class="sheet" data-in="lists" data-kind="{one.kind}" data-camera="{shown}" '
-        f'data-person="{person}"><h3>Identity {person}{where}<span class="tag">{one.kind}</span>'
-        f'</h3><p class="about">AP {percent(one.ap)}, first right match at rank {one.first:,}</p>'
-        f'<ol class="row" tabindex="0" aria-label="Ranked list of a query of identity {person}">'
-        f"{''.join(items)}</ol></article>"
+    return views.Query(
+        name=f"Identity {person}{where}",
+        kind=one.kind,
+        about=f"AP {percent(one.ap)}, first right match at rank {one.first:,}",
+        camera=str(camera + 1) if camera >= 0 else "",
+        person=person,
+        pictures=tuple(items),
     )
 
 
@@ -435,6 +317,7 @@ def _ranked(one: RankedList, data: ReIDData, pictures: Pictures) -> str:
 
 
 def _points(found: Findings, pictures: Pictures) -> dict[str, Any] | None:
+    """What the page's script knows of each point of the map."""
     labels = found.record.labels
     if found.map is None or found.data is None or labels is None:
         return None
@@ -450,34 +333,30 @@ def _points(found: Findings, pictures: Pictures) -> dict[str, Any] | None:
         "person": train.ids[chosen].tolist(),
         "camera": train.cameras[chosen].tolist(),
         "picture": [pictures.add(train.paths[i], _MAP_HEIGHT) for i in chosen],
-        "text": [t.encode("utf-8", "backslashreplace").decode() for t in texts],
+        "text": texts,
     }
 
 
-def _map(found: Findings, points: dict[str, Any] | None, grid: Any) -> str:
+def _map(found: Findings, points: dict[str, Any] | None) -> views.Map:
     if points is None or found.map is None or found.record.labels is None:
-        return missing(found.missing.get("map", "the images are needed"))
+        return views.Map(reason=found.missing.get("map", "the images are needed"))
     names = {"cluster": "cluster", "person": "identity", "camera": "camera"}
-    boxes = [
-        _radio("colours", value, text, value == "cluster")
+    colours = {
+        value: text
         for value, text in names.items()
         if any(v >= 0 for v in points[value]) or value == "cluster"
-    ]
-    form = (
-        '<form class="filter" id="map-colours"><fieldset><legend>Colour by</legend>'
-        f'{"".join(boxes)}</fieldset></form><span id="map-said" class="skip" aria-live="polite">'
-        "</span>"
+    }
+    return views.Map(
+        chart=charts.plane(found.map, found.record.labels, points["text"]), colours=colours
     )
-    chart = charts.plane(found.map, found.record.labels, points["text"])
-    return str(grid([chart], {"map": form}))
 
 
 # ---- configuration ------------------------------------------------------------------------------
 
 
-def _configuration(record: Record) -> str:
+def _configuration(record: Record) -> views.Configuration:
     if not record.options:
-        return missing(record.missing["configuration"])
+        return views.Configuration(reason=record.missing["configuration"])
     base = {}
     if record.options.get("preset") in PRESETS:
         base = flat_options(preset(record.options["preset"]))
@@ -490,7 +369,8 @@ def _configuration(record: Record) -> str:
         if differs:
             changed.append(number)
     head = ("option", "value", "the preset's, where it differs")
-    return table(head, rows, changed=changed, numeric=False, name="Options of the run")
+    options = Table(head, rows, changed=changed, numeric=False, name="Options of the run")
+    return views.Configuration(options=options)
 
 
 def _option(value: Any) -> str:
