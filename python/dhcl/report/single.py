@@ -20,7 +20,7 @@ from dhcl.training.logs import duration, flat
 from dhcl.training.record import Record
 from dhcl.training.results import Results, results_of
 from dhcl.training.runs import Trained
-from dhcl.words import show
+from dhcl.words import first_line, show
 
 __all__ = ["report_training", "run_page", "write_report"]
 
@@ -61,8 +61,7 @@ def report_training(trained: Trained) -> None:
     try:
         path = write_report(results_of(trained))
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        engine.say(f"warning: no report of the run: {reason}")
+        engine.say(f"warning: no report of the run: {first_line(error)}")
     else:
         engine.say(f"report: {show(path)}")
 
