@@ -105,6 +105,12 @@ class MemoryBank(nn.Module):
         self._require_labels("proto_of")
         return self._proto_of
 
+    @property
+    def class_sizes(self) -> torch.Tensor:
+        """(K,) int64, how many images each prototype is the mean of."""
+        self._require_labels("class_sizes")
+        return self._offsets.diff()
+
     def _require_labels(self, what: str) -> None:
         if self._proto_of.shape[0] == 0:
             raise RuntimeError(f"MemoryBank.{what}: call set_labels(labels) first")

@@ -133,40 +133,19 @@ def hybrid_contrastive_loss(
     _checks.tensor(op, "features", features)
     _checks.rank(op, "features", features, 2)
     indices = _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
-    weights = [
-        _checks.number(op, name, value, 0.0, rule="finite and >= 0")
-        for name, value in (
-            ("prototype_weight", prototype_weight),
-            ("instance_weight", instance_weight),
-        )
-    ]
+    rule = "finite and >= 0"
+    weights = (
+        _checks.number(op, "prototype_weight", prototype_weight, 0.0, rule=rule),
+        _checks.number(op, "instance_weight", instance_weight, 0.0, rule=rule),
+    )
     if not any(weights):
         raise ValueError(f"{op}: prototype_weight and instance_weight must not both be 0")
     _checks.one_of(op, "instance_positives", instance_positives, ("self", "class"))
     _checks.one_of(op, "suspects_as", suspects_as, ("exclude", "kappa"))
-    if isinstance(kappa, torch.Tensor):
-        raise TypeError(f"{op}: kappa must be a number (got a tensor)")
     if not torch.compiler.is_compiling():
         _checks.indices_in_range(op, "indices", indices, len(memory.features))
-    proto_of, prototypes = memory.proto_of, memory.prototypes
-    labels = proto_of[indices]
-    others = max(len(prototypes) - 1, 1)
-    groups = None
-    debias: dict[str, Any] = {"kappa": kappa, "tau_plus": tau_plus}
-    shares = debias if tau_plus is not None else {"tau_plus": _share(op, kappa, others)}
-    if suspects is not None:
-        wanted = (len(prototypes),)
-        _checks.shape(op, "suspects.groups", suspects.groups, wanted, "one per prototype")
-        if suspects_as == "exclude":
-            groups = suspects.groups
-        elif kappa or tau_plus:
-            raise ValueError(
-                f'{op}: suspects_as="kappa" sets kappa itself '
-                f"(got kappa={kappa}, tau_plus={tau_plus} too)"
-            )
-        else:
-            counted = suspects.others[labels].double().clamp(max=others / 2)
-            debias, shares = {"kappa": counted}, {}
+    batch = _Batch(features, indices, memory.proto_of[indices])
+    debias = _false_negatives(op, memory, batch.labels, kappa, tau_plus, suspects, suspects_as)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "beta": beta,
@@ -178,29 +157,10 @@ def hybrid_contrastive_loss(
     terms: list[torch.Tensor | None] = [None, None]
     seen: list[ContrastiveStats | None] = [None, None]
     if weights[0]:
-        exclude = None if groups is None else (groups[labels], groups)
-        terms[0], seen[0] = debiased_contrastive_loss(
-            features, prototypes, labels, exclude=exclude, **debias, **settings
-        )
+        terms[0], seen[0] = _prototype_term(batch, memory, debias, settings)
     if weights[1]:
-        row_groups, column_groups = labels, proto_of
-        if groups is not None:
-            row_groups, column_groups = groups[labels], groups[proto_of]
-        if not shares:
-            sizes = torch.bincount(proto_of, minlength=len(prototypes))
-            negatives = len(proto_of) - sizes[labels]
-            shares = {"kappa": debias["kappa"] / others * negatives}
         of_class = instance_positives == "class"
-        terms[1], seen[1] = debiased_contrastive_loss(
-            features,
-            memory.features,
-            labels if of_class else indices,
-            proxy_labels=proto_of if of_class else None,
-            positives="mean",
-            exclude=None if of_class and groups is None else (row_groups, column_groups),
-            **shares,
-            **settings,
-        )
+        terms[1], seen[1] = _instance_term(batch, memory, of_class, debias, settings)
     loss = sum(w * term for w, term in zip(weights, terms, strict=True) if term is not None)
     if not return_stats:
         return loss
@@ -208,14 +168,110 @@ def hybrid_contrastive_loss(
     return loss, HybridStats(means[0], means[1], seen[0], seen[1])
 
 
-def _share(op: str, kappa: float, others: int) -> float:
-    value = _checks.number(op, "kappa", kappa, 0.0, rule="finite and >= 0")
-    if value and value >= others:
+class _Batch(NamedTuple):
+    features: torch.Tensor  # (B, d)
+    indices: torch.Tensor  # (B,) rows of the bank
+    labels: torch.Tensor  # (B,) classes
+
+
+class _FalseNegatives(NamedTuple):
+    """What is known or expected of false negatives."""
+
+    kappa: float | torch.Tensor  # among the other prototypes; one number, or one per row (B,)
+    tau_plus: float | None  # the share itself, in place of kappa
+    groups: torch.Tensor | None  # (K,) of suspected classes, which are left out
+
+    def share(self, others: int) -> float | None:
+        """The share of the other prototypes; None where it differs by row."""
+        if self.tau_plus is not None:
+            return self.tau_plus
+        return None if isinstance(self.kappa, torch.Tensor) else self.kappa / others
+
+
+def _false_negatives(
+    op: str,
+    memory: MemoryBank,
+    labels: torch.Tensor,
+    kappa: float,
+    tau_plus: float | None,
+    suspects: Suspects | None,
+    suspects_as: str,
+) -> _FalseNegatives:
+    if isinstance(kappa, torch.Tensor):
+        raise TypeError(f"{op}: kappa must be a number (got a tensor)")
+    if kappa and tau_plus is not None:
+        raise ValueError(f"{op}: give kappa or tau_plus, not both (got {kappa} and {tau_plus})")
+    others = max(len(memory.prototypes) - 1, 1)
+    if tau_plus is None:
+        kappa = _checks.number(op, "kappa", kappa, 0.0, rule="finite and >= 0")
+        if kappa and kappa >= others:
+            raise ValueError(
+                f"{op}: kappa must be smaller than the number of other prototypes "
+                f"(got {kappa:g} and {others})"
+            )
+    if suspects is None:
+        return _FalseNegatives(kappa, tau_plus, None)
+    wanted = (len(memory.prototypes),)
+    _checks.shape(op, "suspects.groups", suspects.groups, wanted, "one per prototype")
+    if suspects_as == "exclude":
+        return _FalseNegatives(kappa, tau_plus, suspects.groups)
+    if kappa or tau_plus:
         raise ValueError(
-            f"{op}: kappa must be smaller than the number of other prototypes "
-            f"(got {value:g} and {others})"
+            f'{op}: suspects_as="kappa" sets kappa itself '
+            f"(got kappa={kappa}, tau_plus={tau_plus} too)"
         )
-    return value / others
+    counted = suspects.others[labels].double().clamp(max=others / 2)
+    return _FalseNegatives(counted, None, None)
+
+
+def _prototype_term(
+    batch: _Batch, memory: MemoryBank, debias: _FalseNegatives, settings: dict[str, Any]
+) -> tuple[torch.Tensor, ContrastiveStats]:
+    exclude = None
+    if debias.groups is not None:
+        exclude = (debias.groups[batch.labels], debias.groups)
+    term: tuple[torch.Tensor, ContrastiveStats] = debiased_contrastive_loss(
+        batch.features,
+        memory.prototypes,
+        batch.labels,
+        kappa=debias.kappa,
+        tau_plus=debias.tau_plus,
+        exclude=exclude,
+        **settings,
+    )
+    return term
+
+
+def _instance_term(
+    batch: _Batch,
+    memory: MemoryBank,
+    of_class: bool,
+    debias: _FalseNegatives,
+    settings: dict[str, Any],
+) -> tuple[torch.Tensor, ContrastiveStats]:
+    proto_of, labels = memory.proto_of, batch.labels
+    row_groups, column_groups = labels, proto_of
+    if debias.groups is not None:
+        row_groups, column_groups = debias.groups[labels], debias.groups[proto_of]
+    # The same share of the negatives as among the prototypes.
+    others = max(len(memory.prototypes) - 1, 1)
+    share = debias.share(others)
+    kappa: float | torch.Tensor = 0.0
+    if share is None:
+        negatives = len(proto_of) - memory.class_sizes[labels]
+        kappa = debias.kappa / others * negatives
+    term: tuple[torch.Tensor, ContrastiveStats] = debiased_contrastive_loss(
+        batch.features,
+        memory.features,
+        labels if of_class else batch.indices,
+        proxy_labels=proto_of if of_class else None,
+        positives="mean",
+        exclude=None if of_class and debias.groups is None else (row_groups, column_groups),
+        kappa=kappa,
+        tau_plus=share,
+        **settings,
+    )
+    return term
 
 
 class DHCLLoss(nn.Module):

@@ -265,7 +265,10 @@ def expanded_weights(lists: Lists, weights: Rows, progress: Progress | None) -> 
 
 
 def largest_squares(features: torch.Tensor, progress: Progress | None) -> torch.Tensor:
-    """Of each row, the largest squared distance to any row: one pass over half of all pairs."""
+    """Of each row, the largest squared distance to any row: one pass over half of all pairs.
+
+    It is as exact as the device's matrix product, whose bits may depend on the number of threads.
+    """
     n = len(features)
     least = features.new_full((n,), torch.inf)
     with full_precision(features.device):

@@ -194,6 +194,12 @@ def test_whole_bank_compiles(device):
         ({"instance_positives": "all"}, ValueError, "'self' or 'class'"),
         ({"kappa": 5.0}, ValueError, r"number of other prototypes \(got 5 and 5\)"),
         ({"kappa": torch.ones(5)}, TypeError, "kappa must be a number"),
+        ({"kappa": 0.2, "tau_plus": 0.1}, ValueError, "kappa or tau_plus, not both"),
+        (
+            {"kappa": 0.2, "tau_plus": 0.1, "prototype_weight": 0.0},
+            ValueError,
+            "kappa or tau_plus, not both",
+        ),
         ({"suspects_as": "drop"}, ValueError, "'exclude' or 'kappa'"),
         (
             {"suspects": Suspects(torch.zeros(3, dtype=torch.int64), torch.zeros(3))},

@@ -243,9 +243,12 @@ def test_join_survives_rows_of_other_weights():
         assert same_bits(densified(graph), within)
 
 
-def test_same_bits_for_any_thread_count():
+def test_same_bits_for_any_thread_count(monkeypatch):
     x = features_like("moderate", 2500)
     found = knn(x, 31)
+    # What Zhong et al. scale a row with comes from a matrix product: see the next test.
+    scale = reciprocal.largest_squares(x, None)
+    monkeypatch.setattr(reciprocal, "largest_squares", lambda features, progress: scale)
     for convention in ("spcl", "zhong"):
         checks.for_any_thread_count(
             lambda convention=convention: jaccard_graph(
@@ -253,6 +256,21 @@ def test_same_bits_for_any_thread_count():
             ).values()
         )
     checks.for_any_thread_count(lambda: jaccard_distance(x[:600], ranks=knn(x[:600], 30)))
+
+
+def test_largest_squares_are_those_of_the_device_s_matrix_product():
+    """Their bits may depend on the number of threads and the processor, within rounding."""
+    x = features_like("moderate", 2500)
+    truth = 2.0 - 2.0 * (x.double() @ x.double().T).amin(1)
+    before = torch.get_num_threads()
+    # A sum of d products of unit rows is off by d units of rounding at most, in any order.
+    bound = 2 * x.shape[1] * torch.finfo(torch.float32).eps
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            assert (reciprocal.largest_squares(x, None).double() - truth).abs().max() <= bound
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_ranges_of_rows_do_not_show(monkeypatch):

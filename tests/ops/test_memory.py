@@ -722,6 +722,7 @@ def test_bank_numbers_clusters_first_then_outliers():
     bank.init(unit_rows(6, 4))
     bank.set_labels(torch.tensor([-1, 1, 0, -1, 1, -1]))
     assert bank.proto_of.tolist() == [2, 1, 0, 3, 1, 4]
+    assert bank.class_sizes.tolist() == [1, 2, 1, 1, 1]
     assert bank.num_clusters == 2
     assert bank.prototypes.shape == (5, 4)
     assert same_bits(bank.prototypes[3], bank.features[3])
@@ -768,6 +769,8 @@ def test_bank_before_labels():
         _ = bank.prototypes
     with pytest.raises(RuntimeError, match=r"call set_labels"):
         _ = bank.proto_of
+    with pytest.raises(RuntimeError, match="class_sizes: call set_labels"):
+        _ = bank.class_sizes
     bank.update_(unit_rows(2, 5), torch.tensor([0, 3]))
     assert bank.features[0].any()
     assert not bank.features[1].any()
