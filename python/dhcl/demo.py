@@ -214,8 +214,8 @@ def _one(demo: Demo, root: Path, name: str, seed: int) -> dict[str, Any]:
 def _untrained(config: TrainConfig) -> dict[str, Any]:
     """The network as every method finds it, with batch-norm statistics of the training images."""
     engine = Engine(config)
-    data = open_data(config, engine, quiet=True)
-    model = make_model(config, data.train.num_cameras)
+    data = open_data(config.data, engine, quiet=True)
+    model = make_model(config.model, data.train.num_cameras, config.seed)
     trainer = Trainer(config, engine, model, data.unlabeled, log=False)
     trainer.calibrate()
     return Evaluator(engine, data, model)(model)

@@ -28,7 +28,7 @@ def test_features_are_those_of_evaluation(model, run, pictures):
     """Equal to what the trainer's own evaluation extracts, cameras and all."""
     config = read_run(run)
     engine = Engine(config)
-    data = open_data(config, engine, quiet=True)
+    data = open_data(config.data, engine, quiet=True)
     expected = engine.extract(model.model, engine.images(data.query, model.model), "query")
     got = model.features(data.query.paths, data.query.cameras)
     assert torch.allclose(got, expected, atol=1e-6)

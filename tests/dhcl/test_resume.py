@@ -13,7 +13,7 @@ import pytest
 import torch
 from dhcl.config import ConfigError
 from dhcl.files import write_atomic
-from dhcl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from dhcl.training.checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint
 from dhcl.training.engine import Interrupted
 from dhcl.training.runs import train
 
@@ -234,6 +234,36 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path, moment)
         assert (at["epoch"], at["iteration"]) == (1, config.batches.iterations)
     finish(config, resume=True)
     assert_same(result(config), result(whole))
+
+
+def test_a_checkpoint_of_the_format_before_goes_on_to_the_same_bits(pictures, tmp_path):
+    """Of format 1, where the log's entry said how far the epoch was."""
+    changes = {"images_per_class": 4, "epochs": 2, "checkpoint_minutes": CHECKPOINT_MINUTES}
+    whole = options(pictures, tmp_path / "whole", "cluster-contrast", **changes)
+    finish(whole)
+    config = options(pictures, tmp_path / "run", "cluster-contrast", **changes)
+    checkpoint = config.run / "checkpoints" / "last.pt"
+    process = start(config)
+    while not checkpoint.exists() or not load_checkpoint(checkpoint)["progress"]["iteration"]:
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    state = load_checkpoint(checkpoint)
+    assert state["format"] == FORMAT == 2
+    assert state["progress"].pop("clustered")
+    assert state["progress"].pop("dropped")
+    save_checkpoint(checkpoint, {**state, "format": 1})
+    finish(config, resume=True)
+    assert_same(result(config), result(whole))
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(pictures, tmp_path):
+    config = options(pictures, tmp_path / "run", epochs=1)
+    train(config)
+    checkpoint = config.run / "checkpoints" / "last.pt"
+    save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "format": 3})
+    with pytest.raises(CheckpointError, match=r"another version of dhcl, in format 3 \(known: 1"):
+        train(options(pictures, tmp_path / "run", epochs=2), resume=True)
 
 
 def test_more_epochs_can_be_added(pictures, tmp_path):

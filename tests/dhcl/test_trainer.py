@@ -31,7 +31,7 @@ def assert_same_weights(a, b):
 def make_trainer(config):
     engine = Engine(config)
     data = load_data(config.data.data, config.data.root)
-    model = make_model(config, data.train.num_cameras)
+    model = make_model(config.model, data.train.num_cameras, config.seed)
     return Trainer(config, engine, model, data.unlabeled)
 
 
@@ -87,7 +87,7 @@ def test_training_learns(tmp_path):
     train(config)
     losses = [entry["prototype_loss"] for entry in entries(config.run)]
     assert losses[-1] < losses[1]
-    first = make_model(config, 2).state_dict()
+    first = make_model(config.model, 2, config.seed).state_dict()
     assert not torch.equal(first["backbone.0.0.weight"], weights(config.run)["backbone.0.0.weight"])
 
 
@@ -102,7 +102,7 @@ def test_a_step_is_the_loss_a_gradient_step_and_the_update(pictures, tmp_path):
     bank, parameter = trainer.bank.features.clone(), trainer.model.backbone[0][0].weight
     before = parameter.detach().clone()
     images, indices, cameras = next(trainer.batches())
-    twin = make_model(config, 2)
+    twin = make_model(config.model, 2, config.seed)
     twin.load_state_dict(trainer.model.state_dict())
     twin.train()
     out = twin(images, cameras)
@@ -184,8 +184,8 @@ def test_last_is_reported_and_best_beside_it_by_name(pictures, tmp_path):
 def test_other_data_are_evaluated_without_statistics_per_camera(pictures, tmp_path):
     config = options(pictures, tmp_path / "run", camera_bn=True)
     engine = Engine(config)
-    data = open_data(config, engine)
-    model = make_model(config, 2)
+    data = open_data(config.data, engine)
+    model = make_model(config.model, 2, config.seed)
     told = []
     model.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1]))
     for same, expected in ((True, {0, 1}), (False, {-1})):
@@ -205,8 +205,8 @@ def test_images_without_identities_and_cameras_train(pictures, tmp_path):
 def test_unknown_cameras_are_not_one_camera(pictures, tmp_path):
     config = options(pictures, tmp_path / "run")
     engine = Engine(config)
-    data = open_data(config, engine)
-    model = make_model(config, 2)
+    data = open_data(config.data, engine)
+    model = make_model(config.model, 2, config.seed)
     unknown = [
         ImageList(part.paths, part.ids, np.full(len(part), -1))
         for part in (data.query, data.gallery)

@@ -144,7 +144,7 @@ class ReID:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device: torch sees no GPU (got {device})")
-        return cls(read_model(config, folder, which), config, folder, which, device)
+        return cls(read_model(config.model, folder, which), config, folder, which, device)
 
     def __repr__(self) -> str:
         return f"ReID({self.model.description}; {show(self.run)}, {self.which}, {self.id[:12]})"

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the state of random generators."""
+"""Checkpoints that are whole or not there: their progress, and the state of random generators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import io
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,70 @@ from dhcl.errors import CheckpointError
 from dhcl.files import write_atomic
 
 __all__ = [
+    "FORMAT",
     "CheckpointError",
+    "Progress",
     "load_checkpoint",
     "random_state",
     "save_checkpoint",
     "set_random_state",
 ]
+
+
+FORMAT = 2
+"""Of the checkpoints that are written."""
+
+
+@dataclass
+class Progress:
+    """Where a run is, in plain values.
+
+    Attributes:
+        epoch: the epoch under way, from 0.
+        iteration: steps of it that are done.
+        clustered: whether its images have their labels and the memory is filled with them.
+        dropped: whether its outliers are left out.
+        threshold: of the self-paced criterion, set once.
+        barren: epochs on end without a cluster.
+        totals: sums over the epoch's steps, of what the log says the average of.
+        entry: what the log will say of this epoch; the training does not look at it.
+        best: metrics of the model that looked best along the way, and its epoch.
+        seconds: of all epochs before this one.
+    """
+
+    epoch: int = 0
+    iteration: int = 0
+    clustered: bool = False
+    dropped: bool = False
+    threshold: float | None = None
+    barren: int = 0
+    totals: list[float] = field(default_factory=list)
+    entry: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch, self.iteration = self.epoch + 1, 0
+        self.clustered, self.dropped, self.entry = False, False, {}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """That of a checkpoint.
+
+        Raises:
+            CheckpointError: its format is not known.
+        """
+        values = dict(state["progress"])
+        if state["format"] == 1:  # which had no fields for what the entry says
+            values["clustered"] = bool(values["entry"])
+            values["dropped"] = values["entry"].get("dropped", False)
+        elif state["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint: is of another version of dhcl, in format {state['format']} (known: "
+                f"1 and {FORMAT})"
+            )
+        return cls(**values)
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

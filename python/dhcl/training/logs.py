@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from dhcl.files import write_atomic
 
 __all__ = ["RunLog", "duration", "flat"]
@@ -28,6 +26,8 @@ class RunLog:
 
     def __init__(self, folder: Path, size: int = 0) -> None:
         self._folder = folder
+        from torch.utils.tensorboard import SummaryWriter  # a second that only training needs
+
         self._path = folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dhcl.config import ConfigError, TrainConfig, read_options, with_changes
-from dhcl.training.checkpoint import CheckpointError, load_checkpoint
+from dhcl.training.checkpoint import CheckpointError, Progress, load_checkpoint
 from dhcl.words import show
 
 __all__ = ["Record", "read_record"]
@@ -143,14 +143,14 @@ def _read_checkpoint(record: Record) -> None:
         return
     try:
         state = load_checkpoint(file)
-        at, rows = state["progress"], state["bank"]["features"].float().numpy()
+        at, rows = Progress.of(state), state["bank"]["features"].float().numpy()
         record.labels = state["labels"].numpy().astype(np.int64)
         record.images = str(state["images"])
-    except (CheckpointError, KeyError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
         record.missing["checkpoint"] = f"checkpoints/last.pt can't be used ({_why(error)})"
         return
-    # An epoch under way has an entry; its labels are the current ones.
-    record.labels_epoch = at["epoch"] + bool(at["entry"])
+    # An epoch that is clustered already is the one of the labels, else the one before it.
+    record.labels_epoch = at.epoch + at.clustered
     if len(rows) == len(record.labels):
         record.bank = rows
 

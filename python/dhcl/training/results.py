@@ -20,7 +20,7 @@ from dhcl.training.checkpoint import CheckpointError
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator
 from dhcl.training.record import Record, read_record
-from dhcl.training.runs import Trained, load_model
+from dhcl.training.runs import Trained, read_model
 from dhcl.training.trainer import fingerprint
 
 __all__ = ["Points", "Results", "collect", "members", "results_of", "sample_clusters"]
@@ -196,7 +196,8 @@ class _Model:
                 )
                 return None
             if self._model is None:
-                self._model = load_model(self._config, self._record.run, self._engine)
+                model = read_model(self._config.model, self._record.run)
+                self._model = model.to(self._engine.device)
         except (ConfigError, CheckpointError, RuntimeError) as error:
             self._missing[part] = f"the model can't be loaded: {error}"
             return None

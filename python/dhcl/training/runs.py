@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from dhcl.config import ConfigError, TrainConfig, with_changes
+from dhcl.config import ConfigError, DataOptions, ModelOptions, TrainConfig
 from dhcl.data import ReIDData, check_images, load_data
 from dhcl.files import write_atomic
 from dhcl.metrics import table
@@ -24,7 +24,6 @@ from dhcl.training.trainer import Trainer
 __all__ = [
     "Trained",
     "evaluate_run",
-    "load_model",
     "make_model",
     "open_data",
     "read_model",
@@ -32,11 +31,11 @@ __all__ = [
 ]
 
 
-def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> ReIDData:
+def open_data(options: DataOptions, engine: Engine, *, quiet: bool = False) -> ReIDData:
     """Load the data set, say what it holds, and check every image."""
-    if config.data.root is None:
+    if options.root is None:
         raise ConfigError("root: where the images lie must be given (got None)")
-    data = load_data(config.data.data, config.data.root, pattern=config.data.pattern)
+    data = load_data(options.data, options.root, pattern=options.pattern)
     if not quiet:
         engine.say(data.description)
     found: list[Any] = [None]
@@ -48,7 +47,7 @@ def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> Re
             bar.update(done - bar.n)
 
         lists, report = check_images(
-            splits, on_bad=config.data.on_bad, workers=max(config.data.workers, 2), progress=show
+            splits, on_bad=options.on_bad, workers=max(options.workers, 2), progress=show
         )
         bar.close()
         if not quiet or report.bad:
@@ -61,19 +60,25 @@ def open_data(config: TrainConfig, engine: Engine, *, quiet: bool = False) -> Re
     return data
 
 
-def make_model(config: TrainConfig, cameras: int) -> ReIDModel:
-    """The model of these options, the same on every process."""
-    if config.model.camera_bn and cameras < 1:
+def make_model(options: ModelOptions, cameras: int, seed: int) -> ReIDModel:
+    """The model of these options, the same on every process.
+
+    Args:
+        options: of the model.
+        cameras: how many there are in training; 0 if they are not known.
+        seed: of weights that start at random.
+    """
+    if options.camera_bn and cameras < 1:
         raise ConfigError("camera_bn: the cameras of the training images must be known")
     try:
         return build_model(
-            config.model.backbone,
-            pretrained=config.model.pretrained,
-            weights=config.model.weights,
-            image_size=config.model.image_size,
-            samples_per_bn=config.model.samples_per_bn,
-            num_cameras=cameras if config.model.camera_bn else 0,
-            seed=config.seed,
+            options.backbone,
+            pretrained=options.pretrained,
+            weights=options.weights,
+            image_size=options.image_size,
+            samples_per_bn=options.samples_per_bn,
+            num_cameras=cameras if options.camera_bn else 0,
+            seed=seed,
         )
     except (ValueError, FileNotFoundError, UnavailableWeights) as error:
         raise ConfigError(str(error)) from error
@@ -114,7 +119,8 @@ def train(
 
     Raises:
         ConfigError, DataError: wrong options or data.
-        Else as :meth:`dhcl.training.trainer.Trainer.fit`.
+        Interrupted, Diverged, NoClusters, CheckpointError: as
+            :meth:`dhcl.training.trainer.Trainer.fit`.
     """
     engine = Engine(config)
     started = (config.run / "config.yaml").exists()
@@ -126,9 +132,9 @@ def train(
         )
     if not quiet:
         engine.say(config.to_yaml())
-    data = open_data(config, engine, quiet=quiet)
+    data = open_data(config.data, engine, quiet=quiet)
     _check_data(config, engine, data)
-    model = make_model(config, data.train.num_cameras)
+    model = make_model(config.model, data.train.num_cameras, config.seed)
     if not quiet:
         engine.say(f"model: {model.description}")
     if engine.is_main:
@@ -137,7 +143,7 @@ def train(
     evaluator = Evaluator(engine, data, model) if data.can_evaluate else None
     observer = IdentityObserver(data, evaluator)
     go_on = resume and (config.run / "checkpoints" / "last.pt").exists()
-    known = _drawn_classes(config, data) if drawn else None
+    known = _drawn_classes(config.data.root, data) if drawn else None
     trainer = Trainer(config, engine, model, data.unlabeled, observer, resume=go_on, known=known)
     if go_on:
         at = trainer.at
@@ -154,11 +160,11 @@ def train(
     return Trained(config, engine, data, features, metrics)
 
 
-def _drawn_classes(config: TrainConfig, data: ReIDData) -> torch.Tensor:
+def _drawn_classes(root: Path | None, data: ReIDData) -> torch.Tensor:
     """The identities (N,) of drawn people, numbered from 0; those of others are not given out."""
-    if config.data.root is None or not (config.data.root / "synth.json").exists():
+    if root is None or not (root / "synth.json").exists():
         raise ConfigError(
-            f"root: identities are learned of drawn people only, and {config.data.root} holds no "
+            f"root: identities are learned of drawn people only, and {root} holds no "
             "synth.json of dhcl synth"
         )
     classes: torch.Tensor = torch.from_numpy(data.train.ids).unique(return_inverse=True)[1]
@@ -203,16 +209,11 @@ def _report(
     return results
 
 
-def load_model(config: TrainConfig, run: Path, engine: Engine, which: str = "last") -> ReIDModel:
-    """The model of a run, as :func:`read_model`, on the engine's device."""
-    return read_model(config, run, which).to(engine.device)
-
-
-def read_model(config: TrainConfig, run: Path, which: str = "last") -> ReIDModel:
+def read_model(options: ModelOptions, run: Path, which: str = "last") -> ReIDModel:
     """The model of a run, in training mode, on the CPU.
 
     Args:
-        config: the run's options.
+        options: those of the run's model.
         run: its folder.
         which: ``last`` or ``best`` (by test mAP along the way).
 
@@ -225,8 +226,8 @@ def read_model(config: TrainConfig, run: Path, which: str = "last") -> ReIDModel
     state = load_checkpoint(file)["model"]
     cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
     # All weights are in the checkpoint.
-    config = with_changes(config, {"pretrained": False, "weights": None})
-    model = make_model(config, len(cameras))
+    bare = dataclasses.replace(options, pretrained=False, weights=None)
+    model = make_model(bare, len(cameras), seed=0)
     model.load_state_dict(state)
     return model
 
@@ -243,8 +244,8 @@ def evaluate_run(
         same_data: whether the cameras are those of the training.
     """
     engine = Engine(config)
-    model = load_model(config, run, engine, which)
-    data = open_data(config, engine)
+    model = read_model(config.model, run, which).to(engine.device)
+    data = open_data(config.data, engine)
     if not data.can_evaluate:
         raise ConfigError(
             f"root: {config.data.root} has no queries with their identity in a gallery"

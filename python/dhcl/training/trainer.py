@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import Subset
 
-from dhcl.config import EPS_GAP, ConfigError, OptimiserOptions, TrainConfig
+from dhcl.config import ConfigError, OptimiserOptions, TrainConfig
 from dhcl.data import (
     ImageList,
     PKSampler,
@@ -31,28 +31,20 @@ from dhcl.data import (
 from dhcl.errors import Diverged, Interrupted, NoClusters
 from dhcl.models import ReIDModel, calibrate
 from dhcl.training.checkpoint import (
+    FORMAT,
+    Progress,
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
 from dhcl.training.engine import Engine
+from dhcl.training.labels import PseudoLabels, pseudo_labels
 from dhcl.training.logs import RunLog, duration
-from dhcl_ops import (
-    MemoryBank,
-    Neighbours,
-    camera_neighbours,
-    cluster,
-    dbscan,
-    hybrid_contrastive_loss,
-    prototypes,
-    self_paced_labels,
-    suspected_false_negatives,
-)
+from dhcl_ops import DHCLLoss, MemoryBank, prototypes
 
 __all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "learning_rate"]
 
-_FORMAT = 1
 # Averages over an epoch's steps, in the order of the list in Trainer.step.
 _AVERAGES = ("loss", "prototype_loss", "instance_loss", "clamped", "instance_clamped")
 # Images that batch-norm statistics are computed from.
@@ -74,20 +66,6 @@ class Observer(Protocol):
 
     def ranking(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate the model; called on every process."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where the run is, in plain values; all of it is in the checkpoint."""
-
-    epoch: int = 0
-    iteration: int = 0
-    threshold: float | None = None  # of the self-paced criterion, set once
-    barren: int = 0  # epochs on end without a cluster
-    totals: list[float] = dataclasses.field(default_factory=list)
-    entry: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the log, this epoch's
-    best: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0  # of all epochs so far
 
 
 def learning_rate(options: OptimiserOptions, epoch: int) -> float:
@@ -152,7 +130,8 @@ class Trainer:
         self.bank = self._new_bank(len(images))
         self.rows = torch.arange(len(images), device=engine.device)  # bank row of each image, or -1
         self.labels = torch.full((len(images),), -1)  # cluster of each image, -1 for outliers
-        self.loose: torch.Tensor | None = None  # clusters at the looser eps, for suspects
+        self.loose: torch.Tensor | None = None  # clusters at the larger eps, for suspects
+        self.loss: DHCLLoss  # of the epoch, from when its memory is filled
         self._requests = [False, False]  # to stop, and to write a checkpoint
         self._saved_at = time.monotonic()
         self._mark = time.perf_counter()
@@ -176,10 +155,9 @@ class Trainer:
         with self.engine.stop:
             while self.at.epoch < self.config.epochs:
                 self._mark = time.perf_counter()
-                if not self.at.entry:
+                if not self.at.clustered:
                     features = self.recall()
-                    labels = self.cluster(features)
-                    self.remember(features, labels)
+                    self.remember(features, self.cluster(features))
                 for images, indices, cameras in self.batches():
                     self.step(images, indices, cameras)
                     self.at.iteration += 1
@@ -188,108 +166,77 @@ class Trainer:
 
     def recall(self) -> torch.Tensor:
         """The features to cluster: the bank's, or extracted anew."""
-        config = self.config
-        self.at.entry = {"epoch": self.at.epoch, "seconds": {}}
-        self.at.totals = [0.0] * len(_AVERAGES)
-        if config.model.calibrate != "never" and self.at.epoch == 0:
+        config, at = self.config, self.at
+        at.entry = {"epoch": at.epoch, "seconds": {}}
+        at.totals = [0.0] * len(_AVERAGES)
+        if config.model.calibrate != "never" and at.epoch == 0:
             self.calibrate()
-        if config.labels.cluster_on == "bank" and self.at.epoch > 0:
+        if config.labels.cluster_on == "bank" and at.epoch > 0:
             return self.bank.features
         features = self.extract()
         self._lap("extract")
         return features
 
-    def cluster(self, features: torch.Tensor) -> torch.Tensor:
-        """Pseudo-labels (N,): Jaccard distance and DBSCAN, the same on every process."""
-        config = self.config
+    def cluster(self, features: torch.Tensor) -> PseudoLabels:
+        """The pseudo-labels of these features (N, d), the same on every process."""
         if self._known is not None:
-            self.labels = self.loose = self._known
-            return self.labels.to(self.engine.device)
+            return PseudoLabels(self._known, None, None, {})
         found: list[Any] = [None]
         if self.engine.is_main:
-            looser = config.labels.self_paced or config.loss.suspects != "off"
-            gap = EPS_GAP if looser else 0.0
-            started = time.perf_counter()
-            ranks = self._ranks_by_camera(features)
-            searched = time.perf_counter() - started
-            result = cluster(
+            found[0] = pseudo_labels(
                 features,
-                k1=config.labels.k1,
-                k2=config.labels.k2,
-                eps=config.labels.eps + gap,
-                min_samples=config.labels.min_samples,
-                ranks=ranks,
+                torch.from_numpy(self._images.cameras),
+                self.config.labels,
+                loose=self.config.loss.suspects != "off",
+                threshold=self.at.threshold,
                 progress=self._check_stop,
             )
-            labels, loose = result.labels, result.labels
-            if looser:
-                labels = dbscan(result.graph, config.labels.eps, config.labels.min_samples)
-            if config.labels.self_paced:
-                tight = dbscan(result.graph, config.labels.eps - gap, config.labels.min_samples)
-                chosen = self_paced_labels(labels, tight, loose, self.at.threshold)
-                labels, self.at.threshold = chosen.labels, chosen.threshold
-            seconds = dict(result.seconds)
-            stages = {"neighbours": searched + seconds.pop("neighbours")}
-            stages["dbscan"] = seconds.pop("clusters")
-            stages["jaccard"] = sum(seconds.values())
-            found = [(labels.cpu(), loose.cpu(), self.at.threshold, stages)]
         broadcast_object_list(found)
-        self.labels, self.loose, self.at.threshold, stages = found[0]
-        self.at.entry["seconds"].update(stages)
-        self._mark = time.perf_counter()
-        return self.labels.to(self.engine.device)
+        self._mark = time.perf_counter()  # the stages have their own times
+        labels: PseudoLabels = found[0]
+        return labels
 
-    def remember(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+    def remember(self, features: torch.Tensor, found: PseudoLabels) -> None:
         """Fill the memory and give each image its row: of its own, or of its cluster."""
-        config, entry = self.config, self.at.entry
+        at, device = self.at, self.engine.device
+        self.labels, self.loose, at.threshold = found.labels, found.loose, found.threshold
+        labels = found.labels.to(device)
         clusters, outliers = int(labels.max()) + 1, int((labels < 0).sum())
-        dropped = config.labels.outliers == "drop" and clusters > 0
-        self.at.barren = 0 if clusters else self.at.barren + 1
+        at.barren = 0 if clusters else at.barren + 1
         if not clusters:
             self._without_clusters()
-        if config.memory.memory == "instances":
+        at.dropped = self.config.labels.outliers == "drop" and clusters > 0
+        if self.config.memory.memory == "instances":
             if features is not self.bank.features:
                 self.bank.init(features)
             self.bank.set_labels(labels)
         else:
             alone = labels.new_full(labels.shape, -1)
-            if not dropped:
+            if not at.dropped:
                 alone = clusters - 1 + (labels < 0).cumsum(0)
             self.rows = torch.where(labels < 0, alone, labels)
             count = int(self.rows.max()) + 1
             self.bank = self._new_bank(count)
             self.bank.init(prototypes(features, self.rows, count))
-            self.bank.set_labels(torch.arange(count, device=labels.device))
-        self._set_epoch_up()
-        entry.update(clusters=clusters, outliers=outliers, dropped=dropped)
-        entry.update(
-            lr=learning_rate(config.optimiser, self.at.epoch), kappa=self.kappa, beta=self.beta
-        )
+            self.bank.set_labels(torch.arange(count, device=device))
+        self.loss = self._new_loss()
+        at.clustered = True
+        at.entry["seconds"].update(found.seconds)
+        at.entry.update(clusters=clusters, outliers=outliers, dropped=at.dropped, lr=self.lr)
+        at.entry.update({name: self.loss.settings[name] for name in ("kappa", "beta")})
         if self.observer:
-            entry["observed"] = {"observed_only": True, **self.observer.clustering(self.labels)}
+            seen = self.observer.clustering(self.labels)
+            at.entry["observed"] = {"observed_only": True, **seen}
 
     def step(self, images: torch.Tensor, indices: torch.Tensor, cameras: torch.Tensor) -> None:
         """One batch: loss, gradient, optimiser, memory."""
-        config, accelerator = self.config, self.engine.accelerator
+        accelerator = self.engine.accelerator
         with accelerator.accumulate(self._parallel):
             features = self._parallel(images, cameras)
             rows = self.rows[indices]
             if not bool(features.isfinite().all()):
                 self._diverged("features are")
-            loss, stats = hybrid_contrastive_loss(
-                features,
-                self.bank,
-                rows,
-                prototype_weight=config.loss.prototype_weight,
-                instance_weight=config.loss.instance_weight,
-                instance_positives=config.loss.instance_positives,
-                temperature=config.loss.temperature,
-                kappa=self.kappa,
-                beta=self.beta,
-                suspects=self.suspects,
-                suspects_as="kappa" if config.loss.suspects == "kappa" else "exclude",
-                return_stats=True,
-            )
+            loss, stats = self.loss(features, self.bank, rows, return_stats=True)
             self._note(loss, stats)
             accelerator.backward(loss)
             self.optimizer.step()
@@ -317,18 +264,10 @@ class Trainer:
         self.engine.say(self._line(entry))
         if self.log:
             self.log.add(entry)
-        at.epoch, at.iteration, at.entry = at.epoch + 1, 0, {}
+        at.next_epoch()
         self.save()
 
     # ---- its parts ------------------------------------------------------------------------------
-
-    def _ranks_by_camera(self, features: torch.Tensor) -> Neighbours | None:
-        k1 = min(self.config.labels.k1, len(features))
-        own = min(self.config.labels.k1_own, k1)
-        if not own:
-            return None
-        cameras = torch.from_numpy(self._images.cameras).to(features.device)
-        return camera_neighbours(features, cameras, k1, own, progress=self._check_stop)
 
     def _check_stop(self, *progress: object) -> None:
         self.engine.stop.check()
@@ -361,14 +300,14 @@ class Trainer:
             images_per_class=config.batches.images_per_class,
             iterations=config.batches.iterations,
             seed=config.seed,
-            outliers=not self.at.entry["dropped"],
+            outliers=not self.at.dropped,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
         )
         sampler.set_epoch(self.at.epoch)
         sampler.start(self.at.iteration)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.at.entry["lr"]
+            group["lr"] = self.lr
         loader = train_loader(
             self._train_images,
             sampler,
@@ -410,6 +349,30 @@ class Trainer:
         momentum, device = self.config.memory.momentum, self.engine.device
         return MemoryBank(rows, self.model.dim, momentum=momentum, device=device)
 
+    def _new_loss(self) -> DHCLLoss:
+        """The loss of this epoch, which follows from the memory, the labels and the warm-up."""
+        options = self.config.loss
+        others = max(len(self.bank.prototypes) - 1, 1)
+        warm = self.at.epoch >= options.warmup_epochs
+        loss = DHCLLoss(
+            prototype_weight=options.prototype_weight,
+            instance_weight=options.instance_weight,
+            instance_positives=options.instance_positives,
+            temperature=options.temperature,
+            # With very few classes no more than half of the negatives can be false.
+            kappa=min(options.kappa, others / 2) if warm else 0.0,
+            beta=options.beta if warm else 0.0,
+            suspects_as="kappa" if options.suspects == "kappa" else "exclude",
+        )
+        if warm and options.suspects != "off" and self.loose is not None:
+            loss.set_suspects(self.bank, self.loose.to(self.engine.device))
+        return loss
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this epoch."""
+        return learning_rate(self.config.optimiser, self.at.epoch)
+
     def _line(self, entry: dict[str, Any]) -> str:
         """The epoch in a line."""
         done, config = self.at.epoch + 1, self.config
@@ -425,19 +388,6 @@ class Trainer:
             shown = ", ".join(f"{name} {value:.1%}" for name, value in seen.items())
             parts.append(f"(looked at, not used: {shown})")
         return " ".join(parts)
-
-    def _set_epoch_up(self) -> None:
-        """What follows from the memory, the labels and the epoch."""
-        config = self.config
-        others = max(len(self.bank.prototypes) - 1, 1)
-        warm = self.at.epoch >= config.loss.warmup_epochs
-        # With very few classes no more than half of the negatives can be false.
-        self.kappa = min(config.loss.kappa, others / 2) if warm else 0.0
-        self.beta = config.loss.beta if warm else 0.0
-        self.suspects = None
-        if warm and config.loss.suspects != "off" and self.loose is not None:
-            loose = self.loose.to(self.engine.device)
-            self.suspects = suspected_false_negatives(self.bank, loose)
 
     def _without_clusters(self) -> None:
         at = self.at
@@ -475,7 +425,7 @@ class Trainer:
         )
         raise Diverged(
             f"{what} not finite in epoch {at.epoch + 1}, iteration {at.iteration + 1} "
-            f"(lr {at.entry['lr']:g}). {kept}. A lower lr or precision: fp32 may help."
+            f"(lr {self.lr:g}). {kept}. A lower lr or precision: fp32 may help."
         )
 
     # ---- state ----------------------------------------------------------------------------------
@@ -511,7 +461,7 @@ class Trainer:
             return
         accelerator = self.engine.accelerator
         state = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -527,8 +477,7 @@ class Trainer:
         save_checkpoint(self.checkpoint, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state.get("format") != _FORMAT:
-            raise ConfigError(f"checkpoint: {self.checkpoint} is of another version of dhcl")
+        self.at = Progress.of(state)
         if state["images"] != fingerprint(self._images):
             raise ConfigError(
                 f"checkpoint: {self.checkpoint} was written with other training images; "
@@ -542,9 +491,8 @@ class Trainer:
         self.bank.load_state_dict(state["bank"])
         self.rows = state["rows"].to(self.engine.device)
         self.labels, self.loose = state["labels"], state["loose"]
-        self.at = Progress(**state["progress"])
-        if self.at.entry:
-            self._set_epoch_up()
+        if self.at.clustered:
+            self.loss = self._new_loss()
         if len(state["random"]) == self.engine.world_size:
             set_random_state(state["random"][self.engine.rank])
         else:
