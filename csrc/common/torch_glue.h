@@ -43,11 +43,45 @@ inline void check_int64(const char* op, const char* name, const Tensor& t) {
   check(t.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
 }
 
+inline void check_int32(const char* op, const char* name, const Tensor& t) {
+  check(t.scalar_type() == ScalarType::Int, op, ": ", name, " must be int32");
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  check(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
+}
+
 inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
   check(t.is_contiguous(), op, ": ", name, " is changed in place and must be contiguous");
 }
 
 inline const int64_t* int64_data(const Tensor& t) { return t.const_data_ptr<int64_t>(); }
+inline const int32_t* int32_data(const Tensor& t) { return t.const_data_ptr<int32_t>(); }
+inline const float* float_data(const Tensor& t) { return t.const_data_ptr<float>(); }
+inline int64_t* int64_out(const Tensor& t) { return t.mutable_data_ptr<int64_t>(); }
+inline int32_t* int32_out(const Tensor& t) { return t.mutable_data_ptr<int32_t>(); }
+inline float* float_out(const Tensor& t) { return t.mutable_data_ptr<float>(); }
+
+// New tensors on the device of another one.
+inline Tensor new_int64(const Tensor& like, int64_t n) {
+  return torch::stable::new_empty(like, {n}, ScalarType::Long);
+}
+inline Tensor new_int32(const Tensor& like, int64_t n) {
+  return torch::stable::new_empty(like, {n}, ScalarType::Int);
+}
+inline Tensor new_float(const Tensor& like, int64_t n) {
+  return torch::stable::new_empty(like, {n}, ScalarType::Float);
+}
+
+// Where an op runs. Its glue is one template over it, registered for both: the glue checks, fills
+// the parameters, and has run call the CPU function or the launcher of the kernels.
+struct Cpu {
+  static constexpr bool kCuda = false;
+  template <auto kRun, auto kLaunch, typename Params>
+  static void run(const Tensor&, const Params& p) {
+    kRun(p);
+  }
+};
 
 #ifdef DHCL_CUDA
 // Makes the tensor's device current for the scope and holds PyTorch's current stream on it.
@@ -69,6 +103,16 @@ class CudaScope {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
+};
+
+struct Cuda {
+  static constexpr bool kCuda = true;
+  template <auto kRun, auto kLaunch, typename Params>
+  static void run(const Tensor& on, const Params& p) {
+    const CudaScope scope(on);
+    kLaunch(p, scope.stream());
+    scope.check_launch();
+  }
 };
 #endif
 
