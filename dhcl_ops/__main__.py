@@ -2,6 +2,6 @@
 
 import sys
 
-from dhcl_ops._doctor import main
+from dhcl_ops.doctor import main
 
 sys.exit(main())

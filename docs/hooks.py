@@ -112,11 +112,13 @@ def _cell(text: str) -> str:
 
 def commands() -> str:
     """What every command says to ``--help``."""
-    from dhcl.cli import _COMMANDS
+    from dhcl.cli.table import COMMANDS
 
     blocks = [f"```text\n{_help([])}\n```"]
-    for name, what in _COMMANDS.items():
-        blocks.append(f"## dhcl {name}\n\n{what.capitalize()}.\n\n```text\n{_help([name])}\n```")
+    for name, command in COMMANDS.items():
+        blocks.append(
+            f"## dhcl {name}\n\n{command.what.capitalize()}.\n\n```text\n{_help([name])}\n```"
+        )
     return "\n\n".join(blocks)
 
 

@@ -22,7 +22,7 @@ from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.files import write_atomic
 from dhcl.metrics import RANKS
 from dhcl.report import write_comparison, write_report
-from dhcl.synth import contact_sheet, render_dataset
+from dhcl.synth.progress import draw
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator
 from dhcl.training.logs import duration
@@ -107,8 +107,10 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     began = time.monotonic()
     root = demo.out / "data"
     if not root.exists():
-        draw(
+        sheet = demo.out / "people.png"
+        drawn = draw(
             root,
+            sheet=sheet,
             ids=demo.ids,
             cameras=demo.cameras,
             images_per_camera=demo.images_per_camera,
@@ -117,6 +119,7 @@ def run_demo(demo: Demo) -> dict[str, Any]:
             seed=demo.data_seed,
             workers=os.cpu_count() or 1,
         )
+        tqdm.write(f"drawn: {drawn.train_images} images of {drawn.train_ids} people; see {sheet}")
     rows: dict[str, list[dict[str, Any]]] = {}
     total, done = (len(METHODS) + 1) * len(demo.seeds), 0
     training = time.monotonic()
@@ -161,22 +164,6 @@ def _write_pages(demo: Demo, root: Path) -> None:
         tqdm.write(f"warning: no report: {first_line(error)}")
     else:
         tqdm.write(f"\nreport of {one.name}: {report}\nall runs compared: {page}")
-
-
-def draw(root: Path, **arguments: Any) -> None:
-    """Render pedestrians, and a contact sheet beside them to look at."""
-    with tqdm(desc="drawing pedestrians", leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            summary = render_dataset(root, progress=show, **arguments)
-        except (TypeError, ValueError, FileExistsError) as error:
-            raise ConfigError(str(error)) from error
-    sheet = contact_sheet(root / "bounding_box_train", root.parent / "people.png")
-    tqdm.write(f"drawn: {summary.train_images} images of {summary.train_ids} people; see {sheet}")
 
 
 def _options(demo: Demo, root: Path, name: str, seed: int) -> TrainConfig:

@@ -20,9 +20,12 @@ _PIECE = 1 << 20
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Replace the file by these bytes; whatever happens, it holds the old ones or the new ones.
 
+    Its folder is made where there is none.
+
     Raises:
         OSError: with the old file untouched, and nothing left beside it.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:

@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from dhcl.config import TrainConfig, preset, with_changes
-from dhcl.demo import draw
+from dhcl.synth.progress import draw
 from dhcl.training.runs import train
 
 __all__ = ["Pretrain", "pretrain"]
@@ -89,8 +89,10 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     config = options.options()
     root = options.out / "data"
     if not root.exists():
-        draw(
+        sheet = options.out / "people.png"
+        drawn = draw(
             root,
+            sheet=sheet,
             ids=options.ids,
             cameras=options.cameras,
             images_per_camera=options.images_per_camera,
@@ -100,6 +102,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             seed=options.seed,
             workers=max(options.workers, 1),
         )
+        tqdm.write(f"drawn: {drawn.train_images} images of {drawn.train_ids} people; see {sheet}")
     resume = (config.run / "config.yaml").exists()
     metrics = train(config, resume=resume, drawn=True).metrics
     tqdm.write(f"start from it: dhcl train --weights {options.out / 'checkpoints' / 'last.pt'} ...")

@@ -25,11 +25,11 @@ PROBE = """
 import json, sys, time
 import torch
 import dhcl_ops
-from dhcl_ops import _doctor
+from dhcl_ops import doctor
 bank = torch.eye(3, 4)
 dhcl_ops.momentum_update_(bank, torch.ones(2, 4), torch.tensor([1, 1]), 0.5)
 assert abs(bank[1].norm() - 1) < 1e-6 and bank[0, 0] == 1
-report = _doctor.examine()
+report = doctor.examine()
 print(json.dumps({**report["library"], "ops": report["ops"], "versions": report["versions"]}))
 """
 
@@ -353,12 +353,12 @@ def test_doctor(checkout, shared_cache):
 def test_doctor_sees_an_op_that_is_wrong(checkout, shared_cache):
     """The self-check must be able to fail."""
     code = """
-from dhcl_ops import _doctor, _ops
+from dhcl_ops import _ops, doctor
 import dataclasses
 op = _ops.OPS["segment_mean"]
 wrong = lambda *args: op.reference(*args) + 1
 _ops.OPS["segment_mean"] = dataclasses.replace(op, reference=wrong)
-raise SystemExit(_doctor.main([]))
+raise SystemExit(doctor.main([]))
 """
     process = start(checkout, environment(shared_cache), code)
     out, _ = process.communicate(timeout=600)

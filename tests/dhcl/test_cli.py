@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from dhcl.cli import main
-from dhcl.cli.commands import COMMANDS
+from dhcl.cli.table import COMMANDS
 
 from tests.dhcl.toy import command_line, options, write_images
 

@@ -8,7 +8,7 @@ import dhcl.demo
 import dhcl.pretrain
 import pytest
 import yaml
-from dhcl.cli.commands import train_options
+from dhcl.cli.train import train_options
 from dhcl.config import (
     OPTIONS,
     PRESETS,

@@ -14,7 +14,7 @@ from tests.dhcl.toy import command_line, options
 _SCRIPT = """
 import sys, torch
 from pathlib import Path
-from dhcl.cli.commands import train_options
+from dhcl.cli.train import train_options
 from dhcl.training.trainer import Trainer
 import dhcl.training.runs
 fit = Trainer.fit

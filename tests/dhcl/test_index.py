@@ -11,8 +11,9 @@ from dhcl import ReID
 from dhcl.cli import main
 from dhcl.config import ConfigError
 from dhcl.data import DataError, image_files
-from dhcl.inference.index import Index, add_images, create_index, remove_images
-from dhcl.inference.reid import search
+from dhcl.inference.index import Index
+from dhcl.inference.search import search
+from dhcl.inference.update import add_images, create_index, remove_images
 from PIL import Image
 
 from tests.dhcl.toy import make_run
@@ -91,7 +92,7 @@ def test_search_is_exact_in_blocks_with_either_backend(
 ):
     if backend == "faiss":
         pytest.importorskip("faiss")
-    monkeypatch.setattr("dhcl.inference.index._BLOCK", block)
+    monkeypatch.setattr("dhcl.inference.search._BLOCK", block)
     opened = Index.open(index)
     query = model.features(pictures / "query")
     expected = search(query, torch.tensor(opened.features), 7)
@@ -107,7 +108,7 @@ def test_equal_images_come_in_the_order_of_the_index(
 ):
     if backend == "faiss":
         pytest.importorskip("faiss")
-    monkeypatch.setattr("dhcl.inference.index._BLOCK", 3)
+    monkeypatch.setattr("dhcl.inference.search._BLOCK", 3)
     folder = tmp_path / "same"
     folder.mkdir()
     source = image_files(pictures / "query")[0]
@@ -227,7 +228,7 @@ def test_a_failure_leaves_the_index_as_it_was(index, gallery, model, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dhcl.inference.index.write_atomic", full)
+        patch.setattr("dhcl.inference.store.write_atomic", full)
         with pytest.raises(OSError, match="No space"):
             add_images(index, [gallery], model, on_bad="skip", batch_size=2)
     assert {file.name: file.read_bytes() for file in index.iterdir()} == before

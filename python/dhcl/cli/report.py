@@ -7,20 +7,14 @@ from pathlib import Path
 
 import tyro
 
-from dhcl.config import ConfigError
-from dhcl.report.gather import Limits
-from dhcl.report.pages import check_file
-from dhcl.report.several import write_comparison
-from dhcl.report.single import write_report
-from dhcl.training.record import Record, read_record
-from dhcl.training.results import Results, collect
+from dhcl.errors import ConfigError
 from dhcl.words import show
 
 __all__ = ["compare", "report"]
 
 
 @dataclass(frozen=True)
-class _ReportArguments:
+class ReportArguments:
     """Write what a run did as one HTML file: curves, clusters, ranked lists, a map."""
 
     run: tyro.conf.Positional[Path]
@@ -42,7 +36,7 @@ class _ReportArguments:
 
 
 @dataclass(frozen=True)
-class _CompareArguments:
+class CompareArguments:
     """Write the charts of several runs as one HTML file, and what differs in their settings."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -55,14 +49,19 @@ class _CompareArguments:
     """Extract test features for the similarities and the camera matrix of each run."""
 
 
-def report(arguments: list[str]) -> None:
-    """Run ``dhcl report``."""
-    given = tyro.cli(_ReportArguments, prog="dhcl report", args=arguments)
+def report(given: ReportArguments) -> None:
+    """Write the report of a run."""
     for name in ("queries", "topk", "clusters", "points"):
         if getattr(given, name) < 1:
             raise ConfigError(f"{name}: must be at least 1 (got {getattr(given, name)})")
     if given.workers is not None and given.workers < 0:
         raise ConfigError(f"workers: must be at least 0 (got {given.workers})")
+    from dhcl.report.gather import Limits
+    from dhcl.report.pages import check_file
+    from dhcl.report.single import write_report
+    from dhcl.training.record import read_record
+    from dhcl.training.results import collect
+
     record = read_record(given.run)
     record.change(root=given.root, workers=given.workers)
     limits = Limits(queries=given.queries, topk=given.topk, clusters=given.clusters)
@@ -72,11 +71,14 @@ def report(arguments: list[str]) -> None:
     print(f"report: {show(path)}")
 
 
-def compare(arguments: list[str]) -> None:
-    """Run ``dhcl compare``."""
-    given = tyro.cli(_CompareArguments, prog="dhcl compare", args=arguments)
+def compare(given: CompareArguments) -> None:
+    """Write the comparison of several runs."""
     if len(given.runs) < 2:
         raise ConfigError(f"runs: at least two are needed to compare (got {len(given.runs)})")
+    from dhcl.report.several import write_comparison
+    from dhcl.training.record import Record, read_record
+    from dhcl.training.results import Results, collect
+
     records = [read_record(run) for run in given.runs]  # all of them before the work
 
     def results(record: Record) -> Results:

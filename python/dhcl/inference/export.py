@@ -169,7 +169,6 @@ def export_weights(model: ReID, out: Path, *, camera: int | None = None) -> dict
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, buffer.getbuffer())
     return {name: tensor.shape for name, tensor in state.items()}
 
@@ -253,7 +252,6 @@ def export_onnx(model: ReID, out: Path, *, camera: int | None = None) -> float:
             f"onnx: onnxruntime's features must equal torch's to {_TOLERANCE:g} (got a difference "
             f"of {worst:g}); nothing is written"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, data)
     return worst
 

@@ -170,7 +170,6 @@ def write_png(path: Path, lists: Sequence[RankedList]) -> None:
             _cell(sheet, draw, font, (left, top), each.image, head, _COLORS[each.right])
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, buffer.getvalue())
 
 

@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dhcl.config import ConfigError, TrainConfig, read_run
-from dhcl.data import DataError, eval_loader, eval_transform, image_files, training_cameras
-from dhcl.data.folders import IMAGE_SUFFIXES
-from dhcl.data.images import as_pixels
+from dhcl.config import TrainConfig, read_run
+from dhcl.data import eval_loader, eval_transform, training_cameras
+from dhcl.errors import ConfigError, DataError
 from dhcl.inference.features import unit_rows
+from dhcl.inference.images import (
+    Images,
+    Source,
+    as_images,
+    bad_images,
+    list_of_bad,
+    missing_files,
+)
+from dhcl.inference.search import Found, search
 from dhcl.models import ReIDModel
-from dhcl.words import first_ones, show
-from dhcl_ops import Clustering, cluster, knn, rerank
+from dhcl.words import show
+from dhcl_ops import Clustering, cluster
 from dhcl_ops.defaults import ZHONG
 
-__all__ = ["Batch", "Found", "Images", "ReID", "op_progress"]
-
-Images: TypeAlias = Any
-"""A folder, a file, or a sequence of files, PIL images or uint8 (H, W, 3) RGB arrays or tensors; or
-all of them in one (N, H, W, 3) array or tensor."""
+__all__ = ["Batch", "OnBad", "ReID"]
 
 OnBad: TypeAlias = Literal["refuse", "skip"]
 
 # Part of the fingerprint: to be changed with what eval_transform does to pixels.
 _PREPROCESSING = "decoded RGB, EXIF upright, bicubic antialiased resize of uint8, 1"
-
-
-class Found(NamedTuple):
-    """The best of a gallery for each query, best first; ties by ascending index.
-
-    ``indices`` (Q, k) int64 into the gallery, ``similarities`` (Q, k) float32 cosines in [-1, 1],
-    and with re-ranking ``distances`` (Q, k) float32, by which they are then ordered.
-    """
-
-    indices: torch.Tensor
-    similarities: torch.Tensor
-    distances: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,19 +47,6 @@ class Batch:
 
     indices: list[int]
     features: torch.Tensor
-
-
-@contextlib.contextmanager
-def op_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress line for the ops, if someone looks at it: takes (stage, done, total)."""
-    with tqdm(leave=False, disable=None) as bar:
-
-        def show_stage(stage: str, done: int, total: int) -> None:
-            bar.set_description(stage, refresh=False)
-            bar.total, bar.n = total, done
-            bar.refresh()
-
-        yield show_stage
 
 
 class ReID:
@@ -257,9 +233,9 @@ class ReID:
             raise ValueError(f"workers: must be at least 0 (got {workers})")
         numbers = self._cameras(cameras, len(images))
         left_out = [] if bad is None else bad
-        left_out += _missing(images)
+        left_out += missing_files(images)
         if left_out and on_bad == "refuse":
-            raise _bad_images(images, left_out)
+            raise bad_images(images, left_out)
         return self._batches(
             images, numbers, batch_size, workers, on_bad == "refuse", left_out, progress
         )
@@ -276,7 +252,7 @@ class ReID:
         progress: bool,
     ) -> Iterator[Batch]:
         known_bad = {index for index, _ in bad}
-        source = _Source(images, self._transform, self.image_size, known_bad)
+        source = Source(images, self._transform, self.image_size, known_bad)
         count = math.ceil(len(images) / batch_size)
         loader = eval_loader(
             source,
@@ -297,7 +273,7 @@ class ReID:
                     if reason and index not in known_bad
                 ]
                 if new and refuse:
-                    raise _bad_images(images, new)
+                    raise bad_images(images, new)
                 bad += new
                 good = torch.tensor([not reason for reason in reasons])
                 if good.any():
@@ -308,7 +284,7 @@ class ReID:
                 seen += len(reasons)
                 bar.update(len(reasons))
         if len(bad) == seen:
-            raise DataError(f"images: none of {seen:,} can be read\n{_list_of_bad(images, bad)}")
+            raise DataError(f"images: none of {seen:,} can be read\n{list_of_bad(images, bad)}")
 
     def _cameras(
         self, cameras: Sequence[int] | torch.Tensor | None, images: int
@@ -403,128 +379,3 @@ class ReID:
         if len(wrong):
             raise ValueError(f"{name}: rows must be finite and not 0 (got row {int(wrong[0])})")
         return unit
-
-
-def search(
-    query: torch.Tensor,
-    gallery: torch.Tensor,
-    topk: int,
-    reranked: bool = False,
-    *,
-    k1: int = ZHONG.k1,
-    k2: int = ZHONG.k2,
-    lambda_value: float = ZHONG.lambda_value,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Found:
-    """:meth:`ReID.search` on features (Q, d) and (G, d) with rows of length 1."""
-    topk = min(topk, len(gallery))
-    if not reranked:
-        near = knn(gallery, topk, queries=query, progress=progress)
-        return Found(near.indices, near.similarities)
-    lists = rerank(query, gallery, k1, k2, lambda_value, topk=topk, progress=progress)
-    pairs = zip(query, lists.indices, strict=True)
-    similarities = torch.stack([gallery[chosen] @ row for row, chosen in pairs])
-    return Found(lists.indices, similarities, lists.distances)
-
-
-# ---- images -------------------------------------------------------------------------------------
-
-
-def as_images(images: Images) -> Sequence[Any]:
-    """Images, in any form :meth:`ReID.features` takes, one by one.
-
-    Raises:
-        DataError: no folder, no images. TypeError, ValueError: something else than images.
-    """
-    if isinstance(images, (str, os.PathLike)):
-        path = Path(images).expanduser()
-        one = path.is_file() or path.suffix.lower() in IMAGE_SUFFIXES
-        return [path] if one and not path.is_dir() else image_files(path)
-    if isinstance(images, Image.Image):
-        return [images]
-    if isinstance(images, (torch.Tensor, np.ndarray)):
-        shape = tuple(images.shape)
-        if len(shape) != 4 or shape[3] != 3 or str(images.dtype) not in ("uint8", "torch.uint8"):
-            raise ValueError(
-                f"images: must be (N, H, W, 3) uint8, RGB (got {shape} {images.dtype})"
-            )
-        listed: Sequence[Any] = images  # type: ignore[assignment]
-    else:
-        if not isinstance(images, Iterable):
-            raise TypeError(f"images: must be files or images (got {type(images).__name__})")
-        listed = list(images)
-        for index, image in enumerate(listed):
-            _check_one(index, image)
-    if not len(listed):
-        raise DataError("images: there must be at least one (got none)")
-    return listed
-
-
-def _check_one(index: int, image: Any) -> None:
-    if isinstance(image, (str, os.PathLike, Image.Image)):
-        return
-    if not isinstance(image, (torch.Tensor, np.ndarray)):
-        raise TypeError(
-            "images: must be files, PIL images or uint8 (H, W, 3) arrays "
-            f"(got {type(image).__name__} at {index})"
-        )
-    shape = tuple(image.shape)
-    if len(shape) != 3 or shape[2] != 3 or str(image.dtype) not in ("uint8", "torch.uint8"):
-        raise ValueError(
-            f"images: an array must be (H, W, 3) uint8, RGB (got {shape} {image.dtype} at {index})"
-        )
-
-
-class _Source(Dataset[Any]):
-    """Items ``(pixels (3, H, W), index, reason)``; where there is a reason, pixels are zeros."""
-
-    def __init__(
-        self,
-        images: Sequence[Any],
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        size: tuple[int, int],
-        skip: set[int],
-    ) -> None:
-        self._images, self._transform, self._size, self._skip = images, transform, size, skip
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
-        if index not in self._skip:
-            try:
-                return self._transform(as_pixels(self._images[index])), index, ""
-            except DataError as error:
-                reason = str(error)
-        else:
-            reason = "not there"
-        return torch.zeros(3, *self._size), index, reason
-
-
-def _missing(images: Sequence[Any]) -> list[tuple[int, str]]:
-    """Files that are not there."""
-    if isinstance(images, (torch.Tensor, np.ndarray)):
-        return []
-    return [
-        (index, "no such file")
-        for index, image in enumerate(images)
-        if isinstance(image, (str, os.PathLike)) and not Path(image).expanduser().is_file()
-    ]
-
-
-def _bad_images(images: Sequence[Any], bad: list[tuple[int, str]]) -> DataError:
-    return DataError(
-        f"images: {len(bad):,} can't be read\n{_list_of_bad(images, bad)}\n"
-        "Repair or remove them, or leave them out with on_bad='skip' (--on-bad skip)."
-    )
-
-
-def _list_of_bad(images: Sequence[Any], bad: list[tuple[int, str]]) -> str:
-    """The first ten with their reasons."""
-    lines = []
-    for index, reason in bad:
-        image = images[index]
-        named = show(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else ""
-        # read_image names the file itself.
-        lines.append(reason if named and named in reason else f"{index} {named}: {reason}")
-    return "\n".join(f"  {line}" for line in first_ones(lines))

@@ -94,7 +94,6 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getbuffer())
     except OSError as error:
         size = f"{len(buffer.getbuffer()) / 2**20:.1f} MiB"

@@ -1,0 +1,227 @@
+"""The commands on saved features: ``dhcl cluster``, ``dhcl rerank`` and ``dhcl metrics``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from dhcl.cli.shared import (
+    Reading,
+    Which,
+    check_cameras,
+    extracted,
+    hint_cameras,
+    op_progress,
+    options_checked,
+)
+from dhcl.errors import ConfigError
+from dhcl_ops.defaults import SPCL, ZHONG
+
+if TYPE_CHECKING:
+    import torch
+
+    from dhcl.inference.features import Features
+
+__all__ = ["cluster", "metrics", "rerank"]
+
+
+@dataclass(frozen=True)
+class ClusterArguments:
+    """Cluster saved features, or the images of a folder, as training does: Jaccard and DBSCAN."""
+
+    features: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")]
+    """File of features (.npy .npz .pt .mat .parquet), or a folder of images."""
+    out: Path
+    """File for the labels, .csv; -1 is for images in no cluster."""
+    run: Path | None = None
+    """For a folder: the run whose model extracts the features, and whose numbers are taken."""
+    which: Which = "last"
+    """The last epoch's model, or the one that looked best by test mAP."""
+    key: str | None = None
+    """Name of the features in the file, where it is not one of the usual ones."""
+    k1: int | None = None
+    """Neighbours of the Jaccard distance (30, or the run's)."""
+    k2: int | None = None
+    """Neighbours of its query expansion (6, or the run's)."""
+    eps: float | None = None
+    """Largest Jaccard distance of neighbours (0.6, or the run's)."""
+    min_samples: int | None = None
+    """Neighbours that make an image the core of a cluster (4, or the run's)."""
+    pattern: str | None = None
+    """For a folder: where the camera stands in the paths, as in training."""
+    trained_cameras: bool = False
+    """The cameras of the pattern are those of the training: use their statistics."""
+    reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Features to cluster: (N, d) rows of length 1, their N names, and what the names are."""
+
+    features: torch.Tensor
+    names: list[str]
+    column: Literal["path", "row"]
+    numbers: dict[str, Any]  # k1, k2, eps and min_samples where nothing else is said
+
+
+_NUMBERS = ("k1", "k2", "eps", "min_samples")
+
+
+def cluster(given: ClusterArguments) -> None:
+    """Write a label for each row of a file, or each image of a folder."""
+    if given.out.suffix.lower() != ".csv":
+        raise ConfigError(f"out: must be a .csv file (got {given.out})")
+    check_cameras(given.pattern, given.trained_cameras)
+    rows = _of_folder(given) if given.features.is_dir() else _of_file(given)
+    import dhcl_ops
+    from dhcl.inference.saved import write_labels
+
+    chosen = {name: getattr(given, name) for name in _NUMBERS}
+    numbers = rows.numbers | {n: value for n, value in chosen.items() if value is not None}
+    with options_checked(), op_progress() as progress:
+        found = dhcl_ops.cluster(rows.features, **numbers, progress=progress)
+    write_labels(given.out, rows.column, rows.names, found.labels)
+    sizes = found.labels[found.labels >= 0].bincount().tolist()
+    about = f" of {min(sizes)} to {max(sizes)} images" if sizes else ""
+    used = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    print(
+        f"{given.out}: {len(rows.names):,} images, {found.num_clusters:,} clusters{about}, "
+        f"{found.num_outliers:,} in none ({used})"
+    )
+
+
+def _of_folder(given: ClusterArguments) -> _Rows:
+    if given.run is None:
+        raise ConfigError("run: for a folder of images a run must be given (--run RUN)")
+    from dhcl.data import image_files, path_reader
+    from dhcl.inference.reid import ReID
+
+    model = ReID.load(given.run, given.which, given.reading.device)
+    paths = image_files(given.features)
+    names = [path.relative_to(given.features).as_posix() for path in paths]
+    cameras = None
+    if given.trained_cameras:
+        read = path_reader(given.pattern)
+        cameras = model.camera_indices([read(name)[1] for name in names])
+    hint_cameras(model, given.pattern, given.trained_cameras)
+    features, kept = extracted(model, paths, cameras, given.reading)
+    numbers = {name: getattr(model.config.labels, name) for name in _NUMBERS}
+    return _Rows(features, [names[i] for i in kept], "path", numbers)
+
+
+def _of_file(given: ClusterArguments) -> _Rows:
+    if given.run is not None:
+        raise ConfigError(f"run: is for a folder of images (got the file {given.features})")
+    from dhcl.inference.features import read_features
+
+    saved = read_features(given.features, key=given.key)
+    names = list(saved.paths or map(str, range(len(saved))))
+    numbers = {name: getattr(SPCL, name) for name in _NUMBERS}
+    return _Rows(saved.unit(), names, "path" if saved.paths else "row", numbers)
+
+
+@dataclass(frozen=True)
+class RerankArguments:
+    """Re-rank saved features with k-reciprocal encoding: the best of the gallery per query."""
+
+    query: Path
+    """File of features (.npy .npz .pt .mat .parquet)."""
+    gallery: Path
+    """File of features; may be the same one, if it holds both."""
+    out: Path
+    """File for the lists, .npz: indices and distances (Q, topk), paths where they are known."""
+    topk: int = 50
+    """Length of the lists."""
+    k1: int = ZHONG.k1
+    """Neighbours."""
+    k2: int = ZHONG.k2
+    """Neighbours in the query expansion."""
+    lambda_value: float = ZHONG.lambda_value
+    """Share of the original distance."""
+    key: str | None = None
+    """Name of the features in the files, where it is not one of the usual ones."""
+
+
+def rerank(given: RerankArguments) -> None:
+    """Write the re-ranked lists of saved queries in a saved gallery."""
+    if given.out.suffix.lower() != ".npz":
+        raise ConfigError(f"out: must be a .npz file (got {given.out})")
+    import dhcl_ops
+    from dhcl.inference.saved import write_lists
+
+    query, gallery = _pair(given.query, given.gallery, given.key)
+    with options_checked(), op_progress() as progress:
+        lists = dhcl_ops.rerank(
+            query.unit(),
+            gallery.unit(),
+            given.k1,
+            given.k2,
+            given.lambda_value,
+            topk=min(given.topk, len(gallery)),
+            progress=progress,
+        )
+    write_lists(given.out, lists, query, gallery)
+    print(
+        f"{given.out}: the best {lists.indices.shape[1]} of {len(gallery):,} for each of "
+        f"{len(query):,} queries"
+    )
+
+
+def _pair(query: Path, gallery: Path, key: str | None) -> tuple[Features, Features]:
+    from dhcl.inference.features import check_pair, read_features
+
+    pair = (
+        read_features(query, role="query", key=key),
+        read_features(gallery, role="gallery", key=key),
+    )
+    check_pair(*pair)
+    return pair
+
+
+@dataclass(frozen=True)
+class MetricsArguments:
+    """Evaluate saved features: mAP, CMC, mINP. Identities and cameras are read from the files."""
+
+    query: Path
+    """File of features (.npz .pt .mat .parquet) with identities."""
+    gallery: Path
+    """File of features with identities; may be the same one, if it holds both."""
+    rerank: bool = False
+    """With k-reciprocal re-ranking too."""
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    """Of the features; euclidean takes rows as they are."""
+    k1: int = ZHONG.k1
+    """Neighbours of the re-ranking."""
+    k2: int = ZHONG.k2
+    """Neighbours in its query expansion."""
+    lambda_value: float = ZHONG.lambda_value
+    """Its share of the original distance."""
+    key: str | None = None
+    """Name of the features in the files, where it is not one of the usual ones."""
+    json: bool = False
+    """Print JSON in place of a table."""
+
+
+def metrics(given: MetricsArguments) -> None:
+    """Print the metrics of saved features."""
+    from dhcl.inference.saved import evaluate_saved
+    from dhcl.metrics import table
+
+    query, gallery = _pair(given.query, given.gallery, given.key)
+    names = ("k1", "k2", "lambda_value")
+    reranking = {name: getattr(given, name) for name in names} if given.rerank else None
+    with options_checked(), op_progress() as progress:
+        rows, cameras = evaluate_saved(
+            query, gallery, metric=given.metric, reranking=reranking, progress=progress
+        )
+    if given.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(table(rows))
+    unknown = "" if cameras else "; no cameras are known, so none is left out"
+    valid = rows["features"]["queries"]
+    print(f"{valid:,} of {len(query):,} queries have a right match{unknown}")

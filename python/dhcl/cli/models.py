@@ -1,0 +1,125 @@
+"""The commands about the model of a run: ``dhcl eval`` and ``dhcl export``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dhcl.cli.shared import (
+    Reading,
+    Which,
+    check_cameras,
+    hint_cameras,
+    options_checked,
+    print_left_out,
+)
+from dhcl.errors import ConfigError
+
+__all__ = ["evaluate", "export"]
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Evaluate the model of a run: mAP, CMC, mINP."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    data: str | None = None
+    """Another data set than the run's."""
+    root: Path | None = None
+    """Where it lies."""
+    pattern: str | None = None
+    """For a folder, as in training."""
+    which: Which = "last"
+    """The last epoch's model, or the one that looked best by test mAP."""
+    rerank: bool = False
+    """With k-reciprocal re-ranking too."""
+    workers: int = 4
+    """Processes that load images."""
+
+
+def evaluate(given: EvalArguments) -> None:
+    """Evaluate a run's model on its own data set or another."""
+    from dhcl.config import load_config, with_changes
+    from dhcl.training.runs import evaluate_run
+
+    config = load_config(given.run / "config.yaml")
+    own = given.data is None and given.root is None
+    changes: dict[str, Any] = {"rerank": given.rerank, "workers": given.workers}
+    if given.data is not None:
+        changes.update(data=given.data, pattern=None)
+    if given.root is not None:
+        changes["root"] = given.root
+    if given.pattern is not None:
+        changes["pattern"] = given.pattern
+    config = with_changes(config, changes)
+    config.validate()
+    evaluate_run(config, given.run, which=given.which, same_data=own)
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Give a model's features, or the model itself, to other programs."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    features: Path | None = None
+    """Folder of images whose features to write to --out."""
+    out: Path | None = None
+    """File for them, .npz or .parquet."""
+    onnx: Path | None = None
+    """File for the model as ONNX: images (batch, 3, H, W), RGB in [0, 1], to features."""
+    weights: Path | None = None
+    """File for a plain state dict, to be loaded without dhcl."""
+    which: Which = "last"
+    """The last epoch's model, or the one that looked best by test mAP."""
+    camera: int | None = None
+    """For --onnx and --weights: take the statistics of this camera, from 0, not those of all."""
+    pattern: str | None = None
+    """Where identity and camera stand in the paths, as in training; they are then written too."""
+    trained_cameras: bool = False
+    """The cameras of the pattern are those of the training: use their statistics."""
+    reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
+
+
+def export(given: ExportArguments) -> None:
+    """Write what is asked for: weights, ONNX, features."""
+    if given.features is None and given.onnx is None and given.weights is None:
+        raise ConfigError("export: what must be said: --features FOLDER, --onnx or --weights FILE")
+    if (given.features is None) != (given.out is None):
+        raise ConfigError("features and out: a folder of images and a file go together")
+    check_cameras(given.pattern, given.trained_cameras)
+    from dhcl.inference.export import export_features, export_onnx, export_weights
+    from dhcl.inference.reid import ReID
+
+    model = ReID.load(given.run, given.which, given.reading.device)
+    print(f"model: {model}")
+    if given.weights is not None:
+        shapes = export_weights(model, given.weights, camera=given.camera)
+        parts = Counter(name.split(".")[0] for name in shapes)
+        listed = ", ".join(f"{count} of {part}" for part, count in parts.items())
+        print(f"{given.weights}: {len(shapes)} tensors, {listed}")
+    if given.onnx is not None:
+        worst = export_onnx(model, given.onnx, camera=given.camera)
+        height, width = model.image_size
+        print(
+            f"{given.onnx}: images (batch, 3, {height}, {width}), RGB in [0, 1], to features "
+            f"(batch, {model.dim}); onnxruntime differs from torch by {worst:.1g} at most"
+        )
+    if given.features is not None and given.out is not None:
+        hint_cameras(model, given.pattern, given.trained_cameras)
+        with options_checked():
+            rows, left_out = export_features(
+                model,
+                given.features,
+                given.out,
+                pattern=given.pattern,
+                trained_cameras=given.trained_cameras,
+                **given.reading.options(),
+            )
+        print_left_out(left_out)
+        print(f"{given.out}: features of {rows:,} images, {model.dim} each")

@@ -1,0 +1,39 @@
+"""Drawing a data set while someone watches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dhcl.errors import ConfigError
+from dhcl.synth.dataset import SynthSummary, contact_sheet, render_dataset
+
+__all__ = ["draw"]
+
+
+def draw(out: Path, *, sheet: Path | None = None, **options: Any) -> SynthSummary:
+    """Draw pedestrians with a progress line, if someone looks at it.
+
+    Args:
+        out: folder of the data set.
+        sheet: file for a contact sheet of the training images, PNG.
+        options: of :func:`dhcl.synth.render_dataset`.
+
+    Raises:
+        ConfigError: what :func:`dhcl.synth.render_dataset` refuses.
+    """
+    with tqdm(desc="drawing pedestrians", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            summary = render_dataset(out, progress=show, **options)
+        except (TypeError, ValueError, FileExistsError) as error:
+            raise ConfigError(str(error)) from error
+    if sheet is not None:
+        contact_sheet(out / "bounding_box_train", sheet)
+    return summary
