@@ -116,9 +116,8 @@ def commands() -> str:
 
     blocks = [f"```text\n{_help([])}\n```"]
     for name, command in COMMANDS.items():
-        blocks.append(
-            f"## dhcl {name}\n\n{command.what.capitalize()}.\n\n```text\n{_help([name])}\n```"
-        )
+        what = command.what.capitalize()
+        blocks.append(f"## dhcl {name}\n\n{what}.\n\n```text\n{_help([name])}\n```")
     return "\n\n".join(blocks)
 
 

@@ -1,7 +1,8 @@
 """``dhcl demo``: pedestrians are drawn, every preset and an ablation train on them, and compared.
 
 All trainings have the same data, model, batches, learning rate and number of epochs. Nothing is
-chosen by test scores: the last epoch counts.
+chosen by test scores: the last epoch counts. What trains is imported when it is called, so that the
+help of the command comes at once.
 """
 
 from __future__ import annotations
@@ -21,16 +22,8 @@ from tqdm import tqdm
 from dhcl.config import ConfigError, TrainConfig, preset, with_changes
 from dhcl.files import write_atomic
 from dhcl.metrics import RANKS
-from dhcl.report import write_comparison, write_report
 from dhcl.synth.progress import draw
-from dhcl.training.engine import Engine
-from dhcl.training.evaluation import Evaluator
-from dhcl.training.logs import duration
-from dhcl.training.record import read_record
-from dhcl.training.results import Results, collect
-from dhcl.training.runs import make_model, open_data, train
-from dhcl.training.trainer import Trainer
-from dhcl.words import first_line
+from dhcl.words import duration, first_line
 
 __all__ = ["METHODS", "Demo", "run_demo"]
 
@@ -153,6 +146,10 @@ def run_demo(demo: Demo) -> dict[str, Any]:
 
 def _write_pages(demo: Demo, root: Path) -> None:
     """A report of the default method and a comparison of all runs, or one line why not."""
+    from dhcl.report import write_comparison, write_report
+    from dhcl.training.record import read_record
+    from dhcl.training.results import Results, collect
+
     runs = {(n, s): _options(demo, root, n, s).run for s in demo.seeds for n in METHODS}
     one = runs["dhcl", demo.seeds[0]]
     try:
@@ -186,6 +183,8 @@ def _options(demo: Demo, root: Path, name: str, seed: int) -> TrainConfig:
 
 def _one(demo: Demo, root: Path, name: str, seed: int) -> dict[str, Any]:
     """Metrics of one row: of the last epoch, or of a run that is finished already."""
+    from dhcl.training.runs import train
+
     config = _options(demo, root, name, seed)
     if name == _UNTRAINED:
         return _untrained(config)
@@ -200,6 +199,11 @@ def _one(demo: Demo, root: Path, name: str, seed: int) -> dict[str, Any]:
 
 def _untrained(config: TrainConfig) -> dict[str, Any]:
     """The network as every method finds it, with batch-norm statistics of the training images."""
+    from dhcl.training.engine import Engine
+    from dhcl.training.evaluation import Evaluator
+    from dhcl.training.runs import make_model, open_data
+    from dhcl.training.trainer import Trainer
+
     engine = Engine(config)
     data = open_data(config.data, engine, quiet=True)
     model = make_model(config.model, data.train.num_cameras, config.seed)

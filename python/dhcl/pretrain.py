@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from dhcl.config import TrainConfig, preset, with_changes
 from dhcl.synth.progress import draw
-from dhcl.training.runs import train
 
 __all__ = ["Pretrain", "pretrain"]
 
@@ -86,6 +85,8 @@ class Pretrain:
 
 def pretrain(options: Pretrain) -> dict[str, Any]:
     """Draw, train and evaluate on the drawn people for testing; the metrics of the last epoch."""
+    from dhcl.training.runs import train  # not needed for the help
+
     config = options.options()
     root = options.out / "data"
     if not root.exists():

@@ -1,4 +1,4 @@
-"""Text for people: names that can be printed, the nearest known name, lists that end early."""
+"""Text for people: printable names, the nearest known name, lists that end early, durations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["did_you_mean", "first_line", "first_ones", "plain", "show"]
+__all__ = ["did_you_mean", "duration", "first_line", "first_ones", "plain", "show"]
 
 
 def show(path: Path | str) -> str:
@@ -40,3 +40,13 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says, or the name of its type if it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1 min 15 s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

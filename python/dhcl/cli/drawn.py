@@ -9,8 +9,10 @@ from pathlib import Path
 
 import tyro
 
-from dhcl.demo import Demo
+from dhcl.demo import Demo, run_demo
 from dhcl.pretrain import Pretrain
+from dhcl.pretrain import pretrain as learn
+from dhcl.synth.progress import draw
 
 __all__ = ["demo", "pretrain", "synth"]
 
@@ -47,8 +49,6 @@ class SynthArguments:
 
 def synth(given: SynthArguments) -> None:
     """Draw a data set."""
-    from dhcl.synth.progress import draw
-
     options = dataclasses.asdict(given)
     out = options.pop("out")
     summary = draw(out, **options)
@@ -62,13 +62,9 @@ def synth(given: SynthArguments) -> None:
 
 def demo(given: Demo) -> None:
     """Draw, train and compare."""
-    from dhcl.demo import run_demo
-
     run_demo(given)
 
 
 def pretrain(given: Pretrain) -> None:
     """Draw pedestrians and learn who they are."""
-    from dhcl.pretrain import pretrain as learn
-
     learn(given)

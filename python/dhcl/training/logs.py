@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dhcl.files import write_atomic
+from dhcl.words import duration
 
 __all__ = ["RunLog", "duration", "flat"]
 
@@ -74,13 +75,3 @@ def flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[prefix + name] = value
     return out
-
-
-def duration(seconds: float) -> str:
-    """``75`` as ``1 min 15 s``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
