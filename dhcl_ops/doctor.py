@@ -143,10 +143,15 @@ def _render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; exit status 1 if an op disagrees with its reference."""
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m dhcl_ops") -> int:
+    """Print the report; exit status 1 if an op disagrees with its reference.
+
+    Args:
+        arguments: words of the command line, by default this process's.
+        prog: the command, as its help calls it.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m dhcl_ops",
+        prog=prog,
         description="Report versions, compilers, the compiled library, and what runs each op.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -28,7 +28,7 @@ def doctor(words: list[str]) -> int:
     """
     from dhcl_ops.doctor import main as report_on_ops
 
-    status = report_on_ops(words)
+    status = report_on_ops(words, prog="dhcl doctor")
     if "--json" in words:
         return status
     print("trainer")
