@@ -11,6 +11,7 @@ from typing import Any, cast
 import timm
 import torch
 import torchvision  # type: ignore[import-untyped]
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from dhcl.models.weights import (
@@ -22,9 +23,6 @@ from dhcl.models.weights import (
 from dhcl.words import did_you_mean
 
 __all__ = ["Backbone", "backbone_names", "make_backbone"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _ALIASES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
 
@@ -48,8 +46,8 @@ class Backbone:
     module: nn.Module
     channels: int
     pooling: str
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     channels_last: bool = False
     prefix_tokens: int | None = None
     note: str = ""

@@ -12,37 +12,14 @@ import torch
 from torch import nn
 
 from dhcl.models.backbones import Backbone, make_backbone
-from dhcl.models.norm import camera_batch_norm, ghost_batch_norm, using_cameras
+from dhcl.models.conversion import camera_batch_norm, ghost_batch_norm
+from dhcl.models.neck import Pool, checked_pooling
+from dhcl.models.norms import using_cameras
 from dhcl.models.weights import LoadReport, load_into, read_state_dict, strip_prefixes
 
-__all__ = ["POOLINGS", "ReIDModel", "build_model"]
+__all__ = ["ReIDModel", "build_model"]
 
 _LOG = logging.getLogger(__name__)
-
-POOLINGS = ("gem", "gem-halves", "avg", "avg-halves", "token")
-"""Generalised mean (Radenovic et al., TPAMI 2019) or average over the map, or over its upper and
-lower half by itself (doubling the features), or the class token of a transformer."""
-
-
-class _Pool(nn.Module):
-    """(B, C, h, w) to (B, C), or (B, 2 C) where halves are pooled by themselves, upper first."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.halves = kind.endswith("-halves")
-        self.power: nn.Parameter | None
-        power = nn.Parameter(torch.tensor(3.0)) if kind.startswith("gem") else None
-        self.register_parameter("power", power)
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        middle = maps.shape[2] // 2
-        parts = [maps[:, :, :middle], maps[:, :, middle:]] if self.halves else [maps]
-        return torch.cat([self._mean(part) for part in parts], 1)
-
-    def _mean(self, maps: torch.Tensor) -> torch.Tensor:
-        if self.power is None:
-            return maps.mean((2, 3))
-        return maps.clamp(min=1e-6).pow(self.power).mean((2, 3)).pow(1 / self.power)
 
 
 class ReIDModel(nn.Module):
@@ -62,7 +39,7 @@ class ReIDModel(nn.Module):
     def __init__(self, backbone: Backbone, pooling: str) -> None:
         super().__init__()
         self.backbone = backbone.module
-        self.pool = _Pool(pooling) if pooling != "token" else None
+        self.pool = Pool(pooling) if pooling != "token" else None
         self.dim = backbone.channels * (2 if pooling.endswith("-halves") else 1)
         self.neck = nn.BatchNorm1d(self.dim)
         self.neck.bias.requires_grad_(False)
@@ -151,8 +128,9 @@ def build_model(
             random numbers all the same.
         weights: a file to load instead (.pth, .pt, .safetensors), of the backbone or of a whole
             model; what matched is logged, and kept in ``ReIDModel.weights``.
-        pooling: one of :data:`POOLINGS`. By default ``gem``, ``gem-halves`` for ``small``,
-            ``token`` for transformers with a class token, and ``avg`` for others of timm.
+        pooling: one of :data:`dhcl.models.POOLINGS`. By default ``gem``, for ``small``
+            ``gem-halves``, for transformers with a class token ``token``, for others of timm
+            ``avg``.
         image_size: (height, width) of the images.
         samples_per_bn: training statistics of batch norm over this many consecutive images
             (:class:`GhostBatchNorm2d`); 0 for the whole batch.
@@ -169,6 +147,45 @@ def build_model(
         FileNotFoundError: no such file of weights.
         UnavailableWeights: pretrained weights can't be had; says which file to put where.
     """
+    _check_arguments(image_size, samples_per_bn, num_cameras)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        parts = make_backbone(backbone, image_size)
+        pooling = checked_pooling(pooling or parts.pooling, parts)
+        model = ReIDModel(parts, pooling)
+    _check_size(model, parts, image_size)
+    source = "from scratch"
+    if pretrained and weights is None and backbone != "small":
+        source = _load_pretrained(model, parts)
+    if num_cameras:
+        camera_batch_norm(model, num_cameras)
+        model.num_cameras = num_cameras
+    elif samples_per_bn:
+        ghost_batch_norm(model, samples_per_bn)
+    if weights is not None:
+        # After the norms are replaced: a file of a whole model has statistics per camera too.
+        state = parts.adapt(strip_prefixes(read_state_dict(weights)))
+        model.weights = load_into(model, state, os.fspath(weights))
+        source = f"weights {os.fspath(weights)}"
+    if model.weights is not None:
+        level = logging.WARNING if model.weights.missing else logging.INFO
+        _LOG.log(level, "%s", model.weights)
+    known = [
+        backbone,
+        parts.note,
+        source,
+        f"{image_size[0]} x {image_size[1]} to {model._grid[0]} x {model._grid[1]}",
+        f"{pooling} pooling",
+        f"{model.dim} features",
+        f"batch norm per camera ({num_cameras})" if num_cameras else "",
+        f"batch norm over {samples_per_bn} images" if samples_per_bn else "",
+    ]
+    model.description = ", ".join(part for part in known if part)
+    return model
+
+
+def _check_arguments(image_size: tuple[int, int], samples_per_bn: int, num_cameras: int) -> None:
     if len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"image_size: must be (height, width) in pixels (got {image_size})")
     if samples_per_bn < 0 or samples_per_bn == 1:
@@ -180,64 +197,18 @@ def build_model(
             "samples_per_bn and num_cameras: statistics are per chunk or per camera, choose one "
             f"(got {samples_per_bn} and {num_cameras})"
         )
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        parts = make_backbone(backbone, image_size)
-        pooling = _checked_pooling(pooling or parts.pooling, parts)
-        model = ReIDModel(parts, pooling)
-    _check_size(model, parts, image_size)
-    source = "from scratch"
-    if pretrained and weights is None and parts.fetch is not None:
-        state = parts.adapt(strip_prefixes(parts.fetch()))
-        model.weights = load_into(model, state, parts.source)
-        source = parts.source
-    elif pretrained and weights is None and backbone != "small":
+
+
+def _load_pretrained(model: ReIDModel, parts: Backbone) -> str:
+    """Load the weights published with the backbone; where they come from."""
+    if parts.fetch is None:
         raise ValueError(
-            f"pretrained: {backbone} has no published weights; give a file with --weights FILE, "
+            f"pretrained: {parts.name} has no published weights; give a file with --weights FILE, "
             "or train from scratch with --no-pretrained"
         )
-    if num_cameras:
-        camera_batch_norm(model, num_cameras)
-        model.num_cameras = num_cameras
-    elif samples_per_bn:
-        ghost_batch_norm(model, samples_per_bn)
-    if weights is not None:
-        state = parts.adapt(strip_prefixes(read_state_dict(weights)))
-        model.weights = load_into(model, state, os.fspath(weights))
-        source = f"weights {os.fspath(weights)}"
-    if model.weights is not None:
-        level = logging.WARNING if model.weights.missing else logging.INFO
-        _LOG.log(level, "%s", model.weights)
-    model.description = ", ".join(
-        part
-        for part in (
-            backbone,
-            parts.note,
-            source,
-            f"{image_size[0]} x {image_size[1]} to {model._grid[0]} x {model._grid[1]}",
-            f"{pooling} pooling",
-            f"{model.dim} features",
-            f"batch norm per camera ({num_cameras})" if num_cameras else "",
-            f"batch norm over {samples_per_bn} images" if samples_per_bn else "",
-        )
-        if part
-    )
-    return model
-
-
-def _checked_pooling(pooling: str, parts: Backbone) -> str:
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling: must be one of {', '.join(POOLINGS)} (got {pooling!r})")
-    if pooling == "token" and not parts.prefix_tokens:
-        raise ValueError(f"pooling: {parts.name} has no class token; use gem or avg (got 'token')")
-    if pooling.startswith("gem") and parts.prefix_tokens is not None:
-        # GeM clamps at 0, and about half of a normalised token is negative.
-        raise ValueError(
-            f"pooling: tokens of {parts.name} have either sign, for which a generalised mean is "
-            f"not defined; use token or avg (got {pooling!r})"
-        )
-    return pooling
+    state = parts.adapt(strip_prefixes(parts.fetch()))
+    model.weights = load_into(model, state, parts.source)
+    return parts.source
 
 
 @torch.no_grad()
