@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dhcl.inference.reid import ReID
-    from dhcl_ops._version import __version__
+    from dhcl_ops import __version__
 
 __all__ = ["ReID", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from dhcl_ops._version import __version__  # dhcl_ops imports torch, which takes seconds
+        from dhcl_ops import __version__  # dhcl_ops imports torch, which takes seconds
 
         return __version__
     if name != "ReID":

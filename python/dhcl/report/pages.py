@@ -20,7 +20,7 @@ from markupsafe import Markup
 from dhcl.config import ConfigError
 from dhcl.report.charts import Chart
 from dhcl.words import show
-from dhcl_ops._version import __version__
+from dhcl_ops import __version__
 
 __all__ = ["Table", "check_file", "grouped", "percent", "render", "scripted"]
 
