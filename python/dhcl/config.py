@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = [
     "OPTIONS",
     "PRESETS",
     "REMOVED",
+    "RUN_FILE",
     "SECTIONS",
     "BatchOptions",
     "ConfigError",
@@ -45,6 +47,7 @@ __all__ = [
     "preset",
     "read_options",
     "read_run",
+    "run_text",
     "with_changes",
 ]
 
@@ -526,6 +529,8 @@ def read_options(path: Path) -> dict[str, Any]:
 def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """The options with those in a YAML file.
 
+    A relative ``root`` or ``weights`` is looked for beside the file, then in the working directory.
+
     Args:
         path: the file.
         base: the options where the file says nothing; by default those of the preset ``dhcl``.
@@ -533,25 +538,73 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     Raises:
         ConfigError: no such file, or wrong options in it; it names the file and the option.
     """
-    content = read_options(path)
-    try:
-        return with_changes(base or TrainConfig(), content)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return _load(path, base or TrainConfig(), (path.parent, Path()))
 
 
 def read_run(run: Path) -> TrainConfig:
-    """The options of a run.
+    """The options of a run, with ``out`` as the folder where it lies now.
+
+    A relative ``root`` or ``weights`` is looked for from there, then from where the run lay when it
+    was written, then from the working directory, as earlier versions meant it.
 
     Raises:
-        ConfigError: no such folder, or one without ``config.yaml``.
+        ConfigError: no such folder, one without ``config.yaml``, or wrong options in it.
     """
     if not run.is_dir():
         what = "a file" if run.exists() else "nothing"
         raise ConfigError(f"run: must be the folder of a run (got {what} at {show(run)})")
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"run: {show(run)} is not the folder of a run, it has no config.yaml")
-    return load_config(run / "config.yaml")
+    file = run / RUN_FILE
+    if not file.is_file():
+        raise ConfigError(f"run: {show(run)} is not the folder of a run, it has no {RUN_FILE}")
+    was = Path(str(read_options(file).get("out") or run))
+    config = _load(file, TrainConfig(), (run, was, Path()))
+    return dataclasses.replace(config, out=run)
+
+
+def run_text(config: TrainConfig) -> str:
+    """The options as the file of their run holds them, for :func:`read_run`.
+
+    ``out`` is an absolute path. So are ``root`` and ``weights``, unless they lie near the run,
+    below the folder two levels above it: then they are relative to the run's folder, which can be
+    moved together with them.
+    """
+    home = config.run.resolve()
+    given = flat_options(config)
+    kept = {name: _kept(given[name], home) for name in _INPUTS if given[name] is not None}
+    return with_changes(config, {"out": home, **kept}).to_yaml()
+
+
+RUN_FILE = "config.yaml"
+"""Name of the file in a run's folder that holds its options."""
+# Files and folders that a run reads.
+_INPUTS = ("root", "weights")
+
+
+def _load(path: Path, base: TrainConfig, folders: Iterable[Path]) -> TrainConfig:
+    changes = read_options(path)
+    for name in _INPUTS:
+        if isinstance(changes.get(name), str):
+            changes[name] = _located(changes[name], folders)
+    try:
+        return with_changes(base, changes)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _located(given: str, folders: Iterable[Path]) -> Path:
+    """The path, absolute, in the first of the folders that has it, else in the first of all."""
+    path = Path(given).expanduser()
+    places = [Path(os.path.normpath(folder.resolve() / path)) for folder in folders]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def _kept(path: Path, home: Path) -> Path:
+    """The path as the file of a run in this folder holds it."""
+    whole = Path(os.path.abspath(path.expanduser()))
+    near = home.parent.parent
+    if near != near.parent and whole.is_relative_to(near):
+        return Path(os.path.relpath(whole, home))
+    return whole
 
 
 # What may differ when a run goes on: nothing that decides a bit of the result.

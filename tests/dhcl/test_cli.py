@@ -45,7 +45,7 @@ def test_resume_takes_what_decides_nothing_only(pictures, tmp_path, capsys):
     assert main([*again, "--lr", "1"]) == 2
     assert "lr and resume" in capsys.readouterr().err
     assert main(["train", "--resume", str(tmp_path / "none")]) == 2
-    assert "can't be read" in capsys.readouterr().err
+    assert "must be the folder of a run (got nothing at" in capsys.readouterr().err
 
 
 MISTAKES = {
@@ -99,7 +99,7 @@ def test_commands_and_their_help(capsys):
 
 def test_eval_of_what_is_no_run(tmp_path, capsys):
     assert main(["eval", str(tmp_path)]) == 2
-    assert "config.yaml can't be read" in capsys.readouterr().err
+    assert "is not the folder of a run, it has no config.yaml" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_package_imports_and_says_what_to_install(tmp_path):

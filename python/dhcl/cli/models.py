@@ -29,11 +29,11 @@ class EvalArguments:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     data: str | None = None
-    """Another data set than the run's."""
+    """Layout of another data set to evaluate on, as for dhcl train."""
     root: Path | None = None
-    """Where it lies."""
+    """Folder that holds the images: of that data set, or of the run's own if it was moved."""
     pattern: str | None = None
-    """For a folder, as in training."""
+    """Regular expression with groups named id and camera, searched in each path of a folder."""
     which: Which = "last"
     """The last epoch's model, or the one that looked best by test mAP."""
     rerank: bool = False
@@ -44,10 +44,10 @@ class EvalArguments:
 
 def evaluate(given: EvalArguments) -> None:
     """Evaluate a run's model on its own data set or another."""
-    from dhcl.config import load_config, with_changes
+    from dhcl.config import read_run, with_changes
     from dhcl.training.runs import evaluate_run
 
-    config = load_config(given.run / "config.yaml")
+    config = read_run(given.run)
     own = given.data is None and given.root is None
     changes: dict[str, Any] = {"rerank": given.rerank, "workers": given.workers}
     if given.data is not None:
@@ -58,7 +58,8 @@ def evaluate(given: EvalArguments) -> None:
         changes["pattern"] = given.pattern
     config = with_changes(config, changes)
     config.validate()
-    evaluate_run(config, given.run, which=given.which, same_data=own)
+    # Images that were named are the run's own if they are those it was trained on.
+    evaluate_run(config, given.run, which=given.which, same_data=True if own else None)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dhcl.config import (
     load_config,
     preset,
     read_options,
+    read_run,
     with_changes,
 )
 from dhcl.errors import Interrupted
@@ -72,7 +73,7 @@ def train_options(words: list[str]) -> tuple[TrainConfig, bool]:
     if first.resume is not None:
         if first.config is not None:
             raise ConfigError("config and resume: a run goes on with the options it began with")
-        began = dataclasses.replace(load_config(first.resume / "config.yaml"), out=first.resume)
+        began = read_run(first.resume)
         config = _parse(began, words)
         check_resumed(began, config)
         return config.resolved(), True

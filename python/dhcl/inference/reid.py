@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dhcl.config import TrainConfig, read_run
+from dhcl.config import RUN_FILE, TrainConfig, read_run
 from dhcl.data import eval_loader, eval_transform, training_cameras
 from dhcl.errors import ConfigError, DataError
 from dhcl.inference.features import unit_rows
@@ -150,7 +150,11 @@ class ReID:
             DataError: the cameras of the training are unknown.
         """
         data = self.config.data
-        table = training_cameras(data.data, data.root or Path(), data.pattern)
+        try:
+            table = training_cameras(data.data, data.root or Path(), data.pattern)
+        except DataError as error:
+            hint = f"; root in {show(self.run / RUN_FILE)} says where the training's images are"
+            raise DataError(f"{error}{hint}") from error
         return [table.get(name, -1) for name in names]
 
     # ---- features ----

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dhcl.config import ConfigError, TrainConfig, read_options, with_changes
+from dhcl.config import (
+    RUN_FILE,
+    ConfigError,
+    TrainConfig,
+    read_options,
+    read_run,
+    with_changes,
+)
 from dhcl.training.checkpoint import CheckpointError, Progress, load_checkpoint
 from dhcl.words import show
 
@@ -93,8 +100,8 @@ def read_record(run: Path) -> Record:
 
 def _read_options(record: Record) -> None:
     try:
-        record.options = read_options(record.run / "config.yaml")
-        config = with_changes(TrainConfig(), record.options)
+        record.options = read_options(record.run / RUN_FILE)
+        config = read_run(record.run)
         config.validate()
         record.config = config
     except ConfigError as error:

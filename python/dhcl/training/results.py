@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from dhcl.config import ConfigError, TrainConfig
-from dhcl.data import DataError, ImageList, ReIDData, check_images, load_data
+from dhcl.data import DataError, ImageList, ReIDData, check_images
 from dhcl.models import ReIDModel
 from dhcl.training.checkpoint import CheckpointError
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator
 from dhcl.training.record import Record, read_record
-from dhcl.training.runs import Trained, read_model
+from dhcl.training.runs import Trained, find_data, read_model
 from dhcl.training.trainer import fingerprint
 
 __all__ = ["Points", "Results", "collect", "members", "results_of", "sample_clusters"]
@@ -120,9 +120,7 @@ def _open(config: TrainConfig, missing: dict[str, str]) -> ReIDData | None:
     """The data set, without test images that can't be read."""
     why = "the images are needed, and "
     try:
-        if config.data.root is None:
-            raise ConfigError("the options name no root")
-        data = load_data(config.data.data, config.data.root, pattern=config.data.pattern)
+        data = find_data(config.data)
     except (ConfigError, DataError, OSError, ValueError) as error:
         why += f"they can't be opened: {error}"
         missing.update(dict.fromkeys(("images", "clusters", "retrieval", "map"), why))

@@ -11,19 +11,27 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from dhcl.config import ConfigError, DataOptions, ModelOptions, TrainConfig
-from dhcl.data import ReIDData, check_images, load_data
+from dhcl.config import (
+    RUN_FILE,
+    ConfigError,
+    DataOptions,
+    ModelOptions,
+    TrainConfig,
+    run_text,
+)
+from dhcl.data import DataError, ReIDData, check_images, load_data
 from dhcl.files import write_atomic
 from dhcl.metrics import table
 from dhcl.models import ReIDModel, UnavailableWeights, build_model
 from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator, IdentityObserver
-from dhcl.training.trainer import Trainer
+from dhcl.training.trainer import Trainer, fingerprint
 
 __all__ = [
     "Trained",
     "evaluate_run",
+    "find_data",
     "make_model",
     "open_data",
     "read_model",
@@ -31,11 +39,26 @@ __all__ = [
 ]
 
 
-def open_data(options: DataOptions, engine: Engine, *, quiet: bool = False) -> ReIDData:
-    """Load the data set, say what it holds, and check every image."""
+def find_data(options: DataOptions) -> ReIDData:
+    """Load the lists of a data set; no image is opened.
+
+    Raises:
+        ConfigError: the options name no root. DataError: as :func:`dhcl.data.load_data`.
+    """
     if options.root is None:
         raise ConfigError("root: where the images lie must be given (got None)")
-    data = load_data(options.data, options.root, pattern=options.pattern)
+    try:
+        return load_data(options.data, options.root, pattern=options.pattern)
+    except DataError as error:
+        if options.root.expanduser().exists():
+            raise
+        hint = "; if the images were moved, --root FOLDER says where they are now"
+        raise DataError(f"{error}{hint}") from error
+
+
+def open_data(options: DataOptions, engine: Engine, *, quiet: bool = False) -> ReIDData:
+    """Load the data set, say what it holds, and check every image."""
+    data = find_data(options)
     if not quiet:
         engine.say(data.description)
     found: list[Any] = [None]
@@ -123,7 +146,7 @@ def train(
             :meth:`dhcl.training.trainer.Trainer.fit`.
     """
     engine = Engine(config)
-    started = (config.run / "config.yaml").exists()
+    started = (config.run / RUN_FILE).exists()
     engine.accelerator.wait_for_everyone()
     if started and not resume:
         raise ConfigError(
@@ -134,15 +157,17 @@ def train(
         engine.say(config.to_yaml())
     data = open_data(config.data, engine, quiet=quiet)
     _check_data(config, engine, data)
-    model = make_model(config.model, data.train.num_cameras, config.seed)
-    if not quiet:
+    go_on = resume and (config.run / "checkpoints" / "last.pt").exists()
+    # A checkpoint has all weights; those that the run began with may be gone.
+    options = _bare(config.model) if go_on else config.model
+    model = make_model(options, data.train.num_cameras, config.seed)
+    if not quiet and not go_on:
         engine.say(f"model: {model.description}")
     if engine.is_main:
         config.run.mkdir(parents=True, exist_ok=True)
-        write_atomic(config.run / "config.yaml", config.to_yaml().encode())
+        write_atomic(config.run / RUN_FILE, run_text(config).encode())
     evaluator = Evaluator(engine, data, model) if data.can_evaluate else None
     observer = IdentityObserver(data, evaluator)
-    go_on = resume and (config.run / "checkpoints" / "last.pt").exists()
     known = _drawn_classes(config.data.root, data) if drawn else None
     trainer = Trainer(config, engine, model, data.unlabeled, observer, resume=go_on, known=known)
     if go_on:
@@ -225,15 +250,18 @@ def read_model(options: ModelOptions, run: Path, which: str = "last") -> ReIDMod
         raise ConfigError(f"run: there is no checkpoint {file}")
     state = load_checkpoint(file)["model"]
     cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
-    # All weights are in the checkpoint.
-    bare = dataclasses.replace(options, pretrained=False, weights=None)
-    model = make_model(bare, len(cameras), seed=0)
+    model = make_model(_bare(options), len(cameras), seed=0)
     model.load_state_dict(state)
     return model
 
 
+def _bare(options: ModelOptions) -> ModelOptions:
+    """Those of a model whose weights come from a checkpoint."""
+    return dataclasses.replace(options, pretrained=False, weights=None)
+
+
 def evaluate_run(
-    config: TrainConfig, run: Path, *, which: str = "last", same_data: bool = True
+    config: TrainConfig, run: Path, *, which: str = "last", same_data: bool | None = True
 ) -> dict[str, Any]:
     """Evaluate a model of a run, on its own data or other.
 
@@ -241,7 +269,8 @@ def evaluate_run(
         config: the run's options, with data set, root and pattern of what to evaluate on.
         run: its folder.
         which: ``last`` or ``best`` (by test mAP along the way).
-        same_data: whether the cameras are those of the training.
+        same_data: whether the cameras are those of the training; None finds out, by the names and
+            cameras of the training images.
     """
     engine = Engine(config)
     model = read_model(config.model, run, which).to(engine.device)
@@ -250,6 +279,9 @@ def evaluate_run(
         raise ConfigError(
             f"root: {config.data.root} has no queries with their identity in a gallery"
         )
+    if same_data is None:
+        trained_on = load_checkpoint(run / "checkpoints" / "last.pt")["images"]
+        same_data = fingerprint(data.train) == trained_on
     metrics = Evaluator(engine, data, model, same_cameras=same_data)(
         model, reranked=config.evaluation.rerank
     )
