@@ -28,7 +28,7 @@ def clustered(n, d, *, seed=0, spread=1.0, unit=True):
 
 def fixed_order_products(queries, features):
     """All products with the order of summation written out, element by element."""
-    q, f = queries.numpy(), features.numpy()
+    q, f = queries.numpy(force=True), features.numpy(force=True)
     columns = np.zeros((len(q), len(f), 128), np.float32)
     for j in range(q.shape[1]):
         columns[:, :, j % 128] += np.outer(q[:, j], f[:, j])
