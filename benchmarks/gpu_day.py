@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU_FACTOR = 6
 # Test processes that share one GPU; each has a context of its own.
 TEST_WORKERS = 4
-FAMILIES = ("memory", "knn", "jaccard", "ranking", "contrastive")
+FAMILIES = ("memory", "knn", "reciprocal", "jaccard", "dbscan", "ranking", "contrastive")
+MEASURED = ("memory", "knn", "jaccard", "ranking", "contrastive")
 # A row of the day's benchmarks gets less time than by default; sizes that take long are left out.
 SECONDS = 0.2
 PLOTTING = 5  # seconds that a family's plots may take
@@ -325,8 +326,8 @@ PARTS = (
     Part("tests", "the op tests, on CUDA where there is a GPU", 90, tests),
     Part("sanitizer", "Compute Sanitizer: memcheck, racecheck", 60, sanitizer,
          ("compute-sanitizer",)),
-    Part("benchmarks", f"python -m benchmarks: {', '.join(FAMILIES)}", 175,
-         functools.partial(measure, FAMILIES)),
+    Part("benchmarks", f"python -m benchmarks: {', '.join(MEASURED)}", 175,
+         functools.partial(measure, MEASURED)),
     Part("end_to_end", "an epoch and its parts", 35, functools.partial(measure, ("end_to_end",)),
          modules=("timm", "torchvision")),
     Part("scaling", "time and memory as N and K grow", 30,

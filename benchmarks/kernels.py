@@ -18,6 +18,10 @@ import dhcl_ops
 from benchmarks.contrastive import Step, our_loss
 from benchmarks.results import format_seconds
 from dhcl_ops import _ops
+from dhcl_ops._csr import Rows
+from dhcl_ops.defaults import SPCL
+from dhcl_ops.jaccard import dense_rows, inverted_index, join
+from dhcl_ops.reciprocal import encode
 
 Call = Callable[[], object]
 Sizes = tuple[int, int, int]  # rows N, width d, batch B
@@ -70,13 +74,40 @@ def knn(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     yield "neighbours", lambda: dhcl_ops.knn(features, min(n, 30))
 
 
-def jaccard(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
-    """Everything after the neighbour search."""
+def reciprocal(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """From neighbour lists to weighted sets."""
     n, d, _ = sizes
     features = rows(n, d, device)
-    k1 = min(n, 30)
-    found = dhcl_ops.knn(features, k1)
-    yield "cluster", lambda: dhcl_ops.cluster(features, k1=k1, k2=min(n, 6), ranks=found)
+    found = dhcl_ops.knn(features, min(n, SPCL.k1))
+    yield "encoding", lambda: encoded(features, found)
+
+
+def encoded(features: torch.Tensor, found: dhcl_ops.Neighbours) -> Rows:
+    """Weighted sets from neighbour lists."""
+    n = len(features)
+    k1, k2 = min(n, SPCL.k1), min(n, SPCL.k2)
+    return encode("encode", features, k1, k2, "spcl", found, None).rows
+
+
+def jaccard(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """From weighted sets to the graph, and dense rows."""
+    n, d, _ = sizes
+    features = rows(n, d, device)
+    weights = encoded(features, dhcl_ops.knn(features, min(n, SPCL.k1)))
+
+    def graph() -> object:
+        return join(weights, inverted_index(weights, SPCL.eps), SPCL.eps, None)
+
+    yield "graph", graph
+    yield "dense rows", lambda: list(dense_rows(weights, None, stop=min(n, 256)))
+
+
+def dbscan(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """Labels from the graph."""
+    n, d, _ = sizes
+    features = rows(n, d, device)
+    graph = dhcl_ops.jaccard_graph(features, min(n, SPCL.k1), min(n, SPCL.k2))
+    yield "labels", lambda: dhcl_ops.dbscan(graph, SPCL.eps)
 
 
 def contrastive(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
@@ -109,7 +140,9 @@ def ranking(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
 FAMILIES: dict[str, Callable[[Sizes, torch.device], Iterator[tuple[str, Call]]]] = {
     "memory": memory,
     "knn": knn,
+    "reciprocal": reciprocal,
     "jaccard": jaccard,
+    "dbscan": dbscan,
     "contrastive": contrastive,
     "ranking": ranking,
 }

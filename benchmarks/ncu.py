@@ -18,7 +18,9 @@ from pathlib import Path
 KERNELS = {
     "memory": "momentum_update|segment_mean|normalize_rows",
     "knn": "knn_scores|knn_select",
-    "jaccard": "k_reciprocal|pair_dots|query_expand|jaccard_join|jaccard_rows|dbscan_unite",
+    "reciprocal": "k_reciprocal|pair_dots|query_expand",
+    "jaccard": "jaccard_join|jaccard_rows",
+    "dbscan": "dbscan_unite",
     "contrastive": "contrastive_stream|contrastive_finish|contrastive_slopes",
     "ranking": "match_ranks",
 }

@@ -12,8 +12,6 @@ namespace {
 
 constexpr int kThreads = 512;
 
-__host__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 __device__ __forceinline__ T none() {
   return static_cast<T>(-HUGE_VAL);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "common/cpu.h"
@@ -138,14 +139,7 @@ void run_knn_select(const KnnSelectParams& p) {
 // ---- scores -------------------------------------------------------------------------------------
 
 DHCL_CLONES float dot(const float* x, const float* y, int64_t d) {
-  alignas(64) float columns[kDotColumns] = {};
-  const int64_t whole = d / kDotColumns * kDotColumns;
-  for (int64_t j = 0; j < whole; j += kDotColumns)
-    for (int64_t c = 0; c < kDotColumns; ++c) columns[c] += x[j + c] * y[j + c];
-  for (int64_t c = 0; c < d - whole; ++c) columns[c] += x[whole + c] * y[whole + c];
-  for (int64_t half = kDotColumns / 2; half > 0; half /= 2)
-    for (int64_t c = 0; c < half; ++c) columns[c] += columns[c + half];
-  return columns[0];
+  return sum_of_products(x, y, d);
 }
 
 void run_knn_scores(const KnnScoresParams& p) {
@@ -162,147 +156,117 @@ void run_knn_scores(const KnnScoresParams& p) {
 
 // ---- glue ---------------------------------------------------------------------------------------
 
-void check_float(const char* op, const char* name, const Tensor& t) {
-  check(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
-}
-
-void check_int32(const char* op, const char* name, const Tensor& t) {
-  check(t.scalar_type() == ScalarType::Int, op, ": ", name, " must be int32");
-}
-
-template <typename Run>
-void knn_select_glue(const Tensor& values, const Tensor& indices, const Tensor& counts,
-                     const Tensor& thresholds, const Tensor& tile, int64_t row_start,
-                     int64_t col_start, int64_t keep, bool mirror, bool self_search,
-                     const Run& run) {
-  constexpr const char* op = "knn_select_";
+// Checks the candidates of the rows, which the op changes in place.
+void check_state(const char* op, const Tensor& values, const Tensor& indices, const Tensor& counts,
+                 const Tensor& thresholds) {
   check_rank(op, "values", values, 2);
   check_rank(op, "indices", indices, 2);
   check_rank(op, "counts", counts, 1);
   check_rank(op, "thresholds", thresholds, 1);
-  check_rank(op, "tile", tile, 2);
   check_float(op, "values", values);
   check_int32(op, "indices", indices);
   check_int32(op, "counts", counts);
   check_float(op, "thresholds", thresholds);
-  check_float(op, "tile", tile);
   check_contiguous(op, "values", values);
   check_contiguous(op, "indices", indices);
   check_contiguous(op, "counts", counts);
   check_contiguous(op, "thresholds", thresholds);
   const int64_t rows = values.size(0);
-  const int64_t capacity = values.size(1);
-  check(indices.size(0) == rows && indices.size(1) == capacity && counts.size(0) == rows &&
+  check(indices.size(0) == rows && indices.size(1) == values.size(1) && counts.size(0) == rows &&
             thresholds.size(0) == rows,
         op, ": values, indices, counts and thresholds must belong to the same rows");
-  check(keep > 0 && keep < capacity, op, ": keep must be in [1, ", capacity, ") (got ", keep, ")");
-  const int64_t first = mirror ? col_start : row_start;
-  const int64_t touched = tile.size(mirror ? 1 : 0);
-  check(first >= 0 && first + touched <= rows, op, ": the tile's rows must be in [0, ", rows,
-        ") (got ", first, " to ", first + touched, ")");
-  const int64_t last_index = (mirror ? row_start : col_start) + tile.size(mirror ? 0 : 1);
-  check(last_index <= std::numeric_limits<int32_t>::max(), op,
-        ": at most 2147483647 features (got ", last_index, ")");
-  const Tensor t = torch::stable::contiguous(tile);
+}
+
+template <typename Device>
+void knn_select(const Tensor& values, const Tensor& indices, const Tensor& counts,
+                const Tensor& thresholds, const Tensor& tile_in, int64_t row_start,
+                int64_t col_start, int64_t keep, bool mirror, bool self_search) {
+  constexpr const char* op = "knn_select_";
+  check_state(op, values, indices, counts, thresholds);
+  check_rank(op, "tile", tile_in, 2);
+  check_float(op, "tile", tile_in);
+  Tensor tile = tile_in;
+  if constexpr (Device::kCuda) {
+    check(values.size(1) <= kMaxCapacity, op, ": at most ", kMaxCapacity,
+          " candidates a row on CUDA (got ", values.size(1), ")");
+    // The kernel reads along rows; a transposed copy costs far less than the product it saves.
+    if (mirror) {
+      tile = torch::stable::transpose(tile, 0, 1);
+      std::swap(row_start, col_start);
+      mirror = false;
+    }
+  }
+  tile = torch::stable::contiguous(tile);
   KnnSelectParams p{};
-  p.values = values.mutable_data_ptr<float>();
-  p.indices = indices.mutable_data_ptr<int32_t>();
-  p.counts = counts.mutable_data_ptr<int32_t>();
-  p.thresholds = thresholds.mutable_data_ptr<float>();
-  p.tile = t.const_data_ptr<float>();
-  p.num_rows = rows;
-  p.capacity = capacity;
-  p.tile_rows = t.size(0);
-  p.tile_cols = t.size(1);
+  p.values = float_out(values);
+  p.indices = int32_out(indices);
+  p.counts = int32_out(counts);
+  p.thresholds = float_out(thresholds);
+  p.tile = float_data(tile);
+  p.num_rows = values.size(0);
+  p.capacity = values.size(1);
+  p.tile_rows = tile.size(0);
+  p.tile_cols = tile.size(1);
   p.row_start = row_start;
   p.col_start = col_start;
   p.keep = keep;
   p.mirror = mirror;
   p.self_search = self_search;
+  check(keep > 0 && keep < p.capacity, op, ": keep must be in [1, ", p.capacity, ") (got ", keep,
+        ")");
+  const int64_t first = mirror ? col_start : row_start;
+  const int64_t end = first + (mirror ? p.tile_cols : p.tile_rows);
+  check(first >= 0 && end <= p.num_rows, op, ": the tile's rows must be in [0, ", p.num_rows,
+        ") (got ", first, " to ", end, ")");
+  const int64_t features = mirror ? row_start + p.tile_rows : col_start + p.tile_cols;
+  check(features <= std::numeric_limits<int32_t>::max(), op, ": at most 2147483647 features (got ",
+        features, ")");
   if (p.tile_rows == 0 || p.tile_cols == 0) return;
-  run(p);
+  Device::template run<run_knn_select, launch_knn_select>(values, p);
 }
 
-template <typename Run>
-Tensor knn_scores_glue(const Tensor& queries, const Tensor& features, const Tensor& candidates,
-                       const Run& run) {
+template <typename Device>
+Tensor knn_scores(const Tensor& queries_in, const Tensor& features_in,
+                  const Tensor& candidates_in) {
   constexpr const char* op = "knn_scores";
-  check_rank(op, "queries", queries, 2);
-  check_rank(op, "features", features, 2);
-  check_rank(op, "candidates", candidates, 2);
-  check_float(op, "queries", queries);
-  check_float(op, "features", features);
-  check_int64(op, "candidates", candidates);
-  check(queries.size(0) == candidates.size(0), op, ": candidates must have ", queries.size(0),
-        " rows (got ", candidates.size(0), ")");
-  check(queries.size(1) == features.size(1), op, ": queries must have ", features.size(1),
-        " columns (got ", queries.size(1), ")");
-  const Tensor q = torch::stable::contiguous(queries);
-  const Tensor f = torch::stable::contiguous(features);
-  const Tensor c = torch::stable::contiguous(candidates);
-  Tensor scores = torch::stable::new_empty(q, {c.size(0), c.size(1)});
+  check_rank(op, "queries", queries_in, 2);
+  check_rank(op, "features", features_in, 2);
+  check_rank(op, "candidates", candidates_in, 2);
+  check_float(op, "queries", queries_in);
+  check_float(op, "features", features_in);
+  check_int64(op, "candidates", candidates_in);
+  check(queries_in.size(0) == candidates_in.size(0), op, ": candidates must have ",
+        queries_in.size(0), " rows (got ", candidates_in.size(0), ")");
+  check(queries_in.size(1) == features_in.size(1), op, ": queries must have ", features_in.size(1),
+        " columns (got ", queries_in.size(1), ")");
+  const Tensor queries = torch::stable::contiguous(queries_in);
+  const Tensor features = torch::stable::contiguous(features_in);
+  const Tensor candidates = torch::stable::contiguous(candidates_in);
+  const Tensor scores = torch::stable::new_empty(queries, {candidates.size(0), candidates.size(1)});
   KnnScoresParams p{};
-  p.scores = scores.mutable_data_ptr<float>();
-  p.queries = q.const_data_ptr<float>();
-  p.features = f.const_data_ptr<float>();
-  p.candidates = int64_data(c);
-  p.num_rows = c.size(0);
-  p.num_candidates = c.size(1);
-  p.num_features = f.size(0);
-  p.dim = f.size(1);
-  run(p);
+  p.scores = float_out(scores);
+  p.queries = float_data(queries);
+  p.features = float_data(features);
+  p.candidates = int64_data(candidates);
+  p.num_rows = candidates.size(0);
+  p.num_candidates = candidates.size(1);
+  p.num_features = features.size(0);
+  p.dim = features.size(1);
+  Device::template run<run_knn_scores, launch_knn_scores>(queries, p);
   return scores;
 }
 
-void knn_select_cpu(const Tensor& values, const Tensor& indices, const Tensor& counts,
-                    const Tensor& thresholds, const Tensor& tile, int64_t row_start,
-                    int64_t col_start, int64_t keep, bool mirror, bool self_search) {
-  knn_select_glue(values, indices, counts, thresholds, tile, row_start, col_start, keep, mirror,
-                  self_search, run_knn_select);
+template <typename Device, typename Library>
+void register_ops(Library& m) {
+  m.impl("knn_select_", TORCH_BOX(&knn_select<Device>));
+  m.impl("knn_scores", TORCH_BOX(&knn_scores<Device>));
 }
-
-Tensor knn_scores_cpu(const Tensor& queries, const Tensor& features, const Tensor& candidates) {
-  return knn_scores_glue(queries, features, candidates, run_knn_scores);
-}
-
-#ifdef DHCL_CUDA
-void knn_select_cuda(const Tensor& values, const Tensor& indices, const Tensor& counts,
-                     const Tensor& thresholds, const Tensor& tile, int64_t row_start,
-                     int64_t col_start, int64_t keep, bool mirror, bool self_search) {
-  check(values.size(1) <= kMaxCapacity, "knn_select_: at most ", kMaxCapacity,
-        " candidates a row on CUDA (got ", values.size(1), ")");
-  // The kernel reads along rows; a transposed copy costs far less than the product it saves.
-  const Tensor upright =
-      mirror ? torch::stable::contiguous(torch::stable::transpose(tile, 0, 1)) : tile;
-  knn_select_glue(values, indices, counts, thresholds, upright, mirror ? col_start : row_start,
-                  mirror ? row_start : col_start, keep, false, self_search,
-                  [&](const KnnSelectParams& p) {
-                    const CudaScope scope(values);
-                    launch_knn_select(p, scope.stream());
-                    scope.check_launch();
-                  });
-}
-
-Tensor knn_scores_cuda(const Tensor& queries, const Tensor& features, const Tensor& candidates) {
-  return knn_scores_glue(queries, features, candidates, [&](const KnnScoresParams& p) {
-    const CudaScope scope(queries);
-    launch_knn_scores(p, scope.stream());
-    scope.check_launch();
-  });
-}
-#endif
 
 }  // namespace
 }  // namespace dhcl
 
-STABLE_TORCH_LIBRARY_IMPL(dhcl, CPU, m) {
-  m.impl("knn_select_", TORCH_BOX(&dhcl::knn_select_cpu));
-  m.impl("knn_scores", TORCH_BOX(&dhcl::knn_scores_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(dhcl, CPU, m) { dhcl::register_ops<dhcl::Cpu>(m); }
 
 #ifdef DHCL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(dhcl, CUDA, m) {
-  m.impl("knn_select_", TORCH_BOX(&dhcl::knn_select_cuda));
-  m.impl("knn_scores", TORCH_BOX(&dhcl::knn_scores_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(dhcl, CUDA, m) { dhcl::register_ops<dhcl::Cuda>(m); }
 #endif

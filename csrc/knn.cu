@@ -15,8 +15,6 @@ constexpr int kLoads = 4;  // per thread and step, so that several are in flight
 constexpr int kStep = kThreads * kLoads;
 constexpr int kWarpsPerBlock = 8;
 
-__host__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
 // A number that is smaller the better a candidate is: by value, the largest first, then by index.
@@ -114,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One warp per candidate; lane l holds columns 4l .. 4l+3 of the 128 that knn.h sums into.
+// One warp per candidate.
 template <bool kAligned>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     knn_scores_kernel(float* scores, const float* __restrict__ queries,
@@ -133,17 +131,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   }
   const float* x = queries + pair / num_candidates * d;
   const float* y = features + candidate * d;
-  float columns[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-  for (int64_t col = 4 * lane; col < d; col += kDotColumns) {
-    float a[4];
-    float b[4];
-    load4<kAligned>(x, col, d, a);
-    load4<kAligned>(y, col, d, b);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) columns[c] = add_rn(columns[c], mul_rn(a[c], b[c]));
-  }
-  const float score = fold_columns(columns);
+  const float score = warp_dot<kAligned, 4>(x, y, d);
   if (lane == 0) scores[pair] = score;
 }
 

@@ -3,9 +3,7 @@
 // The similarity of two rows has one definition, so that the PyTorch reference, the C++ code and
 // the CUDA kernels give the same bits for any number of threads and any block size:
 //
-// * Each product x[j] * y[j] is rounded to fp32 and added to one of 128 columns, which start at
-//   zero (element j goes to column j mod 128, in ascending j); then the upper half of the columns
-//   is added to the lower half, 64, 32, ..., 1. Nothing is fused.
+// * Each product x[j] * y[j] is rounded to fp32, and they are summed as common/sums.h states.
 //
 // A matrix product gives this number up to a known bound only. It is used to find candidates: the
 // `keep` largest products of a row are kept, re-scored in the order above, and the row is certified
@@ -14,8 +12,6 @@
 #include <cstdint>
 
 namespace dhcl {
-
-constexpr int64_t kDotColumns = 128;
 
 // Adds the entries of a tile of products to the candidates of its rows. Row r of the state holds
 // counts[r] <= capacity candidates in front, -inf and -1 behind them; among them are the `keep`

@@ -19,19 +19,8 @@ DHCL_CLONES void mix(const float* old, const float* f, float m, float one_minus_
   for (int64_t j = 0; j < d; ++j) out[j] = m * old[j] + one_minus_m * f[j];
 }
 
-template <typename A>
-inline A folded_squares(const A* x, int64_t d) {
-  alignas(64) A columns[kNormColumns] = {};
-  const int64_t whole = d / kNormColumns * kNormColumns;
-  for (int64_t j = 0; j < whole; j += kNormColumns)
-    for (int64_t c = 0; c < kNormColumns; ++c) columns[c] += x[j + c] * x[j + c];
-  for (int64_t c = 0; c < d - whole; ++c) columns[c] += x[whole + c] * x[whole + c];
-  for (int64_t half = kNormColumns / 2; half > 0; half /= 2)
-    for (int64_t c = 0; c < half; ++c) columns[c] += columns[c + half];
-  return columns[0];
-}
-DHCL_CLONES float norm(const float* x, int64_t d) { return std::sqrt(folded_squares(x, d)); }
-DHCL_CLONES double norm(const double* x, int64_t d) { return std::sqrt(folded_squares(x, d)); }
+DHCL_CLONES float norm(const float* x, int64_t d) { return std::sqrt(sum_of_products(x, x, d)); }
+DHCL_CLONES double norm(const double* x, int64_t d) { return std::sqrt(sum_of_products(x, x, d)); }
 
 DHCL_CLONES void divide(const float* x, float divisor, int64_t d, float* out) {
   for (int64_t j = 0; j < d; ++j) out[j] = x[j] / divisor;
@@ -90,8 +79,8 @@ Groups group_by_value(const int64_t* values, int64_t count) {
 }
 
 template <typename BankT, typename FeatureT>
-int64_t momentum_update_row(BankT* bank_row, const FeatureT* features, const int64_t* begin,
-                            const int64_t* end, const MomentumParams& p, float* scratch) {
+int64_t update_row(BankT* bank_row, const FeatureT* features, const int64_t* begin,
+                   const int64_t* end, const MomentumParams& p, float* scratch) {
   const int64_t d = p.dim;
   float* old_row = scratch;
   float* feature_row = scratch + d;
@@ -113,7 +102,7 @@ int64_t momentum_update_row(BankT* bank_row, const FeatureT* features, const int
 }
 
 template <typename BankT, typename FeatureT>
-void momentum_update(const MomentumParams& p) {
+void update_rows(const MomentumParams& p) {
   const Groups groups = group_by_value(p.indices, p.batch);
   std::atomic<int64_t> skipped{0};
   parallel_tasks(
@@ -122,22 +111,22 @@ void momentum_update(const MomentumParams& p) {
         if (static_cast<int64_t>(scratch.size()) < 3 * p.dim) scratch.resize(3 * p.dim);
         const int64_t* begin = groups.positions.data() + groups.starts[g];
         const int64_t* end = groups.positions.data() + groups.starts[g + 1];
-        skipped += momentum_update_row(static_cast<BankT*>(p.bank) + p.indices[*begin] * p.dim,
-                                       static_cast<const FeatureT*>(p.features), begin, end, p,
-                                       scratch.data());
+        skipped +=
+            update_row(static_cast<BankT*>(p.bank) + p.indices[*begin] * p.dim,
+                       static_cast<const FeatureT*>(p.features), begin, end, p, scratch.data());
       });
   if (p.skipped != nullptr) *p.skipped += skipped;
 }
 
 template <typename BankT>
-void momentum_update_for(const MomentumParams& p) {
+void update_rows_for(const MomentumParams& p) {
   switch (p.feature_dtype) {
     case Dtype::kFloat16:
-      return momentum_update<BankT, Half>(p);
+      return update_rows<BankT, Half>(p);
     case Dtype::kBFloat16:
-      return momentum_update<BankT, BFloat16>(p);
+      return update_rows<BankT, BFloat16>(p);
     default:
-      return momentum_update<BankT, float>(p);
+      return update_rows<BankT, float>(p);
   }
 }
 
@@ -149,11 +138,11 @@ void run_momentum_update(const MomentumParams& p) {
   if (p.batch == 0 || p.dim == 0) return;
   switch (p.bank_dtype) {
     case Dtype::kFloat16:
-      return momentum_update_for<Half>(p);
+      return update_rows_for<Half>(p);
     case Dtype::kBFloat16:
-      return momentum_update_for<BFloat16>(p);
+      return update_rows_for<BFloat16>(p);
     default:
-      return momentum_update_for<float>(p);
+      return update_rows_for<float>(p);
   }
 }
 
@@ -222,7 +211,7 @@ constexpr int64_t kGiantClass = 4096;
 constexpr int64_t kGiantSlice = 256;
 
 template <typename T, typename A>
-void segment_mean(const SegmentMeanParams& p) {
+void mean_of_classes(const SegmentMeanParams& p) {
   std::vector<int64_t> small, giant;
   const auto place = [&](int64_t k) {
     (p.offsets[k + 1] - p.offsets[k] < kGiantClass ? small : giant).push_back(k);
@@ -269,18 +258,18 @@ void run_segment_mean(const SegmentMeanParams& p) {
   if (p.num_listed == 0 || p.dim == 0) return;
   switch (p.dtype) {
     case Dtype::kFloat16:
-      return segment_mean<Half, float>(p);
+      return mean_of_classes<Half, float>(p);
     case Dtype::kBFloat16:
-      return segment_mean<BFloat16, float>(p);
+      return mean_of_classes<BFloat16, float>(p);
     case Dtype::kFloat64:
-      return segment_mean<double, double>(p);
+      return mean_of_classes<double, double>(p);
     default:
-      return segment_mean<float, float>(p);
+      return mean_of_classes<float, float>(p);
   }
 }
 
 template <typename T, typename A>
-void segment_mean_backward(const SegmentMeanBackwardParams& p) {
+void spread_gradient(const SegmentMeanBackwardParams& p) {
   const T* grad = static_cast<const T*>(p.grad);
   T* grad_rows = static_cast<T*>(p.grad_rows);
   const int64_t d = p.dim;
@@ -301,13 +290,13 @@ void run_segment_mean_backward(const SegmentMeanBackwardParams& p) {
   if (p.num_rows == 0 || p.dim == 0) return;
   switch (p.dtype) {
     case Dtype::kFloat16:
-      return segment_mean_backward<Half, float>(p);
+      return spread_gradient<Half, float>(p);
     case Dtype::kBFloat16:
-      return segment_mean_backward<BFloat16, float>(p);
+      return spread_gradient<BFloat16, float>(p);
     case Dtype::kFloat64:
-      return segment_mean_backward<double, double>(p);
+      return spread_gradient<double, double>(p);
     default:
-      return segment_mean_backward<float, float>(p);
+      return spread_gradient<float, float>(p);
   }
 }
 
@@ -331,10 +320,9 @@ Dtype dtype_of(const char* op, const char* name, const Tensor& t, bool allow_dou
   }
 }
 
-template <typename Run>
-void momentum_update_glue(const Tensor& bank, const Tensor& features, const Tensor& indices,
-                          double momentum, double eps, const std::optional<Tensor>& skipped,
-                          const Run& run) {
+template <typename Device>
+void momentum_update(const Tensor& bank, const Tensor& features, const Tensor& indices,
+                     double momentum, double eps, const std::optional<Tensor>& skipped) {
   constexpr const char* op = "momentum_update_";
   check_rank(op, "bank", bank, 2);
   check_rank(op, "features", features, 2);
@@ -365,7 +353,7 @@ void momentum_update_glue(const Tensor& bank, const Tensor& features, const Tens
   p.eps = static_cast<float>(eps);
   p.bank_dtype = dtype_of(op, "bank", bank, false);
   p.feature_dtype = dtype_of(op, "features", f, false);
-  run(p);
+  Device::template run<run_momentum_update, launch_momentum_update>(bank, p);
 }
 
 // Checks the class lists that every segment op takes.
@@ -379,10 +367,9 @@ void check_segments(const char* op, const Tensor& rows, const Tensor& members,
   check(offsets.size(0) >= 1, op, ": offsets must have num_classes + 1 elements (got 0)");
 }
 
-template <typename Run>
-void segment_mean_glue(const Tensor& means, const Tensor& rows, const Tensor& members,
-                       const Tensor& offsets, const std::optional<Tensor>& classes, bool normalize,
-                       const Run& run) {
+template <typename Device>
+void update_means(const Tensor& means, const Tensor& rows, const Tensor& members,
+                  const Tensor& offsets, const std::optional<Tensor>& classes, bool normalize) {
   constexpr const char* op = "update_segment_mean_";
   check_segments(op, rows, members, offsets);
   check_rank(op, "means", means, 2);
@@ -413,12 +400,24 @@ void segment_mean_glue(const Tensor& means, const Tensor& rows, const Tensor& me
   p.dim = r.size(1);
   p.normalize = normalize;
   p.dtype = dtype_of(op, "rows", r, true);
-  run(p);
+  Device::template run<run_segment_mean, launch_segment_mean>(rows, p);
 }
 
-template <typename Run>
-Tensor segment_mean_backward_glue(const Tensor& grad, const Tensor& members, const Tensor& offsets,
-                                  const Run& run) {
+template <typename Device>
+Tensor segment_mean(const Tensor& rows, const Tensor& members, const Tensor& offsets) {
+  Tensor means = torch::stable::new_empty(rows, {offsets.size(0) - 1, rows.size(1)});
+  update_means<Device>(means, rows, members, offsets, std::nullopt, false);
+  return means;
+}
+
+template <typename Device>
+void update_segment_mean(const Tensor& means, const Tensor& rows, const Tensor& members,
+                         const Tensor& offsets, const Tensor& classes, bool normalize) {
+  update_means<Device>(means, rows, members, offsets, classes, normalize);
+}
+
+template <typename Device>
+Tensor segment_mean_backward(const Tensor& grad, const Tensor& members, const Tensor& offsets) {
   constexpr const char* op = "segment_mean_backward";
   check_segments(op, grad, members, offsets);
   check(grad.size(0) == offsets.size(0) - 1, op, ": grad must have ", offsets.size(0) - 1,
@@ -436,13 +435,8 @@ Tensor segment_mean_backward_glue(const Tensor& grad, const Tensor& members, con
   p.num_classes = o.size(0) - 1;
   p.dim = g.size(1);
   p.dtype = dtype_of(op, "grad", g, true);
-  run(p);
+  Device::template run<run_segment_mean_backward, launch_segment_mean_backward>(grad, p);
   return out;
-}
-
-void momentum_update_cpu(const Tensor& bank, const Tensor& features, const Tensor& indices,
-                         double momentum, double eps, const std::optional<Tensor>& skipped) {
-  momentum_update_glue(bank, features, indices, momentum, eps, skipped, run_momentum_update);
 }
 
 // Members in ascending row index, class after class; rows of no class last.
@@ -467,73 +461,21 @@ std::tuple<Tensor, Tensor> class_csr_cpu(const Tensor& labels, int64_t num_class
   return {members, offsets};
 }
 
-Tensor segment_mean_cpu(const Tensor& rows, const Tensor& members, const Tensor& offsets) {
-  Tensor means = torch::stable::new_empty(rows, {offsets.size(0) - 1, rows.size(1)});
-  segment_mean_glue(means, rows, members, offsets, std::nullopt, false, run_segment_mean);
-  return means;
+template <typename Device, typename Library>
+void register_ops(Library& m) {
+  m.impl("momentum_update_", TORCH_BOX(&momentum_update<Device>));
+  m.impl("segment_mean", TORCH_BOX(&segment_mean<Device>));
+  m.impl("segment_mean_backward", TORCH_BOX(&segment_mean_backward<Device>));
+  m.impl("update_segment_mean_", TORCH_BOX(&update_segment_mean<Device>));
+  // On CUDA it is torch's own sort.
+  if constexpr (!Device::kCuda) m.impl("class_csr", TORCH_BOX(&class_csr_cpu));
 }
-
-void update_segment_mean_cpu(const Tensor& means, const Tensor& rows, const Tensor& members,
-                             const Tensor& offsets, const Tensor& classes, bool normalize) {
-  segment_mean_glue(means, rows, members, offsets, classes, normalize, run_segment_mean);
-}
-
-Tensor segment_mean_backward_cpu(const Tensor& grad, const Tensor& members, const Tensor& offsets) {
-  return segment_mean_backward_glue(grad, members, offsets, run_segment_mean_backward);
-}
-
-#ifdef DHCL_CUDA
-template <auto kLaunch>
-auto on_stream_of(const Tensor& t) {
-  return [&t](const auto& p) {
-    const CudaScope scope(t);
-    kLaunch(p, scope.stream());
-    scope.check_launch();
-  };
-}
-
-void momentum_update_cuda(const Tensor& bank, const Tensor& features, const Tensor& indices,
-                          double momentum, double eps, const std::optional<Tensor>& skipped) {
-  momentum_update_glue(bank, features, indices, momentum, eps, skipped,
-                       on_stream_of<launch_momentum_update>(bank));
-}
-
-Tensor segment_mean_cuda(const Tensor& rows, const Tensor& members, const Tensor& offsets) {
-  Tensor means = torch::stable::new_empty(rows, {offsets.size(0) - 1, rows.size(1)});
-  segment_mean_glue(means, rows, members, offsets, std::nullopt, false,
-                    on_stream_of<launch_segment_mean>(rows));
-  return means;
-}
-
-void update_segment_mean_cuda(const Tensor& means, const Tensor& rows, const Tensor& members,
-                              const Tensor& offsets, const Tensor& classes, bool normalize) {
-  segment_mean_glue(means, rows, members, offsets, classes, normalize,
-                    on_stream_of<launch_segment_mean>(rows));
-}
-
-Tensor segment_mean_backward_cuda(const Tensor& grad, const Tensor& members,
-                                  const Tensor& offsets) {
-  return segment_mean_backward_glue(grad, members, offsets,
-                                    on_stream_of<launch_segment_mean_backward>(grad));
-}
-#endif
 
 }  // namespace
 }  // namespace dhcl
 
-STABLE_TORCH_LIBRARY_IMPL(dhcl, CPU, m) {
-  m.impl("momentum_update_", TORCH_BOX(&dhcl::momentum_update_cpu));
-  m.impl("class_csr", TORCH_BOX(&dhcl::class_csr_cpu));
-  m.impl("segment_mean", TORCH_BOX(&dhcl::segment_mean_cpu));
-  m.impl("segment_mean_backward", TORCH_BOX(&dhcl::segment_mean_backward_cpu));
-  m.impl("update_segment_mean_", TORCH_BOX(&dhcl::update_segment_mean_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(dhcl, CPU, m) { dhcl::register_ops<dhcl::Cpu>(m); }
 
 #ifdef DHCL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(dhcl, CUDA, m) {
-  m.impl("momentum_update_", TORCH_BOX(&dhcl::momentum_update_cuda));
-  m.impl("segment_mean", TORCH_BOX(&dhcl::segment_mean_cuda));
-  m.impl("segment_mean_backward", TORCH_BOX(&dhcl::segment_mean_backward_cuda));
-  m.impl("update_segment_mean_", TORCH_BOX(&dhcl::update_segment_mean_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(dhcl, CUDA, m) { dhcl::register_ops<dhcl::Cuda>(m); }
 #endif

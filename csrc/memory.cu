@@ -14,8 +14,6 @@ constexpr int kWarpsPerBlock = 8;
 // Batch positions whose indices one block stages in shared memory: 32 KiB.
 constexpr int64_t kChunk = 4096;
 
-__host__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // v = m * old + (1 - m) * f, four columns.
 template <bool kAligned, typename BankT, typename FeatureT>
 __device__ __forceinline__ void mix4(const BankT* bank_row, const FeatureT* feature_row,
@@ -64,7 +62,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
       const FeatureT* feature_row = features + occurrence * d;
       float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 4
-      for (int64_t col = 4 * lane; col < d; col += kNormColumns) {
+      for (int64_t col = 4 * lane; col < d; col += kSumColumns) {
         float v[4];
         mix4<kAligned>(bank_row, feature_row, col, d, m, one_minus_m, v);
 #pragma unroll
@@ -80,7 +78,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
       // The mixed row is computed again rather than kept: its inputs are in L1 by now, and d is not
       // bounded by registers.
 #pragma unroll 4
-      for (int64_t col = 4 * lane; col < d; col += kNormColumns) {
+      for (int64_t col = 4 * lane; col < d; col += kSumColumns) {
         float v[4];
         BankT out[4];
         mix4<kAligned>(bank_row, feature_row, col, d, m, one_minus_m, v);
@@ -155,8 +153,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   const int64_t end = offsets[k + 1];
   const int64_t first =
       4 * threadIdx.x +
-      kNormColumns * (static_cast<int64_t>(blockIdx.y) * kWarpsPerBlock + threadIdx.y);
-  for (int64_t col = first; col < d; col += kNormColumns * kWarpsPerBlock * gridDim.y) {
+      kSumColumns * (static_cast<int64_t>(blockIdx.y) * kWarpsPerBlock + threadIdx.y);
+  for (int64_t col = first; col < d; col += kSumColumns * kWarpsPerBlock * gridDim.y) {
     A total[4] = {A(0), A(0), A(0), A(0)};
     for (int64_t run = begin; run < end; run += kRunLength) {
       const int64_t stop = run + kRunLength < end ? run + kRunLength : end;
@@ -188,7 +186,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   if (threadIdx.y != 0) return;
   T* row = means + (classes == nullptr ? entry : classes[entry]) * d;
   A squares[4] = {A(0), A(0), A(0), A(0)};
-  for (int64_t col = 4 * threadIdx.x; col < d; col += kNormColumns) {
+  for (int64_t col = 4 * threadIdx.x; col < d; col += kSumColumns) {
     T value[4];
     load4<kAligned>(row, col, d, value);
 #pragma unroll
@@ -199,7 +197,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   }
   const A norm = sqrt_rn(fold_columns(squares));
   const A divisor = norm > A(kMeanEps) ? norm : A(kMeanEps);
-  for (int64_t col = 4 * threadIdx.x; col < d; col += kNormColumns) {
+  for (int64_t col = 4 * threadIdx.x; col < d; col += kSumColumns) {
     T value[4];
     load4<kAligned>(row, col, d, value);
 #pragma unroll
@@ -236,7 +234,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
 
 template <bool kAligned, typename T, typename A>
 void segment_mean_aligned(const SegmentMeanParams& p, cudaStream_t stream) {
-  const int64_t groups = ceil_div(p.dim, kNormColumns * kWarpsPerBlock);
+  const int64_t groups = ceil_div(p.dim, kSumColumns * kWarpsPerBlock);
   // Few entries: spread the columns over more blocks. Many: one block each, so that the search for
   // repeats is done once per entry.
   const int64_t spread = p.num_listed >= 4096 ? 1 : groups;

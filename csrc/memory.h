@@ -3,8 +3,7 @@
 // Two orders of summation are fixed here, so that the PyTorch reference, the C++ code and the CUDA
 // kernels give the same bits in fp32, for any number of threads and any vector width:
 //
-// * The norm of a row. Squares are summed into 128 columns (element j goes to column j mod 128,
-//   in ascending j); then the upper half of the columns is added to the lower half, 64, 32, ..., 1.
+// * The norm of a row. Squares are summed as common/sums.h states.
 // * The sum of the rows of a class. Members in ascending row index are summed one after another in
 //   runs of 256, and the sums of the runs are added one after another.
 #pragma once
@@ -12,7 +11,6 @@
 
 namespace dhcl {
 
-constexpr int64_t kNormColumns = 128;
 constexpr int64_t kRunLength = 256;
 // Below this a class mean counts as zero and is left as it is when prototypes are normalised.
 constexpr float kMeanEps = 1e-12f;

@@ -126,11 +126,10 @@ void run_match_ranks(const MatchRanksParams& p) {
 
 // ---- glue ---------------------------------------------------------------------------------------
 
-template <typename Run>
-Tensor match_ranks_glue(const Tensor& distance, const Tensor& members, const Tensor& begin,
-                        const Tensor& offsets, int64_t total,
-                        const std::optional<Tensor>& query_cameras,
-                        const std::optional<Tensor>& gallery_cameras, const Run& run) {
+template <typename Device>
+Tensor match_ranks(const Tensor& distance, const Tensor& members, const Tensor& begin,
+                   const Tensor& offsets, int64_t total, const std::optional<Tensor>& query_cameras,
+                   const std::optional<Tensor>& gallery_cameras) {
   constexpr const char* op = "match_ranks";
   check_rank(op, "distance", distance, 2);
   const bool is_double = distance.scalar_type() == ScalarType::Double;
@@ -138,7 +137,7 @@ Tensor match_ranks_glue(const Tensor& distance, const Tensor& members, const Ten
         ": distance must be float32 or float64");
   const int64_t queries = distance.size(0);
   const int64_t gallery = distance.size(1);
-  const auto int64s = [&](const char* name, const Tensor& t, int64_t size) {
+  const auto checked = [&](const char* name, const Tensor& t, int64_t size) {
     check_rank(op, name, t, 1);
     check_int64(op, name, t);
     check(t.size(0) == size, op, ": ", name, " must have ", size, " elements (got ", t.size(0),
@@ -146,15 +145,15 @@ Tensor match_ranks_glue(const Tensor& distance, const Tensor& members, const Ten
     return torch::stable::contiguous(t);
   };
   const Tensor d = torch::stable::contiguous(distance);
-  const Tensor m = int64s("members", members, gallery);
-  const Tensor b = int64s("begin", begin, queries);
-  const Tensor o = int64s("offsets", offsets, queries + 1);
+  const Tensor m = checked("members", members, gallery);
+  const Tensor b = checked("begin", begin, queries);
+  const Tensor o = checked("offsets", offsets, queries + 1);
   check(query_cameras.has_value() == gallery_cameras.has_value(), op,
         ": cameras must be given for both query and gallery or neither");
   std::optional<Tensor> qc, gc;
   if (query_cameras.has_value()) {
-    qc = int64s("query_cameras", *query_cameras, queries);
-    gc = int64s("gallery_cameras", *gallery_cameras, gallery);
+    qc = checked("query_cameras", *query_cameras, queries);
+    gc = checked("gallery_cameras", *gallery_cameras, gallery);
   }
   Tensor ranks = torch::stable::new_empty(m, {total});
   if (queries == 0 || gallery == 0 || total == 0) return ranks;
@@ -169,45 +168,23 @@ Tensor match_ranks_glue(const Tensor& distance, const Tensor& members, const Ten
   p.num_queries = queries;
   p.num_gallery = gallery;
   p.is_double = is_double;
-  run(p);
+  if constexpr (!Device::kCuda)
+    check(p.offsets[0] == 0 && p.offsets[queries] == total, op, ": offsets must run from 0 to ",
+          total);
+  Device::template run<run_match_ranks, launch_match_ranks>(distance, p);
   return ranks;
 }
 
-Tensor match_ranks_cpu(const Tensor& distance, const Tensor& members, const Tensor& begin,
-                       const Tensor& offsets, int64_t total,
-                       const std::optional<Tensor>& query_cameras,
-                       const std::optional<Tensor>& gallery_cameras) {
-  return match_ranks_glue(distance, members, begin, offsets, total, query_cameras, gallery_cameras,
-                          [&](const MatchRanksParams& p) {
-                            check(p.offsets[0] == 0 && p.offsets[p.num_queries] == total,
-                                  "match_ranks: offsets must run from 0 to ", total);
-                            run_match_ranks(p);
-                          });
+template <typename Device, typename Library>
+void register_ops(Library& m) {
+  m.impl("match_ranks", TORCH_BOX(&match_ranks<Device>));
 }
-
-#ifdef DHCL_CUDA
-Tensor match_ranks_cuda(const Tensor& distance, const Tensor& members, const Tensor& begin,
-                        const Tensor& offsets, int64_t total,
-                        const std::optional<Tensor>& query_cameras,
-                        const std::optional<Tensor>& gallery_cameras) {
-  return match_ranks_glue(distance, members, begin, offsets, total, query_cameras, gallery_cameras,
-                          [&](const MatchRanksParams& p) {
-                            const CudaScope scope(distance);
-                            launch_match_ranks(p, scope.stream());
-                            scope.check_launch();
-                          });
-}
-#endif
 
 }  // namespace
 }  // namespace dhcl
 
-STABLE_TORCH_LIBRARY_IMPL(dhcl, CPU, m) {
-  m.impl("match_ranks", TORCH_BOX(&dhcl::match_ranks_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(dhcl, CPU, m) { dhcl::register_ops<dhcl::Cpu>(m); }
 
 #ifdef DHCL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(dhcl, CUDA, m) {
-  m.impl("match_ranks", TORCH_BOX(&dhcl::match_ranks_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(dhcl, CUDA, m) { dhcl::register_ops<dhcl::Cuda>(m); }
 #endif

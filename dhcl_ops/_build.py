@@ -24,8 +24,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Op families with a CUDA source beside their C++ one; a stem names their files everywhere.
-FAMILIES = ("memory", "knn", "jaccard", "contrastive", "ranking")
 # The oldest torch whose stable ABI the library asks for (2.10); it then runs on every later one.
 TARGET_VERSION = "0x020a000000000000"
 NAME = "dhcl_ops_kernels"
@@ -44,7 +42,7 @@ def source_dir() -> Path:
     """Folder of the kernel sources: in the package once installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / f"{FAMILIES[0]}.cpp").is_file():
+        if any(folder.glob("*.cpp")):
             return folder
     raise BuildError(
         f"the kernel sources are missing (looked in {package / 'csrc'} and "
@@ -53,12 +51,28 @@ def source_dir() -> Path:
     )
 
 
+def families() -> list[str]:
+    """The op families: the stems with a ``.cpp`` and a ``.cu`` among the kernel sources.
+
+    This is the only list of them. A stem names a family's files everywhere, so whatever goes
+    through all families (build, tests, benchmarks) asks here and finds the rest by name.
+    """
+    return sorted(
+        path.stem for path in source_dir().glob("*.cu") if path.with_suffix(".cpp").exists()
+    )
+
+
+def common_kernels() -> list[Path]:
+    """The ``.cu`` files that families share."""
+    return sorted((source_dir() / "common").glob("*.cu"))
+
+
 def sources(cuda: bool) -> list[Path]:
-    """Files to compile: one ``.cpp`` per family, and its ``.cu`` for a CUDA build."""
+    """Files to compile: one ``.cpp`` per family; for a CUDA build its ``.cu`` and common ones."""
     folder = source_dir()
-    files = [folder / f"{stem}.cpp" for stem in FAMILIES]
+    files = [folder / f"{stem}.cpp" for stem in families()]
     if cuda:
-        files += [folder / f"{stem}.cu" for stem in FAMILIES]
+        files += [folder / f"{stem}.cu" for stem in families()] + common_kernels()
     return files
 
 

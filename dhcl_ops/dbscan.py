@@ -63,7 +63,7 @@ def _dbscan_sample(device: torch.device) -> tuple[Any, ...]:
 
 _dbscan = define(
     "dbscan(Tensor offsets, Tensor columns, Tensor values, float eps, int min_samples) -> Tensor",
-    family="jaccard",
+    family="dbscan",
     reference=_dbscan_reference,
     fake=lambda offsets, columns, values, eps, min_samples: offsets.new_empty(offsets.shape[0] - 1),
     sample=_dbscan_sample,

@@ -95,7 +95,7 @@ def sample_weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, to
 
 _reciprocal_positions = define(
     "reciprocal_positions(Tensor ranks) -> Tensor",
-    family="jaccard",
+    family="reciprocal",
     reference=_reciprocal_positions_reference,
     fake=lambda ranks: torch.empty_like(ranks, dtype=torch.int16),
     sample=lambda device: (_sample_ranks(device)[1],),
@@ -105,7 +105,7 @@ _reciprocal_positions = define(
 _k_reciprocal = define(
     "k_reciprocal(Tensor ranks, Tensor positions, int k, int half, int begin, int end) "
     "-> (Tensor, Tensor)",
-    family="jaccard",
+    family="reciprocal",
     reference=_k_reciprocal_reference,
     fake=lambda ranks, positions, k, half, begin, end: _csr.fake_rows(ranks, end - begin)[:2],
     sample=lambda device: (
@@ -148,7 +148,7 @@ def _pair_dots_reference(
 _pair_dots = define(
     "pair_dots(Tensor features, Tensor ranks, Tensor? similarities, Tensor offsets, "
     "Tensor columns, int begin) -> Tensor",
-    family="jaccard",
+    family="reciprocal",
     reference=_pair_dots_reference,
     fake=lambda features, ranks, similarities, offsets, columns, begin: features.new_empty(
         columns.shape[0]
@@ -169,7 +169,7 @@ def _softmax_rows_reference(offsets: torch.Tensor, logits: torch.Tensor) -> torc
 
 softmax_rows = define(
     "softmax_rows(Tensor offsets, Tensor logits) -> Tensor",
-    family="jaccard",
+    family="reciprocal",
     reference=_softmax_rows_reference,
     fake=lambda offsets, logits: torch.empty_like(logits),
     sample=lambda device: (sample_weights(device)[0], -sample_weights(device)[2]),
@@ -210,7 +210,7 @@ def _query_expand_reference(
 _query_expand = define(
     "query_expand(Tensor ranks, Tensor offsets, Tensor columns, Tensor values, int k2, int begin, "
     "int end) -> (Tensor, Tensor, Tensor)",
-    family="jaccard",
+    family="reciprocal",
     reference=_query_expand_reference,
     fake=lambda ranks, offsets, columns, values, k2, begin, end: _csr.fake_rows(ranks, end - begin),
     sample=lambda device: (_sample_ranks(device)[1], *sample_weights(device), 3, 1, 14),

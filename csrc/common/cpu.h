@@ -1,4 +1,4 @@
-// Building blocks of the CPU code: number formats, multiversioned row loops, dynamic scheduling.
+// Building blocks of the CPU code: multiversioned row loops, dynamic scheduling.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -6,6 +6,7 @@
 #include <exception>
 #include <mutex>
 
+#include "sums.h"
 #include "torch_glue.h"
 
 // A build on the user's own machine has its full instruction set (-march=native, DHCL_NATIVE). What
@@ -50,6 +51,19 @@ void parallel_tasks(int64_t tasks, int64_t block, int64_t elements, const Body& 
     torch::stable::parallel_for(0, threads, 1, work);
   }
   if (error) std::rethrow_exception(error);
+}
+
+// Rows go to threads in tasks of this many.
+constexpr int64_t kRowsPerTask = 64;
+inline int64_t tasks_for(int64_t rows) { return (rows + kRowsPerTask - 1) / kRowsPerTask; }
+
+// Runs body(row) for every row in [0, rows), as parallel_tasks does for tasks of rows.
+template <typename Body>
+void parallel_rows(int64_t rows, int64_t block, int64_t elements, const Body& body) {
+  parallel_tasks(tasks_for(rows), block, elements, [&](int64_t task) {
+    const int64_t stop = std::min((task + 1) * kRowsPerTask, rows);
+    for (int64_t row = task * kRowsPerTask; row < stop; ++row) body(row);
+  });
 }
 
 }  // namespace dhcl

@@ -1,6 +1,8 @@
-// Small device building blocks shared by the op families: number formats, 4-wide loads, warp sums.
+// Small device building blocks shared by the op families: places in a grid, number formats, 4-wide
+// loads, warp sums.
 #pragma once
 #include "cuda_compat.h"
+#include "sums.h"
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,6 +12,31 @@ namespace dhcl {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarp = 32;
+constexpr int64_t kMaxGrid = 2147483647;
+
+__host__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As many blocks as items need, or as a grid can have: kernels step over the rest.
+__host__ inline dim3 blocks_for(int64_t items, int64_t per_block) {
+  const int64_t blocks = ceil_div(items, per_block);
+  return dim3(static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid));
+}
+
+__device__ __forceinline__ int64_t first_item() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ __forceinline__ int64_t item_step() {
+  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
+__device__ __forceinline__ int64_t first_warp() { return first_item() / kWarp; }
+__device__ __forceinline__ int64_t warp_step() { return item_step() / kWarp; }
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+__device__ __forceinline__ int64_t add_to(int64_t* address, int64_t value) {
+  return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(address),
+                                        static_cast<unsigned long long>(value)));
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -95,8 +122,8 @@ __device__ __forceinline__ void store4(T* row, int64_t col, int64_t d, const T (
   }
 }
 
-// Ends the fixed-order sum of 128 columns (see csrc/memory.h): the lane holds columns
-// 4*lane .. 4*lane+3, and halving the columns from 64 down to 1 is five shuffles, then two adds.
+// Ends the fixed-order sum of 128 columns (see sums.h): the lane holds columns 4*lane .. 4*lane+3,
+// and halving the columns from 64 down to 1 is five shuffles, then two adds.
 // Every lane gets the same bits.
 template <typename A>
 __device__ __forceinline__ A fold_columns(A (&part)[4]) {
@@ -107,6 +134,21 @@ __device__ __forceinline__ A fold_columns(A (&part)[4]) {
       part[c] = add_rn(part[c], __shfl_xor_sync(kFullWarp, part[c], offset));
   }
   return add_rn(add_rn(part[0], part[2]), add_rn(part[1], part[3]));
+}
+
+// The inner product of two rows by a whole warp. kUnroll: columns in flight.
+template <bool kAligned, int kUnroll>
+__device__ __forceinline__ float warp_dot(const float* x, const float* y, int64_t d) {
+  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll kUnroll
+  for (int64_t col = 4 * lane_id(); col < d; col += kSumColumns) {
+    float a[4], b[4];
+    load4<kAligned>(x, col, d, a);
+    load4<kAligned>(y, col, d, b);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) part[c] = add_rn(part[c], mul_rn(a[c], b[c]));
+  }
+  return fold_columns(part);
 }
 
 }  // namespace dhcl

@@ -16,8 +16,8 @@ from tests.ops.jaccard_data import (
     features_like,
     jaccard_by_definition,
 )
+from tests.ops.stages import equals_reference_on_samples
 
-OPS = sorted(name for name, op in _ops.OPS.items() if op.family == "jaccard")
 EPS = [0.4, 0.5, 0.55, 0.58, 0.6, 0.7]
 
 
@@ -175,50 +175,8 @@ def test_given_ranks_change_nothing():
 # ---- the compiled ops and their references ------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_op_equals_its_reference_on_the_sample(name):
-    op = _ops.OPS[name]
-    arguments = op.sample(torch.device("cpu"))
-    got, expected = op.overload(*arguments), op.reference(*arguments)
-    for a, b in zip(
-        got if isinstance(got, tuple) else (got,),
-        expected if isinstance(expected, tuple) else (expected,),
-        strict=True,
-    ):
-        assert same_bits(a, b)
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_every_stage_equals_its_reference(regime):
-    x = features_like(regime, 150)
-    found = knn(x, 20)
-    ranks = found.indices.int()
-
-    def both(name, *args):
-        got, expected = (call(i, name, *args) for i in ("compiled", "reference"))
-        tuples = isinstance(got, tuple)
-        pairs = zip(got, expected, strict=True) if tuples else [(got, expected)]
-        for a, b in pairs:
-            assert same_bits(a, b), name
-        return got
-
-    positions = both("reciprocal_positions", ranks)
-    offsets, columns = both("k_reciprocal", ranks, positions, 20, 11, 0, 150)
-    part = both("k_reciprocal", ranks, positions, 20, 11, 40, 101)
-    assert same_bits(part[1], columns[int(offsets[40]) : int(offsets[101])])
-    both("pair_dots", x, ranks, None, offsets, columns, 0)
-    dots = both("pair_dots", x, ranks, found.similarities, offsets, columns, 0)
-    values = both("softmax_rows", offsets, 2 * dots - 2)
-    rows = both("query_expand", ranks, offsets, columns, values, 6, 0, 150)
-    for eps in (0.3, 0.6, 1.0):
-        index = both("inverted_index", *rows, eps)
-        both("jaccard_join", *rows, *index, eps, 0, 150)
-        upper = both("jaccard_join", *rows, *index, eps, 33, 150)
-        assert upper[0][0] == 0
-    both("mirror_csr", *call("compiled", "jaccard_join", *rows, *index, 0.6, 0, 150))
-    lists = (index[2], index[4], index[5])
-    both("jaccard_rows", *rows, *lists, 0, 150)
-    both("jaccard_rows", *rows, *lists, 20, 90)
+def test_op_equals_its_reference_on_the_sample():
+    equals_reference_on_samples("jaccard")
 
 
 def test_join_survives_rows_of_other_weights():
@@ -421,14 +379,11 @@ def test_a_dense_matrix_that_does_not_fit(monkeypatch):
 
 def test_ops_check_what_they_index_with():
     """Pointers must not leave their arrays; in PyTorch indexing itself looks."""
-    outside = torch.tensor([[0], [3], [1]], dtype=torch.int32)
-    if not _ops.OPS["reciprocal_positions"].compiled("cpu"):
-        with pytest.raises(IndexError):
-            torch.ops.dhcl.reciprocal_positions(outside)
-        return
-    with pytest.raises(RuntimeError, match=r"ranks must be in \[0, 3\) \(got 3 in row 1\)"):
-        torch.ops.dhcl.reciprocal_positions(outside)
     offsets, columns = torch.tensor([0, 1]), torch.tensor([1], dtype=torch.int32)
+    if not _ops.OPS["inverted_index"].compiled("cpu"):
+        with pytest.raises(IndexError):
+            torch.ops.dhcl.inverted_index(offsets, columns, torch.ones(1), 0.5)
+        return
     with pytest.raises(RuntimeError, match=r"columns must be in \[0, 1\)"):
         torch.ops.dhcl.inverted_index(offsets, columns, torch.ones(1), 0.5)
 

@@ -1,4 +1,4 @@
-"""The compiled Jaccard ops at sizes that only a device runs quickly, against the reference.
+"""The compiled stages at sizes that only a device runs quickly, against the reference.
 
 On a CPU the same comparisons run with the C++ kernels.
 """
@@ -9,7 +9,7 @@ import torch
 from dhcl_ops import dbscan, jaccard_graph
 from dhcl_ops.knn import knn
 from tests.checks import call, same_bits
-from tests.ops.test_jaccard_host import identities, random_graph
+from tests.ops.stages import identities, random_graph
 
 
 def both(name, device, *args):
