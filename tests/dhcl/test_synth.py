@@ -4,8 +4,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from dhcl.synth import contact_sheet, dataset, render_crop, render_dataset
+from dhcl.synth import contact_sheet, render_crop, render_dataset
 from dhcl.synth.cameras import make_camera
+from dhcl.synth.plan import plan
 from PIL import Image
 
 from dhcl_ops import evaluate_ranking
@@ -64,7 +65,7 @@ def test_one_query_per_camera_and_a_match_in_another(small):
 
 
 def test_numbers_of_images_vary_around_their_mean():
-    jobs = dataset._plan(0, 200, 4, 4, 0, 0)
+    jobs = plan(0, 200, 4, 4, 0, 0)
     counts = {}
     for job in jobs:
         counts[job.identity, job.camera] = counts.get((job.identity, job.camera), 0) + 1

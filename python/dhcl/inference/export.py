@@ -28,6 +28,7 @@ __all__ = ["export_features", "export_onnx", "export_weights", "plain_model"]
 
 # Largest difference of a feature, of length 1, between torch and onnxruntime.
 _TOLERANCE = 1e-4
+_PROVIDERS = ["CPUExecutionProvider"]
 
 
 def export_features(
@@ -239,7 +240,18 @@ def export_onnx(model: ReID, out: Path, *, camera: int | None = None) -> float:
             f"onnx: {model.config.model.backbone} can't be exported "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    worst = _difference(onnxruntime.InferenceSession(data, providers=_PROVIDERS), network, images)
+    if not worst <= _TOLERANCE:
+        raise ConfigError(
+            f"onnx: onnxruntime's features must equal torch's to {_TOLERANCE:g} (got a difference "
+            f"of {worst:g}); nothing is written"
+        )
+    write_atomic(out, data)
+    return worst
+
+
+def _difference(session: Any, network: nn.Module, images: torch.Tensor) -> float:
+    """The largest difference of features between onnxruntime and torch, of one image and of all."""
     worst = 0.0
     for batch in (images[:1], images):
         with torch.no_grad():
@@ -247,12 +259,6 @@ def export_onnx(model: ReID, out: Path, *, camera: int | None = None) -> float:
         [got] = session.run(None, {"images": batch.numpy()})
         difference = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
         worst = max(worst, float(difference))
-    if not worst <= _TOLERANCE:
-        raise ConfigError(
-            f"onnx: onnxruntime's features must equal torch's to {_TOLERANCE:g} (got a difference "
-            f"of {worst:g}); nothing is written"
-        )
-    write_atomic(out, data)
     return worst
 
 

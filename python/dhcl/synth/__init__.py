@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
-from dhcl.synth.dataset import SynthSummary, contact_sheet, render_crop, render_dataset
+from dhcl.synth.crops import render_crop
+from dhcl.synth.dataset import SynthSummary, render_dataset
+from dhcl.synth.sheet import contact_sheet
 
 __all__ = ["SynthSummary", "contact_sheet", "render_crop", "render_dataset"]

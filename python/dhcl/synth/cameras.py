@@ -14,13 +14,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFilter
+from PIL import ImageFilter
 
 from dhcl.synth.draw import Image, Point
+from dhcl.synth.scenes import SCENES, paint_scene
 
-# Scenes are this many crops wide and high.
-_SCENE_WIDTH, _SCENE_HEIGHT = 8, 2
-_SCENES = ("bricks", "lawn", "shops", "hall", "fence", "street")
 # Where a camera tends to see people from: front, side, back, obliquely, ...
 _YAWS = (0.0, math.pi / 2, math.pi, -math.pi / 4, 3 * math.pi / 4, -math.pi / 2)
 
@@ -111,7 +109,7 @@ def make_camera(seed: int, number: int, height: int, width: int, gap: float = 1.
         return float(neutral + gap * (value - neutral))
 
     return Camera(
-        scene=_scene(rng, _SCENES[(number + seed) % len(_SCENES)], height, width),
+        scene=paint_scene(rng, SCENES[(number + seed) % len(SCENES)], height, width),
         light=(float(light[0]), float(light[1]), float(light[2])),
         ambient=float(ambient),
         diffuse=float(1.1 - ambient),
@@ -125,93 +123,3 @@ def make_camera(seed: int, number: int, height: int, width: int, gap: float = 1.
         noise=float(rng.uniform(0.008, 0.035)),
         jpeg_quality=int(rng.integers(70, 96)),
     )
-
-
-# ---- scenes -------------------------------------------------------------------------------------
-
-
-def _clouds(rng: np.random.Generator, height: int, width: int) -> Image:
-    """Smooth noise around 1 with detail at several scales."""
-    total = np.zeros((height, width), np.float32)
-    for octave, strength in ((4, 0.10), (16, 0.06), (64, 0.05)):
-        coarse = rng.standard_normal((max(2, octave // 4), octave)).astype(np.float32)
-        layer = PILImage.fromarray(coarse).resize((width, height), PILImage.Resampling.BICUBIC)
-        total += strength * np.asarray(layer)
-    return 1.0 + total[..., None]
-
-
-def _scene(rng: np.random.Generator, kind: str, height: int, width: int) -> Image:
-    """Wall or sky above, ground below, linear colours."""
-    rows, columns = _SCENE_HEIGHT * height, _SCENE_WIDTH * width
-    horizon = rows // 2
-    picture = PILImage.new("RGB", (columns, rows))
-    draw = ImageDraw.Draw(picture)
-
-    def tone(low: float, high: float, tint: float = 0.12) -> tuple[int, int, int]:
-        r, g, b = rng.uniform(low, high) * np.exp(rng.normal(0.0, tint, 3)) * 255
-        return int(min(r, 255)), int(min(g, 255)), int(min(b, 255))
-
-    def block(left: float, top: float, right: float, bottom: float, fill: object) -> None:
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), fill=fill)  # type: ignore[arg-type]
-
-    wall, ground = tone(0.35, 0.75), tone(0.35, 0.65)
-    if kind == "lawn":
-        ground = (int(rng.uniform(50, 90)), int(rng.uniform(95, 140)), int(rng.uniform(35, 70)))
-    block(0, 0, columns, horizon, wall)
-    block(0, horizon, columns, rows, ground)
-    unit = width / 8
-    if kind == "bricks":
-        mortar = tone(0.5, 0.8)
-        for row, y in enumerate(np.arange(0, horizon, unit)):
-            draw.line((0, y, columns, y), fill=mortar)
-            for x in np.arange((row % 2) * unit, columns, 2 * unit):
-                draw.line((x, y, x, y + unit), fill=mortar)
-    elif kind == "lawn":
-        for _ in range(40):
-            x, y, r = rng.uniform(0, columns), rng.uniform(0, horizon), rng.uniform(2, 6) * unit
-            leaves = (int(rng.uniform(20, 70)), int(rng.uniform(60, 110)), int(rng.uniform(15, 50)))
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=leaves)
-        for x in np.arange(0, columns, 9 * unit):
-            block(x, 0, x + 1.2 * unit, horizon, (70, 50, 35))
-    elif kind in ("shops", "hall"):
-        x = 0.0
-        while x < columns:
-            span = rng.uniform(5, 12) * unit
-            block(x, horizon * 0.25, x + span - unit, horizon, tone(0.1, 0.9, 0.35))
-            block(x + unit, horizon * 0.45, x + span - 2 * unit, horizon * 0.9, tone(0.05, 0.35))
-            for _ in range(3):
-                left = x + rng.uniform(1, 6) * unit
-                block(left, horizon * 0.6, left + unit, horizon * 0.85, tone(0.3, 0.9, 0.5))
-            x += span
-    elif kind == "fence":
-        for x in np.arange(0, columns, 1.6 * unit):
-            block(x, horizon * 0.4, x + 0.3 * unit, horizon + unit, tone(0.1, 0.3))
-        block(0, horizon * 0.5, columns, horizon * 0.5 + 0.4 * unit, tone(0.1, 0.3))
-    else:
-        for x in np.arange(rng.uniform(0, 6) * unit, columns, rng.uniform(16, 22) * unit):
-            paint = tone(0.15, 0.8, 0.4)
-            draw.rounded_rectangle(
-                (x, horizon - 4 * unit, x + 13 * unit, horizon + unit), 2 * unit, fill=paint
-            )
-            block(
-                x + 2.5 * unit,
-                horizon - 3.5 * unit,
-                x + 10 * unit,
-                horizon - 2 * unit,
-                (40, 45, 55),
-            )
-            for wheel in (2.5, 10.5):
-                cx = x + wheel * unit
-                draw.ellipse((cx - unit, horizon, cx + unit, horizon + 2 * unit), fill=(25, 25, 25))
-    if kind != "lawn":
-        # Paving in perspective: joints come closer towards the wall.
-        joint = tone(0.2, 0.4)
-        y, step = float(horizon), 0.5 * unit
-        while y < rows:
-            draw.line((0, y, columns, y), fill=joint)
-            y, step = y + step, step * 1.35
-        for x in np.arange(-columns, 2 * columns, 3 * unit):
-            away = (x - columns / 2) * 0.15
-            draw.line((x, horizon, x + away, rows), fill=joint)
-    pixels = (np.asarray(picture, np.float32) / 255) ** np.float32(2.2)
-    return np.asarray(pixels * _clouds(rng, rows, columns), np.float32).clip(0.0, 1.0)

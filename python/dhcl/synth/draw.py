@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dhcl.synth.appearance import Appearance, Colour, Texture, plain, wardrobe
+from dhcl.synth.appearance import Appearance, Colour, Texture, Wardrobe, plain, wardrobe
 
 Image = NDArray[np.float32]
 Point = tuple[float, float, float]
@@ -88,10 +88,23 @@ def body(a: Appearance, pose: Pose) -> list[Tube]:
     """The tubes of this person in this pose, feet at y = 0."""
     clothes = wardrobe(a)
     h, b = a.height, a.height * a.build
+    legs, lowest = _legs(a, pose, clothes)
     thick = 1.25 if a.upper in ("open jacket", "coat") else 1.0
+    shoulder = 0.104 * b * (0.9 + 0.1 * thick)
+    waist = 0.088 * b * thick
+    neck = (0.0, 0.84 * h, 0.02 * h + pose.lean * h)
+    trunk = _trunk(a, clothes, neck, shoulder, waist)
+    arms, hands = _arms(a, pose, clothes, neck, shoulder, thick)
+    head = _head(a, (0.0, neck[1], neck[2]), clothes.neck, clothes.head)
+    bag = _bag(a, hands[a.bag_side], waist, neck[2])
+    return [_raised(tube, -lowest) for tube in (*legs, *trunk, *arms, *head, *bag)]
+
+
+def _legs(a: Appearance, pose: Pose, clothes: Wardrobe) -> tuple[list[Tube], float]:
+    """Both legs, and the height of the lower sole."""
+    h, b = a.height, a.height * a.build
     wide_legs = 1.0 if a.lower == "trousers" and a.upper != "dress" else 0.85
     tubes: list[Tube] = []
-
     hips = 0.52 * h
     swing = pose.swing * (1.0 if clothes.skirt is None else 0.55)
     lowest = h
@@ -110,11 +123,15 @@ def body(a: Appearance, pose: Pose) -> list[Tube]:
             Tube(ankle, toe, ((0, 0.022 * h), (1, 0.021 * h)), plain(a.shoes)),
         ]
         lowest = min(lowest, toe[1] - 0.021 * h)
+    return tubes, lowest
 
-    neck = (0.0, 0.84 * h, 0.02 * h + pose.lean * h)
+
+def _trunk(
+    a: Appearance, clothes: Wardrobe, neck: Point, shoulder: float, waist: float
+) -> list[Tube]:
+    """Chest and belly, and a skirt if there is one."""
+    h = a.height
     crotch = (0.0, 0.49 * h, 0.0)
-    shoulder = 0.104 * b * (0.9 + 0.1 * thick)
-    waist = 0.088 * b * thick
     profile = (
         (0.0, 0.036 * h),
         (0.05, 0.62 * shoulder),
@@ -125,7 +142,7 @@ def body(a: Appearance, pose: Pose) -> list[Tube]:
         (0.88, 1.04 * waist),
         (1.0, 0.9 * waist),
     )
-    tubes.append(Tube(neck, crotch, profile, clothes.torso, 0.62 * max(1.0, a.build), 0.3))
+    tubes = [Tube(neck, crotch, profile, clothes.torso, 0.62 * max(1.0, a.build), 0.3)]
     if clothes.skirt is not None:
         top = (0.0, 0.60 * h, 0.0)
         length = 0.17 + 0.20 * a.hem
@@ -133,7 +150,15 @@ def body(a: Appearance, pose: Pose) -> list[Tube]:
         hem = (0.0, (0.60 - length) * h, 0.0)
         fall = ((0.0, waist), (0.3, width), (1.0, 1.2 * width))
         tubes.append(Tube(top, hem, fall, clothes.skirt, 0.8, 0.15))
+    return tubes
 
+
+def _arms(
+    a: Appearance, pose: Pose, clothes: Wardrobe, neck: Point, shoulder: float, thick: float
+) -> tuple[list[Tube], dict[int, Point]]:
+    """Both arms, and where the hands are by side."""
+    h, b = a.height, a.height * a.build
+    tubes: list[Tube] = []
     hands: dict[int, Point] = {}
     for side in (-1, 1):
         root = (side * (shoulder + 0.004 * h), 0.795 * h, neck[2] * 0.8)
@@ -155,10 +180,7 @@ def body(a: Appearance, pose: Pose) -> list[Tube]:
         hand = _limb(wrist, 0.035 * h, angle + bend)
         tubes.append(Tube(wrist, hand, ((0, 0.019 * h), (1, 0.021 * h)), plain(a.skin)))
         hands[side] = hand
-
-    tubes += _head(a, (0.0, neck[1], neck[2]), clothes.neck, clothes.head)
-    tubes += _bag(a, hands[a.bag_side], waist, neck[2])
-    return [_raised(tube, -lowest) for tube in tubes]
+    return tubes, hands
 
 
 def _raised(tube: Tube, by: float) -> Tube:

@@ -8,7 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dhcl.errors import ConfigError
-from dhcl.synth.dataset import SynthSummary, contact_sheet, render_dataset
+from dhcl.synth.dataset import SynthSummary, render_dataset
+from dhcl.synth.sheet import contact_sheet
 
 __all__ = ["draw"]
 
