@@ -5,14 +5,10 @@ import numpy as np
 import pytest
 import torch
 from dhcl.cli import main
-from dhcl.inference.features import (
-    FeatureError,
-    NpyRows,
-    check_pair,
-    common_numbers,
-    feature_writer,
-    read_features,
-)
+from dhcl.errors import FeatureError
+from dhcl.files import NpyRows
+from dhcl.inference.features import check_pair, common_numbers, read_features
+from dhcl.inference.writing import feature_writer
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 IDS = [3, 3, -1, 5, 5, 5]
@@ -212,6 +208,7 @@ def test_reading_needs_numpy_and_torch_alone():
     code = """
 import sys
 import dhcl.inference.features
+import dhcl.inference.writing
 wrong = {"torchvision", "timm", "accelerate", "yaml", "tyro", "PIL", "scipy", "pyarrow", "sklearn"}
 assert not wrong & set(sys.modules), wrong & set(sys.modules)
 """

@@ -20,6 +20,7 @@ from dhcl.data import (
     train_loader,
     train_transform,
 )
+from dhcl.data.images import as_pixels, thumbnail
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -118,6 +119,25 @@ def test_exif_orientation_is_applied(tmp_path, kind, decoder):
     path = tmp_path / f"a.{kind.lower()}"
     picture().save(path, kind, exif=exif)
     assert read_image(path).shape == (3, 20, 40)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_files_open_pictures_and_arrays_have_the_same_pixels(deep, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.png"
+    wide = np.arange(0, 65536, 256, dtype=np.uint16).reshape(8, 32)
+    (Image.fromarray(wide) if deep else picture()).save(path, exif=exif)
+    pixels = read_image(path)
+    assert torch.equal(as_pixels(str(path)), pixels)
+    with Image.open(path) as opened:
+        assert torch.equal(as_pixels(opened), pixels)
+    assert torch.equal(as_pixels(pixels.permute(1, 2, 0)), pixels)
+    assert torch.equal(as_pixels(pixels.permute(1, 2, 0).numpy()), pixels)
+    small = thumbnail(path, 8)
+    assert small.mode == "RGB"
+    assert max(small.height, small.width / 2) <= 8
+    assert (small.height > small.width) == (pixels.shape[1] > pixels.shape[2])
 
 
 def test_bad_images_raise_with_path_and_reason(tmp_path, decoder):

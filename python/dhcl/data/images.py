@@ -24,7 +24,15 @@ try:
 except ImportError:  # deprecated since torchvision 0.29, to be removed
     decode_image = None
 
-__all__ = ["BadImage", "ImageReport", "as_pixels", "check_images", "read_image", "upright"]
+__all__ = [
+    "BadImage",
+    "ImageReport",
+    "as_pixels",
+    "check_images",
+    "read_image",
+    "thumbnail",
+    "upright",
+]
 
 
 def read_image(path: Path) -> torch.Tensor:
@@ -64,6 +72,20 @@ def upright(image: Image.Image) -> Image.Image:
     if turned.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
         turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
     return turned.convert("RGB")
+
+
+def thumbnail(path: Path, height: int) -> Image.Image:
+    """A small picture of a file: RGB, upright, at most ``height`` rows and twice as many columns.
+
+    Raises:
+        Exception: whatever the decoder raises where the file is gone or no image.
+    """
+    with Image.open(path) as image:
+        # JPEG is decoded at a fraction of its size; turned pictures need the rows as columns.
+        image.draft("RGB", (2 * height, 2 * height))
+        small = upright(image)
+    small.thumbnail((2 * height, height), Image.Resampling.BICUBIC)
+    return small
 
 
 def _planar(pixels: Any) -> torch.Tensor:

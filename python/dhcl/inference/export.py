@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dhcl.config import ConfigError
 from dhcl.data import image_files, path_reader
 from dhcl.files import write_atomic
-from dhcl.inference.features import feature_writer
 from dhcl.inference.reid import OnBad, ReID
+from dhcl.inference.writing import feature_writer
 from dhcl.models import MIN_IMAGES, CameraBatchNorm, ReIDModel
 from dhcl.words import first_line
 
@@ -52,7 +52,7 @@ def export_features(
     Args:
         model: extracts the features.
         folder: searched on all levels.
-        out: file, see :func:`dhcl.inference.features.feature_writer`; whole, or not written at all.
+        out: file, see :func:`dhcl.inference.writing.feature_writer`; whole, or not written at all.
         pattern: as of :func:`dhcl.data.load_data`.
         trained_cameras: the cameras are those of the training; their statistics are used.
         batch_size, workers, on_bad, progress: as of :meth:`dhcl.ReID.features`.

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dhcl.config import ConfigError
+from dhcl.data.images import thumbnail
 from dhcl.files import write_atomic
 from dhcl.words import show
 
@@ -22,7 +23,7 @@ __all__ = [
     "about_image",
     "as_json",
     "as_table",
-    "thumbnail",
+    "shown_picture",
     "write_png",
 ]
 
@@ -122,16 +123,12 @@ def as_json(lists: Sequence[RankedList], about: dict[str, Any]) -> str:
 # ---- pictures -----------------------------------------------------------------------------------
 
 
-def thumbnail(path: Path) -> Image.Image | None:
+def shown_picture(path: Path) -> Image.Image | None:
     """The image, not larger than is shown; None where it can't be read any more."""
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * _HEIGHT, 2 * _HEIGHT))
-            picture: Image.Image = ImageOps.exif_transpose(image).convert("RGB")
+        return thumbnail(path, _HEIGHT)
     except Exception:  # decoders raise nearly anything
         return None
-    picture.thumbnail((2 * _HEIGHT, _HEIGHT), Image.Resampling.BICUBIC)
-    return picture
 
 
 _CELL, _GAP, _BORDER, _LINE = 104, 12, 4, 15
@@ -184,7 +181,7 @@ def _cell(
 ) -> None:
     left, top = place
     room = (_CELL - 2 * _BORDER, _HEIGHT)
-    picture = ImageOps.contain(thumbnail(image.path) or Image.new("RGB", room, "#dddddd"), room)
+    picture = ImageOps.contain(shown_picture(image.path) or Image.new("RGB", room, "#dddddd"), room)
     frame = (left, top, left + picture.width + 2 * _BORDER, top + picture.height + 2 * _BORDER)
     draw.rectangle(frame, fill=color)
     sheet.paste(picture, (left + _BORDER, top + _BORDER))

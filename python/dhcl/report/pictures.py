@@ -6,13 +6,14 @@ import base64
 import io
 from pathlib import Path
 
-from PIL import Image, ImageOps, features
+from PIL import features
+
+from dhcl.data.images import thumbnail
 
 __all__ = ["BUDGET", "Pictures"]
 
 # Characters of all thumbnails of a page; with Plotly's 5 MB a page stays below 20 MB.
 BUDGET = 12_000_000
-_WIDEST = 2  # times the height
 
 
 class Pictures:
@@ -60,10 +61,6 @@ class Pictures:
 
     def _encode(self, path: Path, height: int) -> str:
         out = io.BytesIO()
-        with Image.open(path) as image:
-            image.draft("RGB", (height * _WIDEST, height))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((height * _WIDEST, height))
-            small.save(out, self._format, quality=80)
+        thumbnail(path, height).save(out, self._format, quality=80)
         text = base64.b64encode(out.getvalue()).decode()
         return f"data:image/{self._format.lower()};base64,{text}"

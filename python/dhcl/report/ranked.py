@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dhcl.files import write_atomic
-from dhcl.inference.ranked import Listed, RankedList, Shown, about_image, thumbnail
+from dhcl.inference.ranked import Listed, RankedList, Shown, about_image, shown_picture
 from dhcl.report.pages import render
 from dhcl.words import show
 
@@ -30,7 +30,6 @@ class _Figure:
 
 def write_ranked(path: Path, lists: Sequence[RankedList], title: str, about: str) -> None:
     """Write a page with a row per query, pictures inside; whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, ranked_page(lists, title, about))
 
 
@@ -55,7 +54,7 @@ def _result(rank: int, each: Listed) -> _Figure:
 
 
 def _figure(image: Shown, kind: str, head: str) -> _Figure:
-    picture, uri = thumbnail(image.path), ""
+    picture, uri = shown_picture(image.path), ""
     if picture is not None:
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=85)
