@@ -201,7 +201,8 @@ def _untrained(config: TrainConfig) -> dict[str, Any]:
     """The network as every method finds it, with batch-norm statistics of the training images."""
     from dhcl.training.engine import Engine
     from dhcl.training.evaluation import Evaluator
-    from dhcl.training.runs import make_model, open_data
+    from dhcl.training.network import make_model
+    from dhcl.training.runs import open_data
     from dhcl.training.trainer import Trainer
 
     engine = Engine(config)

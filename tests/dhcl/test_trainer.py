@@ -10,7 +10,8 @@ from dhcl.data import ImageList, load_data
 from dhcl.metrics import table
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator, IdentityObserver
-from dhcl.training.runs import evaluate_run, make_model, open_data, train
+from dhcl.training.network import make_model
+from dhcl.training.runs import evaluate_run, open_data, train
 from dhcl.training.trainer import PATIENCE, WEIGHT_DECAY, Diverged, NoClusters, Trainer
 
 from dhcl_ops import hybrid_contrastive_loss, momentum_update_

@@ -29,6 +29,7 @@ from dhcl.inference.images import (
 )
 from dhcl.inference.search import Found, search
 from dhcl.models import ReIDModel
+from dhcl.training.network import read_model
 from dhcl.words import show
 from dhcl_ops import Clustering, cluster
 from dhcl_ops.defaults import ZHONG
@@ -101,8 +102,6 @@ class ReID:
             ConfigError: no such folder, not a run, or no checkpoint in it yet.
             CheckpointError: the checkpoint can't be read.
         """
-        from dhcl.training.runs import read_model  # takes seconds to import
-
         folder = Path(run).expanduser()
         config = read_run(folder)
         if which not in ("last", "best"):

@@ -19,8 +19,9 @@ from dhcl.models import ReIDModel
 from dhcl.training.checkpoint import CheckpointError
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator
+from dhcl.training.network import read_model
 from dhcl.training.record import Record, read_record
-from dhcl.training.runs import Trained, find_data, read_model
+from dhcl.training.runs import Trained, find_data
 from dhcl.training.trainer import fingerprint
 
 __all__ = ["Points", "Results", "collect", "members", "results_of", "sample_clusters"]

@@ -15,26 +15,23 @@ from dhcl.config import (
     RUN_FILE,
     ConfigError,
     DataOptions,
-    ModelOptions,
     TrainConfig,
     run_text,
 )
 from dhcl.data import DataError, ReIDData, check_images, load_data
 from dhcl.files import write_atomic
 from dhcl.metrics import table
-from dhcl.models import ReIDModel, UnavailableWeights, build_model
 from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator, IdentityObserver
+from dhcl.training.network import make_model, read_model, without_weights
 from dhcl.training.trainer import Trainer, fingerprint
 
 __all__ = [
     "Trained",
     "evaluate_run",
     "find_data",
-    "make_model",
     "open_data",
-    "read_model",
     "train",
 ]
 
@@ -81,30 +78,6 @@ def open_data(options: DataOptions, engine: Engine, *, quiet: bool = False) -> R
     if len(data.train) < 2:
         raise ConfigError(f"root: at least 2 images to train on are needed (got {len(data.train)})")
     return data
-
-
-def make_model(options: ModelOptions, cameras: int, seed: int) -> ReIDModel:
-    """The model of these options, the same on every process.
-
-    Args:
-        options: of the model.
-        cameras: how many there are in training; 0 if they are not known.
-        seed: of weights that start at random.
-    """
-    if options.camera_bn and cameras < 1:
-        raise ConfigError("camera_bn: the cameras of the training images must be known")
-    try:
-        return build_model(
-            options.backbone,
-            pretrained=options.pretrained,
-            weights=options.weights,
-            image_size=options.image_size,
-            samples_per_bn=options.samples_per_bn,
-            num_cameras=cameras if options.camera_bn else 0,
-            seed=seed,
-        )
-    except (ValueError, FileNotFoundError, UnavailableWeights) as error:
-        raise ConfigError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -159,7 +132,7 @@ def train(
     _check_data(config, engine, data)
     go_on = resume and (config.run / "checkpoints" / "last.pt").exists()
     # A checkpoint has all weights; those that the run began with may be gone.
-    options = _bare(config.model) if go_on else config.model
+    options = without_weights(config.model) if go_on else config.model
     model = make_model(options, data.train.num_cameras, config.seed)
     if not quiet and not go_on:
         engine.say(f"model: {model.description}")
@@ -232,32 +205,6 @@ def _report(
     if not quiet:
         engine.say(f"{table(rows)}\nrun: {config.run}")
     return results
-
-
-def read_model(options: ModelOptions, run: Path, which: str = "last") -> ReIDModel:
-    """The model of a run, in training mode, on the CPU.
-
-    Args:
-        options: those of the run's model.
-        run: its folder.
-        which: ``last`` or ``best`` (by test mAP along the way).
-
-    Raises:
-        ConfigError: no such checkpoint. CheckpointError: it can't be read.
-    """
-    file = run / "checkpoints" / f"{which}.pt"
-    if not file.exists():
-        raise ConfigError(f"run: there is no checkpoint {file}")
-    state = load_checkpoint(file)["model"]
-    cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
-    model = make_model(_bare(options), len(cameras), seed=0)
-    model.load_state_dict(state)
-    return model
-
-
-def _bare(options: ModelOptions) -> ModelOptions:
-    """Those of a model whose weights come from a checkpoint."""
-    return dataclasses.replace(options, pretrained=False, weights=None)
 
 
 def evaluate_run(
