@@ -538,7 +538,7 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     Raises:
         ConfigError: no such file, or wrong options in it; it names the file and the option.
     """
-    return _load(path, base or TrainConfig(), (path.parent, Path()))
+    return _load(path, read_options(path), base or TrainConfig(), (path.parent, Path()))
 
 
 def read_run(run: Path) -> TrainConfig:
@@ -556,8 +556,9 @@ def read_run(run: Path) -> TrainConfig:
     file = run / RUN_FILE
     if not file.is_file():
         raise ConfigError(f"run: {show(run)} is not the folder of a run, it has no {RUN_FILE}")
-    was = Path(str(read_options(file).get("out") or run))
-    config = _load(file, TrainConfig(), (run, was, Path()))
+    content = read_options(file)
+    was = Path(str(content.get("out") or run))
+    config = _load(file, content, TrainConfig(), (run, was, Path()))
     return dataclasses.replace(config, out=run)
 
 
@@ -580,8 +581,11 @@ RUN_FILE = "config.yaml"
 _INPUTS = ("root", "weights")
 
 
-def _load(path: Path, base: TrainConfig, folders: Iterable[Path]) -> TrainConfig:
-    changes = read_options(path)
+def _load(
+    path: Path, content: dict[str, Any], base: TrainConfig, folders: Iterable[Path]
+) -> TrainConfig:
+    """The options with those that a file holds; its relative paths are from these folders."""
+    changes = dict(content)
     for name in _INPUTS:
         if isinstance(changes.get(name), str):
             changes[name] = _located(changes[name], folders)

@@ -27,27 +27,27 @@ class Pretrain:
     out: tyro.conf.Positional[Path]
     """Folder for the drawn images and the run; one that was stopped goes on there."""
     backbone: str = "small"
-    """As for dhcl train; starts from random weights."""
+    """Network to train from random weights, named as for dhcl train."""
     image_size: tuple[int, int] = (96, 48)
-    """Height and width of the images; take those of the training that is to follow."""
+    """Height and width in pixels; take those of the training that is to follow."""
     ids: int = 600
-    """Pedestrians; half of them are for testing."""
+    """Number of pedestrians that are drawn; half of them are for testing."""
     cameras: int = 6
-    """Cameras, which differ as much as drawn cameras can."""
+    """Number of cameras, which differ as much as drawn cameras can."""
     images_per_camera: int = 2
     """Mean number of images of a pedestrian in a camera."""
     epochs: int = 10
-    """Rounds of batches, the last fifth at a tenth of the learning rate."""
+    """Number of rounds, the last fifth of them at a tenth of the learning rate."""
     iterations: int = 60
-    """Batches of 64 per epoch."""
+    """Number of batches of 64 images in an epoch."""
     color_jitter: float = 0.5
     """Strength of random brightness, contrast, saturation and hue."""
     seed: int = 0
-    """Of the pedestrians and of the training."""
+    """Seed of the pedestrians and of the training."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
+    """Processor that the network runs on: auto takes a GPU where there is one."""
     workers: int = os.cpu_count() or 1
-    """Processes that draw and load images; 0 does it in the main one."""
+    """Number of processes that draw and load images; 0 is the main one."""
 
     def options(self) -> TrainConfig:
         """Of the training: batch norm per camera, and the loss over prototypes alone."""

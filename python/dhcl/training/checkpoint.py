@@ -65,8 +65,8 @@ class Progress:
         self.clustered, self.dropped, self.entry = False, False, {}
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Progress:
-        """That of a checkpoint.
+    def of(cls, state: Mapping[str, Any], path: Path) -> Progress:
+        """That of a checkpoint, which was read from this file.
 
         Raises:
             CheckpointError: its format is not known.
@@ -77,8 +77,8 @@ class Progress:
             values["dropped"] = values["entry"].get("dropped", False)
         elif state["format"] != FORMAT:
             raise CheckpointError(
-                f"checkpoint: is of another version of dhcl, in format {state['format']} (known: "
-                f"1 and {FORMAT})"
+                f"checkpoint: {path} is of another version of dhcl, in format {state['format']} "
+                f"(known: 1 and {FORMAT})"
             )
         return cls(**values)
 

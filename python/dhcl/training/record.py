@@ -150,7 +150,7 @@ def _read_checkpoint(record: Record) -> None:
         return
     try:
         state = load_checkpoint(file)
-        at, rows = Progress.of(state), state["bank"]["features"].float().numpy()
+        at, rows = Progress.of(state, file), state["bank"]["features"].float().numpy()
         record.labels = state["labels"].numpy().astype(np.int64)
         record.images = str(state["images"])
     except (CheckpointError, KeyError, TypeError, AttributeError) as error:

@@ -477,7 +477,7 @@ class Trainer:
         save_checkpoint(self.checkpoint, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.at = Progress.of(state)
+        self.at = Progress.of(state, self.checkpoint)
         if state["images"] != fingerprint(self._images):
             raise ConfigError(
                 f"checkpoint: {self.checkpoint} was written with other training images; "
