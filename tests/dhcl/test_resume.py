@@ -332,8 +332,15 @@ def test_atomic_writes_replace_or_leave(tmp_path):
     write_atomic(file, b"one")
     write_atomic(file, b"two")
     assert file.read_bytes() == b"two"
+    write_atomic(tmp_path / "new" / "folder" / "file", b"three")
+    assert (tmp_path / "new" / "folder" / "file").read_bytes() == b"three"
     with pytest.raises(OSError):
-        write_atomic(tmp_path / "none" / "file", b"")
+        write_atomic(file / "below a file", b"four")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        write_atomic(tmp_path / "taken", b"five")
+    assert file.read_bytes() == b"two"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "new", "taken"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])

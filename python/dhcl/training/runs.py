@@ -137,7 +137,6 @@ def train(
     if not quiet and not go_on:
         engine.say(f"model: {model.description}")
     if engine.is_main:
-        config.run.mkdir(parents=True, exist_ok=True)
         write_atomic(config.run / RUN_FILE, run_text(config).encode())
     evaluator = Evaluator(engine, data, model) if data.can_evaluate else None
     observer = IdentityObserver(data, evaluator)
