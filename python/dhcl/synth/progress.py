@@ -1,17 +1,18 @@
-"""Drawing a data set while someone watches."""
+"""Drawing a data set while someone watches, and how one was drawn."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dhcl.errors import ConfigError
-from dhcl.synth.dataset import SynthSummary, render_dataset
+from dhcl.synth.dataset import MANIFEST, SynthSummary, render_dataset
 from dhcl.synth.sheet import contact_sheet
 
-__all__ = ["draw"]
+__all__ = ["draw", "drawn_with"]
 
 
 def draw(out: Path, *, sheet: Path | None = None, **options: Any) -> SynthSummary:
@@ -38,3 +39,16 @@ def draw(out: Path, *, sheet: Path | None = None, **options: Any) -> SynthSummar
     if sheet is not None:
         contact_sheet(out / "bounding_box_train", sheet)
     return summary
+
+
+def drawn_with(out: Path) -> dict[str, Any]:
+    """The options that pedestrians were drawn with, as :func:`dhcl.synth.render_dataset` has them.
+
+    Raises:
+        ConfigError: the folder does not say; it holds something else.
+    """
+    try:
+        found: dict[str, Any] = json.loads((out / MANIFEST).read_text())["arguments"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"out: {out} holds no pedestrians of dhcl synth") from error
+    return found

@@ -1,11 +1,15 @@
+import contextlib
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 from dhcl.cli import main
 from dhcl.cli.table import COMMANDS
+from dhcl.demo import called_as
 
 from tests.dhcl.toy import command_line, options, write_images
 
@@ -148,9 +152,25 @@ def test_synth_draws_and_refuses_to_replace(tmp_path, capsys):
     assert "ids must be" in capsys.readouterr().err
 
 
-def test_the_demo_ends_with_a_table_and_goes_on_where_it_was_stopped(tmp_path, capsys):
-    sizes = ["--ids", "8", "--cameras", "2", "--images-per-camera", "3", "--image-size", "32", "16"]
-    given = ["demo", "--out", str(tmp_path / "demo"), *sizes, "--epochs", "1", "--iterations", "2"]
+SMALL_DEMO = [
+    "--ids",
+    "8",
+    "--cameras",
+    "2",
+    "--images-per-camera",
+    "3",
+    "--image-size",
+    "32",
+    "16",
+    "--epochs",
+    "1",
+    "--iterations",
+    "2",
+]
+
+
+def test_the_comparison_ends_with_a_table_and_goes_on_where_it_was_stopped(tmp_path, capsys):
+    given = ["demo", "--compare", "--out", str(tmp_path / "demo"), *SMALL_DEMO]
     assert main([*given, "--seeds", "0", "1"]) == 0
     assert "<h1>Run dhcl-seed0" in (tmp_path / "demo" / "report.html").read_text()
     assert "Comparison of 12 runs" in (tmp_path / "demo" / "compare.html").read_text()
@@ -167,3 +187,70 @@ def test_the_demo_ends_with_a_table_and_goes_on_where_it_was_stopped(tmp_path, c
     assert before == after
     again = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
     assert again["untrained"][0] == rows["untrained"][0]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A demo in a folder with a name that a shell would take apart, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "a folder"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(["demo", "--out", str(folder), *SMALL_DEMO]) == 0
+    return folder, said.getvalue()
+
+
+def test_the_demo_shows_scores_before_and_after_and_a_report(shown):
+    folder, said = shown
+    stages = [said.index(f"[{number}/5]") for number in range(1, 6)]
+    assert stages == sorted(stages)
+    untrained = said[stages[2] : stages[3]]  # the first scores there are, before the training
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert f"mAP {rows['untrained'][0]['mAP']:.1%}" in untrained
+    assert "epoch 1/1" in said[stages[3] : stages[4]]
+    assert list(rows) == ["untrained", "dhcl"]
+    assert rows["dhcl"][0] == json.loads((folder / "run" / "metrics.json").read_text())["last"]
+    assert (folder / "results.md").read_text().strip() in said
+    page = (folder / "report.html").read_text()
+    assert "<h1>Run run</h1>" in page
+    assert "What this report does not have" not in page
+    assert str(folder / "report.html") in said
+
+
+def test_the_commands_that_the_demo_ends_with_work(shown, tmp_path):
+    folder, said = shown
+    lines = [line.strip() for line in said[said.index("Try next:") :].splitlines()[1:]]
+    assert [shlex.split(line)[3] for line in lines] == ["report", "index", "search", "demo"]
+    for line in lines[:3]:
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "<h1>Run run</h1>" in (folder / "longer.html").read_text()
+    assert (folder / "found.html").read_text().count('class="right"') > 0
+
+
+def test_a_demo_goes_on_with_its_own_runs_only(shown, capsys):
+    folder, _ = shown
+    log = folder / "run" / "log.jsonl"
+    before = log.stat().st_mtime_ns
+    given = ["demo", "--out", str(folder), *SMALL_DEMO]
+    assert main(given) == 0
+    assert log.stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main([*given, "--epochs", "2"]) == 2
+    assert "with other options (epochs 1, not 2" in capsys.readouterr().err
+    assert main([*given, "--ids", "10"]) == 2
+    assert "with other options (ids 8, not 10)" in capsys.readouterr().err
+    assert main([*given, "--seeds", "0", "1"]) == 2
+    assert "several are for --compare" in capsys.readouterr().err
+    assert log.stat().st_mtime_ns == before
+
+
+def test_a_printed_command_names_the_program_as_it_was_called(tmp_path, monkeypatch):
+    script = tmp_path / "bin" / "dhcl"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "demo"])
+    assert called_as() == str(script)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert called_as() == "dhcl"
+    monkeypatch.setattr(sys, "argv", ["/x/dhcl/__main__.py", "demo"])
+    assert called_as() == f"{shlex.quote(sys.executable)} -m dhcl"
