@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from dhcl.config import ConfigError, TrainConfig, flat_options, load_config, preset, with_changes
+from dhcl.config import ConfigError, TrainConfig, flat_options, preset, read_run, with_changes
 from dhcl.files import write_atomic
 from dhcl.metrics import RANKS
 from dhcl.synth.progress import draw, drawn_with
@@ -331,7 +331,7 @@ def _train(config: TrainConfig) -> Trained | None:
     if file.exists():
         # The folder may have been moved since.
         wanted = {k: v for k, v in flat_options(config).items() if k not in ("root", "out")}
-        _refuse_others(config.run, flat_options(load_config(file)), wanted)
+        _refuse_others(config.run, flat_options(read_run(config.run)), wanted)
     if (config.run / "metrics.json").exists():
         return None
     return train(config, resume=file.exists(), quiet=True)
