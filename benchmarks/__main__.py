@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.families import COMPOSITIONS, FAMILIES
 from benchmarks.results import Results, SchemaError, compare, format_seconds, load_results
 
-FAMILIES = ("memory", "knn", "jaccard", "ranking", "contrastive", "end_to_end", "scaling")
+BENCHMARKS = (*FAMILIES, *COMPOSITIONS)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
         "python -m benchmarks --only scaling -- --limit 10",
     )
     made.add_argument("--quick", action="store_true", help="smallest sizes, to see that all runs")
-    made.add_argument("--only", nargs="+", choices=FAMILIES, metavar="FAMILY", default=FAMILIES,
-                      help=f"of {', '.join(FAMILIES)}")  # fmt: skip
+    made.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="FAMILY", default=BENCHMARKS,
+                      help=f"of {', '.join(BENCHMARKS)}")  # fmt: skip
     made.add_argument("--cases", default="", metavar="SUBSTRING",
                       help="run cases whose label contains this")  # fmt: skip
     made.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")

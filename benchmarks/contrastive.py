@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch._functorch import config as functorch_config
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
+from benchmarks.inputs import Call, Sizes, identity_rows
 from benchmarks.memory import unit_rows
 
 WIDTH = 2048
@@ -160,6 +161,24 @@ def bench_case(bench: Bench, proxies: torch.Tensor, batch: int, parts: str) -> N
     seconds = {row.variant: row.seconds for row in measured}
     ratio = seconds["dhcl"] / seconds["products alone"]
     print(f"B={batch} K={count} {parts}: dhcl takes {ratio:.2f} times the products alone")
+
+
+def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """The loss in one pass and in two."""
+    n, d, b = sizes
+    proxies, features = identity_rows(n, d, device), identity_rows(b, d, device)
+    labels = (torch.arange(b) % n).to(device)
+    for name, parts in (("loss", "forward"), ("loss and gradient", "both")):
+        yield name, Step(our_loss("exact"), parts, features, proxies, labels)
+
+    def both_gradients() -> object:
+        x, c = (t.detach().requires_grad_() for t in (features, proxies))
+        loss = dhcl_ops.debiased_contrastive_loss(
+            x, c, labels, kappa=0.25, beta=0.1, hardness_gradient="through"
+        )
+        return torch.autograd.grad(loss, (x, c))
+
+    yield "all gradients", both_gradients
 
 
 def main() -> None:

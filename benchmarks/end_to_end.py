@@ -25,8 +25,9 @@ from dhcl.models import ReIDModel, build_model
 
 import dhcl_ops
 from benchmarks.harness import Bench, Row, Variant, add_arguments
-from benchmarks.jaccard import EPS, K1, K2, identities
+from benchmarks.inputs import identities
 from benchmarks.reference import reference_ops
+from dhcl_ops.defaults import SPCL
 
 SIZES = {"Market-1501": (12_936, 17.2), "MSMT17": (32_621, 31.3)}  # images, images per identity
 QUICK_SIZES = {"identities": (1_000, 17.2)}
@@ -127,11 +128,11 @@ class Epoch:
                 self.model(images)
 
         self.measure("extract", [Variant("backbone", extract)], times=len(rows) / count)
-        self.measure("neighbours", both(lambda: lambda: tuple(dhcl_ops.knn(rows, K1))))
-        found = dhcl_ops.knn(rows, K1)
+        self.measure("neighbours", both(lambda: lambda: tuple(dhcl_ops.knn(rows, SPCL.k1))))
+        found = dhcl_ops.knn(rows, SPCL.k1)
 
         def graph() -> torch.Tensor:
-            return dhcl_ops.jaccard_graph(rows, k1=K1, k2=K2, eps=EPS, ranks=found)
+            return dhcl_ops.jaccard_graph(rows, k1=SPCL.k1, k2=SPCL.k2, eps=SPCL.eps, ranks=found)
 
         def pairs() -> tuple[torch.Tensor, ...]:
             made = graph()
@@ -139,8 +140,8 @@ class Epoch:
 
         self.measure("jaccard", both(lambda: pairs))
         kept = graph()
-        self.measure("dbscan", both(lambda: lambda: dhcl_ops.dbscan(kept, EPS)))
-        self.labels = dhcl_ops.dbscan(kept, EPS)
+        self.measure("dbscan", both(lambda: lambda: dhcl_ops.dbscan(kept, SPCL.eps)))
+        self.labels = dhcl_ops.dbscan(kept, SPCL.eps)
 
         def relabel() -> Callable[[], torch.Tensor]:
             bank = self.bank()

@@ -25,14 +25,13 @@ from types import FrameType
 from typing import Any
 
 from benchmarks import ncu
+from benchmarks.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without a GPU everything is slower than the limits below allow for.
 CPU_FACTOR = 6
 # Test processes that share one GPU; each has a context of its own.
 TEST_WORKERS = 4
-FAMILIES = ("memory", "knn", "reciprocal", "jaccard", "dbscan", "ranking", "contrastive")
-MEASURED = ("memory", "knn", "jaccard", "ranking", "contrastive")
 # A row of the day's benchmarks gets less time than by default; sizes that take long are left out.
 SECONDS = 0.2
 PLOTTING = 5  # seconds that a family's plots may take
@@ -272,7 +271,7 @@ def measure(families: Sequence[str], day: Day) -> str:
 
 
 def nsight(day: Day) -> str:
-    """Nsight Compute on the main kernels: bandwidth, occupancy, what warps wait for."""
+    """Nsight Compute on all kernels of the families: bandwidth, occupancy, what warps wait for."""
     program = str(find_tool("ncu"))
     launches: list[ncu.Launch] = []
     problems = []
@@ -326,13 +325,13 @@ PARTS = (
     Part("tests", "the op tests, on CUDA where there is a GPU", 90, tests),
     Part("sanitizer", "Compute Sanitizer: memcheck, racecheck", 60, sanitizer,
          ("compute-sanitizer",)),
-    Part("benchmarks", f"python -m benchmarks: {', '.join(MEASURED)}", 175,
-         functools.partial(measure, MEASURED)),
+    Part("benchmarks", f"python -m benchmarks: {', '.join(FAMILIES)}", 175,
+         functools.partial(measure, FAMILIES)),
     Part("end_to_end", "an epoch and its parts", 35, functools.partial(measure, ("end_to_end",)),
          modules=("timm", "torchvision")),
     Part("scaling", "time and memory as N and K grow", 30,
          functools.partial(measure, ("scaling",))),
-    Part("ncu", "Nsight Compute on the main kernels", 55, nsight, ("ncu",)),
+    Part("ncu", "Nsight Compute on all kernels of the families", 55, nsight, ("ncu",)),
 )  # fmt: skip
 
 

@@ -8,15 +8,18 @@ is N^2 d operations: 0.77 and above is within 1.3 times its time.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 
 import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
+from benchmarks.inputs import Call, Sizes, identity_rows
+from dhcl_ops.defaults import SPCL
 
 SIZES = ((12_936, 2048), (32_621, 768), (100_000, 256))
 QUICK_SIZES = ((3_000, 256),)
-K = 30
+K = SPCL.k1
 IMAGES_PER_PERSON = 20
 ROWS = 1024  # of a block of products
 
@@ -89,6 +92,13 @@ def bench_knn(bench: Bench, n: int, d: int) -> None:
     seconds = {row.variant: row.seconds for row in measured}
     ratio = seconds["dhcl"] / seconds["one symmetric product"]
     print(f"N={n} d={d}: knn takes {ratio:.2f} times one symmetric product")
+
+
+def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """Neighbours of every row."""
+    n, d, _ = sizes
+    features = identity_rows(n, d, device)
+    yield "neighbours", lambda: dhcl_ops.knn(features, min(n, SPCL.k1))
 
 
 def main() -> None:

@@ -7,12 +7,14 @@ ResNet-50's feature width of 2048.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
 import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
+from benchmarks.inputs import PER_IDENTITY, Call, Sizes, identity_rows, labels_of
 from dhcl_ops import _ops
 
 SIZES = (12_936, 32_621, 1_000_000)
@@ -147,6 +149,25 @@ def bench_prototypes(bench: Bench, bank: torch.Tensor) -> None:
         bytes_read=int((labels >= 0).sum()) * row,
         bytes_written=k * row,
     )
+
+
+def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """The update with repeated rows, class means and their gradient."""
+    n, d, b = sizes
+    bank, labels = identity_rows(n, d, device), labels_of(n, device)
+    features, indices = identity_rows(b, d, device), (torch.arange(b) * 7 % n).to(device)
+    yield "update", lambda: dhcl_ops.momentum_update_(bank, features, indices, 0.2)
+    half = bank.half()
+    yield "update, fp16", lambda: dhcl_ops.momentum_update_(half, features, indices, 0.2)
+    classes = -(-n // PER_IDENTITY)
+    means = functools.partial(dhcl_ops.prototypes, labels=labels, num_classes=classes)
+    yield "means", lambda: means(bank)
+
+    def gradient() -> object:
+        leaf = bank.detach().requires_grad_()
+        return torch.autograd.grad(means(leaf, normalize=True).sum(), leaf)
+
+    yield "means and gradient", gradient
 
 
 def main() -> None:

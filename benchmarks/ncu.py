@@ -14,16 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The kernels that most of an epoch's time goes to, by family of the sources.
-KERNELS = {
-    "memory": "momentum_update|segment_mean|normalize_rows",
-    "knn": "knn_scores|knn_select",
-    "reciprocal": "k_reciprocal|pair_dots|query_expand",
-    "jaccard": "jaccard_join|jaccard_rows",
-    "dbscan": "dbscan_unite",
-    "contrastive": "contrastive_stream|contrastive_finish|contrastive_slopes",
-    "ranking": "match_ranks",
-}
+from benchmarks.families import kernels
+
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
 LAUNCHES = 24
 
@@ -72,7 +64,8 @@ def command(ncu: str, family: str, log: Path, target: Sequence[str]) -> list[str
     """How ncu profiles a family's kernels while ``target`` runs; clocks stay as they are."""
     words = [ncu, "--clock-control", "none", "--target-processes", "application-only"]
     words += ["--profile-from-start", "off", "--launch-count", str(LAUNCHES)]
-    words += ["--kernel-name", f"regex:{KERNELS[family]}", "--kernel-name-base", "function"]
+    wanted = f"regex:{'|'.join(kernels(family))}"
+    words += ["--kernel-name", wanted, "--kernel-name-base", "function"]
     for section in SECTIONS:
         words += ["--section", section]
     words += ["--csv", "--page", "raw", "--print-units", "base", "--print-kernel-base", "function"]

@@ -7,12 +7,14 @@ plain variants and "dhcl, distances" start from the distances, "dhcl, features" 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
+from benchmarks.inputs import PER_IDENTITY, Call, Sizes, identity_rows
 
 SIZE = (3368, 15_913, 2048)  # queries, gallery images, width
 QUICK_SIZE = (300, 2000, 256)
@@ -132,6 +134,15 @@ def bench_ranking(bench: Bench) -> None:
     seconds = {row.variant: row.seconds for row in measured}
     target = 1.3 * seconds["product alone"] + 1.0
     print(f"from features {seconds['dhcl, features']:.2f} s, 1.3 products + 1 s is {target:.2f} s")
+
+
+def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """Metrics from features."""
+    n, d, b = sizes
+    gallery, query = identity_rows(n, d, device), identity_rows(b, d, device)
+    ids = [(torch.arange(count) // PER_IDENTITY).to(device) for count in (b, n)]
+    cameras = [torch.full((count,), camera).to(device) for camera, count in enumerate((b, n))]
+    yield "metrics", lambda: dhcl_ops.evaluate_ranking((query, gallery), *ids, *cameras)
 
 
 def main() -> None:

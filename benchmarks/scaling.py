@@ -20,7 +20,8 @@ from torch.nn import functional
 import dhcl_ops
 from benchmarks.contrastive import Step, our_loss
 from benchmarks.harness import Bench, Row, Variant, add_arguments
-from benchmarks.jaccard import EPS, K1, K2, identities, similarities, with_hub
+from benchmarks.inputs import identities, similarities, with_hub
+from dhcl_ops.defaults import SPCL
 
 WIDTH = 256
 BATCH = 256
@@ -149,19 +150,19 @@ def clustering(bench: Bench, regime: str, sizes: Sequence[int], limit: float) ->
                 n,
                 "scaling knn",
                 params,
-                call=lambda rows=features: tuple(dhcl_ops.knn(rows, K1)),
+                call=lambda rows=features: tuple(dhcl_ops.knn(rows, SPCL.k1)),
                 flop=n * n * WIDTH,
                 bytes_read=4 * n * WIDTH,
             )
         if not wanted[1] or search.stopped or not after.allows(n, 0):
             continue
-        found = dhcl_ops.knn(features, K1)
+        found = dhcl_ops.knn(features, SPCL.k1)
         if "hub" in regime:
             found = with_hub(found)
             found = found._replace(similarities=similarities(features, found.indices))
 
         def call(rows: torch.Tensor = features, ranks: dhcl_ops.Neighbours = found) -> torch.Tensor:
-            result = dhcl_ops.cluster(rows, k1=K1, k2=K2, eps=EPS, ranks=ranks)
+            result = dhcl_ops.cluster(rows, k1=SPCL.k1, k2=SPCL.k2, eps=SPCL.eps, ranks=ranks)
             labels: torch.Tensor = result.labels
             return labels
 

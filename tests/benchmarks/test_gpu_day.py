@@ -1,7 +1,9 @@
 """``scripts/gpu_day.sh``: its parts, how they fail, and what is read from the tools they call."""
 
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ if str(ROOT) not in sys.path:  # the benchmarks are not part of the installed pa
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as runner  # noqa: E402
-from benchmarks import gpu_day, kernels, ncu  # noqa: E402
+from benchmarks import families, gpu_day, kernels, ncu  # noqa: E402
 
 SCRIPT = ROOT / "scripts" / "gpu_day.sh"
 FOUND = {"gpu": "", "modules": ["hypothesis", "pytest"]}
@@ -318,13 +320,26 @@ def test_the_watched_calls_run(capsys):
     for wrong in (["nosuch", "--check"], ["memory"]):
         with pytest.raises(SystemExit):
             kernels.main(wrong)
-    assert "no family nosuch: expected one of memory, knn" in capsys.readouterr().err
+    assert "no family nosuch: expected one of contrastive, dbscan" in capsys.readouterr().err
 
 
-def test_every_family_is_watched():
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_is_watched_and_measured(family):
+    module = importlib.import_module(f"benchmarks.{family}")
+    calls = list(module.watched((33, 7, 5), torch.device("cpu")))
+    assert calls
+    assert all(callable(call) for _, call in calls)
+    assert callable(module.main)
+
+
+def test_every_family_has_its_row_on_the_page():
     from dhcl_ops import _build
 
-    assert {*kernels.FAMILIES} == {*ncu.KERNELS} == {*gpu_day.FAMILIES} == {*_build.families()}
+    assert list(families.FAMILIES) == _build.families()
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    table = page[page.index("| family | cases |") :].split("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(named) == sorted(runner.BENCHMARKS)
 
 
 def test_shares_name_the_ops_that_take_the_time(capsys):
@@ -337,11 +352,14 @@ def test_shares_name_the_ops_that_take_the_time(capsys):
     assert "dhcl::segment_mean" in out
 
 
-@pytest.mark.parametrize("family", ncu.KERNELS)
-def test_the_named_kernels_exist(family):
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_all_kernels_of_a_family_are_profiled(family):
     source = (ROOT / "csrc" / f"{family}.cu").read_text()
-    for name in ncu.KERNELS[family].split("|"):
-        assert f" {name}_kernel(" in source
+    names = families.kernels(family)
+    assert len(names) == len(set(names)) == source.count("__global__")
+    words = ncu.command("ncu", family, Path("log"), ["python"])
+    assert words[words.index("--kernel-name") + 1] == f"regex:{'|'.join(names)}"
+    assert all(name.endswith("_kernel") for name in names)
 
 
 # ---- Nsight Compute -----------------------------------------------------------------------------
@@ -455,7 +473,7 @@ def test_ncu_leaves_the_clocks_alone(tmp_path, monkeypatch, capsys):
             Path(words[words.index("--log-file") + 1]).write_text(raw_page(UPDATE))
 
     calls = recorded(monkeypatch, write)
-    with pytest.raises(gpu_day.Failed, match=r"^knn: .*knn\.csv.*; jaccard: "):
+    with pytest.raises(gpu_day.Failed, match=r"^contrastive: .*contrastive\.csv.*; dbscan: "):
         gpu_day.nsight(make_day(tmp_path, cuda=True))
     assert "momentum_update" in (tmp_path / "table.txt").read_text()  # what there is, is kept
     assert "momentum_update" in capsys.readouterr().out

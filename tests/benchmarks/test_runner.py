@@ -82,7 +82,7 @@ def families(tmp_path, monkeypatch):
     folder = tmp_path / "root" / "benchmarks"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
-    for name in runner.FAMILIES:
+    for name in runner.BENCHMARKS:
         (folder / f"{name}.py").write_text(SCRIPT)
     monkeypatch.setattr(runner, "ROOT", folder.parent)
     return folder
