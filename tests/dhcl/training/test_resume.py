@@ -239,7 +239,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path, moment)
 def test_a_checkpoint_of_the_format_before_goes_on_to_the_same_bits(pictures, tmp_path):
     """Of format 1, where the log's entry said how far the epoch was."""
     # With outliers, which the epoch leaves out.
-    small = {"images_per_class": 4, "epochs": 2, "eps": 0.3}
+    small = {"images_per_class": 4, "epochs": 2, "eps": 0.3, "min_samples": 4}
     changes = {**small, "checkpoint_minutes": CHECKPOINT_MINUTES}
     whole = options(pictures, tmp_path / "whole", "cluster-contrast", **changes)
     finish(whole)
