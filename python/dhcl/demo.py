@@ -63,7 +63,6 @@ _COMMON: dict[str, Any] = {
     "erase": 0.2,
     "workers": 0,
     "cache_gb": 0.25,
-    "eval_every": 0,
     "rerank": False,
     "report": False,
     "checkpoint_minutes": 0.0,
@@ -307,11 +306,15 @@ def _refuse_others(there: Path, found: Mapping[str, Any], wanted: Mapping[str, A
 
 def _options(demo: Demo, name: str, seed: int) -> TrainConfig:
     base, changes = METHODS.get(name, ("dhcl", {}))
-    folder = name.replace(", ", "-").replace(" ", "-")
+    folder = demo.out / f"seed{seed}"
+    if demo.compare:
+        folder = demo.out / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
     common = {
         **_COMMON,
         "root": demo.root,
-        "out": demo.out / "runs" / f"{folder}-seed{seed}" if demo.compare else demo.out / "run",
+        "out": folder,
+        # A look along the way, for a curve in the report.
+        "eval_every": 0 if demo.compare else 3,
         "seed": seed,
         "image_size": demo.image_size,
         "epochs": demo.rounds,

@@ -208,10 +208,10 @@ def test_the_demo_shows_scores_before_and_after_and_a_report(shown):
     assert f"mAP {rows['untrained'][0]['mAP']:.1%}" in untrained
     assert "epoch 1/1" in said[stages[3] : stages[4]]
     assert list(rows) == ["untrained", "dhcl"]
-    assert rows["dhcl"][0] == json.loads((folder / "run" / "metrics.json").read_text())["last"]
+    assert rows["dhcl"][0] == json.loads((folder / "seed0" / "metrics.json").read_text())["last"]
     assert (folder / "results.md").read_text().strip() in said
     page = (folder / "report.html").read_text()
-    assert "<h1>Run run</h1>" in page
+    assert "<h1>Run seed0</h1>" in page
     assert "What this report does not have" not in page
     assert str(folder / "report.html") in said
 
@@ -223,13 +223,13 @@ def test_the_commands_that_the_demo_ends_with_work(shown, tmp_path):
     for line in lines[:3]:
         done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert "<h1>Run run</h1>" in (folder / "longer.html").read_text()
+    assert "<h1>Run seed0</h1>" in (folder / "longer.html").read_text()
     assert (folder / "found.html").read_text().count('class="right"') > 0
 
 
 def test_a_demo_goes_on_with_its_own_runs_only(shown, capsys):
     folder, _ = shown
-    log = folder / "run" / "log.jsonl"
+    log = folder / "seed0" / "log.jsonl"
     before = log.stat().st_mtime_ns
     given = ["demo", "--out", str(folder), *SMALL_DEMO]
     assert main(given) == 0
