@@ -72,8 +72,9 @@ _COMMON: dict[str, Any] = {
 
 # Epochs of the one training, which is to be done in minutes, and of each of a comparison.
 _EPOCHS, _EPOCHS_COMPARED = 12, 18
-# Seconds on two cores of an EPYC, for the expectations that are printed.
-_BATCH_SECONDS = 0.45
+# Seconds on two cores of an EPYC, for the expectations that are printed: of a batch of training,
+# and of an image that is drawn, or looked at.
+_BATCH_SECONDS, _IMAGE_SECONDS = 0.45, 0.006
 
 
 @dataclass(frozen=True)
@@ -142,25 +143,26 @@ def _show(demo: Demo) -> dict[str, Any]:
     began = time.monotonic()
     config = _options(demo, "dhcl", demo.seeds[0])
     training = demo.rounds * demo.iterations * _BATCH_SECONDS
+    looking = demo.ids * demo.cameras * demo.images_per_camera * _IMAGE_SECONDS
     tqdm.write(
-        f"People are drawn, and a network learns to find them again in other cameras, without any "
-        f"labels: about {duration(60 + training)} on two cores, and a minute more where the ops "
-        "are not compiled yet."
+        "People are drawn, and a network learns to find them again in other cameras, without any "
+        f"labels: about {duration(15 + 3 * looking + training)} on two cores, and a minute more "
+        "where the ops are not compiled yet."
     )
     _stage(1, "the ops, compiled for this machine once")
     chosen = status()
     if chosen.how != "reference":  # which says so by itself
         tqdm.write(chosen.line)
-    _stage(2, f"{demo.ids} people in {demo.cameras} cameras, drawn in about {duration(15)}")
+    _stage(2, f"{demo.ids} people in {demo.cameras} cameras, drawn in about {duration(looking)}")
     _draw_once(demo)
-    _stage(3, f"how well the untrained network finds them, in about {duration(15)}")
+    _stage(3, f"how well the untrained network finds them, in about {duration(looking)}")
     rows = {_UNTRAINED: [_untrained(config)]}
     tqdm.write(_scores(rows[_UNTRAINED][0]))
-    _stage(4, f"{demo.rounds} epochs of training, about {duration(training)}")
+    _stage(4, f"{demo.rounds} epochs of training, in about {duration(training)}")
     trained = _train(config)
     rows["dhcl"] = [_last(config)]
     tqdm.write(_scores(rows["dhcl"][0]))
-    _stage(5, f"the report, about {duration(15)}")
+    _stage(5, f"the report, in about {duration(looking)}")
     page = _report(config, trained, demo.out / "report.html")
     results = _write_results(demo, rows, began)
     look = f"Look at it in a browser: {page}\n" if page else ""

@@ -17,6 +17,7 @@ _LIBRARIES = (
     "plotly",
     "pydantic",
     "filelock",
+    "jinja2",
 )
 
 
