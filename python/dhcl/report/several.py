@@ -15,10 +15,10 @@ from dhcl.report.charts import Chart, Series
 from dhcl.report.curves import CURVES, epoch_series, seconds_of
 from dhcl.report.gather import Findings, look
 from dhcl.report.pages import Table, check_file, grouped, percent, render, scripted
-from dhcl.training.logs import duration, flat
+from dhcl.training.logs import flat
 from dhcl.training.record import Record
 from dhcl.training.results import Results
-from dhcl.words import show
+from dhcl.words import duration, show
 
 __all__ = ["comparison_page", "labels_of", "write_comparison"]
 

@@ -16,11 +16,11 @@ from dhcl.report.curves import CURVES, epoch_series, seconds_of
 from dhcl.report.gather import Cluster, Findings, Limits, RankedList, Retrieval, look
 from dhcl.report.pages import Table, check_file, grouped, percent, render, scripted
 from dhcl.report.pictures import Pictures
-from dhcl.training.logs import duration, flat
+from dhcl.training.logs import flat
 from dhcl.training.record import Record
 from dhcl.training.results import Results, results_of
 from dhcl.training.runs import Trained
-from dhcl.words import first_line, show
+from dhcl.words import duration, first_line, show
 
 __all__ = ["report_training", "run_page", "write_report"]
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dhcl.files import write_atomic
-from dhcl.words import duration
 
-__all__ = ["RunLog", "duration", "flat"]
+__all__ = ["RunLog", "flat"]
 
 
 class RunLog:

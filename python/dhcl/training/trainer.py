@@ -40,7 +40,8 @@ from dhcl.training.checkpoint import (
 )
 from dhcl.training.engine import Engine
 from dhcl.training.labels import PseudoLabels, pseudo_labels
-from dhcl.training.logs import RunLog, duration
+from dhcl.training.logs import RunLog
+from dhcl.words import duration
 from dhcl_ops import DHCLLoss, MemoryBank, prototypes
 
 __all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "learning_rate"]
