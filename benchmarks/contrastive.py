@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch._functorch import config as functorch_config
@@ -19,6 +19,7 @@ import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
 from benchmarks.inputs import Call, Sizes, identity_rows
 from benchmarks.memory import unit_rows
+from benchmarks.results import Ceilings, Results
 
 WIDTH = 2048
 BATCHES = (64, 256, 1024, 4096)
@@ -139,8 +140,8 @@ def bench_case(bench: Bench, proxies: torch.Tensor, batch: int, parts: str) -> N
     available = torch.cuda.mem_get_info()[0] if cuda else 12 << 30
     if EAGER_TENSORS * 4 * batch * count < available:
         variants.append(Variant("pytorch", Step(plain_loss, parts, *tensors)))
-        compiled = torch.compile(plain_loss)
-        if not bench.quick:
+        if bench.compiled:
+            compiled = torch.compile(plain_loss)
             variants.append(Variant("torch.compile", Step(compiled, parts, *tensors)))
         if cuda:
             variants.append(Variant("pytorch TF32", Step(plain_loss, parts, *tensors, tf32=True)))
@@ -181,16 +182,16 @@ def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     yield "all gradients", both_gradients
 
 
-def main() -> None:
-    """Run the cases the command line asks for."""
+def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -> Results:
+    """Run the cases the command line asks for; ceilings that are known are not measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of proxies K")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes B")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     # Backward alone runs again on one graph, which a compiled function refuses by default.
     functorch_config.donated_buffer = False
-    bench = Bench(options)
+    bench = Bench(options, ceilings)
     print(dhcl_ops.status().line)
     default = SIZES if bench.device.type == "cuda" else SIZES[:3]
     sizes = options.sizes or (QUICK_SIZES if bench.quick else default)
@@ -200,7 +201,7 @@ def main() -> None:
             for parts in ("forward", "both", "backward"):
                 bench_case(bench, proxies, batch, parts)
         del proxies
-    bench.finish()
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
 from benchmarks.inputs import Call, Sizes, identities, identity_rows
 from benchmarks.reference import reference_ops
+from benchmarks.results import Ceilings, Results
 from dhcl_ops.defaults import SPCL
 
 
@@ -66,18 +67,18 @@ def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     yield "labels", lambda: dhcl_ops.dbscan(graph, SPCL.eps)
 
 
-def main() -> None:
-    """Run the cases the command line asks for."""
+def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -> Results:
+    """Run the cases the command line asks for; ceilings that are known are not measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    bench = Bench(parser.parse_args())
+    bench = Bench(parser.parse_args(words), ceilings)
     print(dhcl_ops.status().line)
     if bench.quick:
         bench_dbscan(bench, 1_000, 256, 17.2)
     else:
         bench_dbscan(bench, 12_936, 2048, 17.2)
         bench_dbscan(bench, 100_000, 256, 20.0)
-    bench.finish()
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import dhcl_ops
 from benchmarks.harness import Bench, Row, Variant, add_arguments
 from benchmarks.inputs import identities
 from benchmarks.reference import reference_ops
+from benchmarks.results import Ceilings, Results
 from dhcl_ops.defaults import SPCL
 
 SIZES = {"Market-1501": (12_936, 17.2), "MSMT17": (32_621, 31.3)}  # images, images per identity
@@ -235,16 +236,16 @@ class Epoch:
         self.bench.results.rows += made
 
 
-def main() -> None:
-    """Run the cases the command line asks for."""
+def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -> Results:
+    """Run the cases the command line asks for; ceilings that are known are not measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--steps", type=int, default=STEPS, help="batches of an epoch")
     parser.add_argument("--batches", type=int, nargs="+", help="images of a batch")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.steps < 1 or any(b < 2 for b in options.batches or ()):
         parser.error("--steps must be at least 1 and --batches at least 2")
-    bench = Bench(options)
+    bench = Bench(options, ceilings)
     print(dhcl_ops.status().line)
     on_cuda = bench.device.type == "cuda"
     image = (256, 128) if on_cuda else (64, 32)
@@ -255,7 +256,7 @@ def main() -> None:
         epoch.once()
         for size in options.batches or ((16,) if bench.quick else BATCHES):
             epoch.batches(size, options.steps)
-    bench.finish()
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """All that a machine with a GPU is needed for, in one command: ``scripts/gpu_day.sh``.
 
-Facts, build, tests, Compute Sanitizer, benchmarks and Nsight Compute, one part after another. One
-that fails does not keep the others from running, and what a part found is on disk when it ends. On
-a machine without a GPU the parts that need one are skipped and the others run on the CPU. Nothing
-here changes a setting of the GPU. This file needs the standard library only.
+Facts, build, an epoch, the ops' benchmarks, tests, Nsight Compute and Compute Sanitizer, one part
+after another, the most telling first, since a machine may be lent for minutes only. One that fails
+does not keep the others from running; what a part found is on disk when it ends, and in the archive
+if one is asked for. On a machine without a GPU the parts that need one are skipped and the others
+run on the CPU. Nothing here changes a setting of the GPU. It needs the standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,16 +33,15 @@ from benchmarks.families import FAMILIES
 ROOT = Path(__file__).resolve().parent.parent
 # Without a GPU everything is slower than the limits below allow for.
 CPU_FACTOR = 6
-# Test processes that share one GPU; each has a context of its own.
-TEST_WORKERS = 4
-# A row of the day's benchmarks gets less time than by default; sizes that take long are left out.
-SECONDS = 0.2
-PLOTTING = 5  # seconds that a family's plots may take
-OPTIONS = {
-    "contrastive": ("--sizes", "13000", "100000", "--batches", "256", "1024"),
-    "end_to_end": ("--batches", "64"),
-    "scaling": ("--limit", "1"),
-}
+# Test processes at most that share one GPU; each has a context of its own.
+TEST_WORKERS = 14
+# Where programs of the CUDA toolkit lie that are not on PATH; the last of several versions counts.
+TOOL_HOMES = (
+    "/usr/local/cuda/bin",
+    "/usr/local/cuda-*/bin",
+    "/opt/nvidia/nsight-compute/*",
+    "/opt/nvidia/compute-sanitizer",
+)
 # Asks the Python of the parts what it has; prints one line of JSON.
 PROBE = """
 import importlib.util, json, torch
@@ -78,6 +80,7 @@ class Day:
     quick: bool
     folder: Path = Path()
     deadline: float = 0.0
+    commit: str = ""
 
     @property
     def cuda(self) -> bool:
@@ -98,6 +101,8 @@ class Day:
         paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
         changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         changed["DHCL_CACHE"] = os.environ.get("DHCL_CACHE") or str(self.out / "cache")
+        if self.commit:
+            changed["DHCL_COMMIT"] = self.commit
         if not self.cuda:
             # Compiling kernels that can't run takes minutes.
             changed["DHCL_CUDA"] = "off"
@@ -159,9 +164,10 @@ def name_of(words: Sequence[str]) -> str:
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on ``PATH``, in ``$CUDA_HOME/bin`` or ``/usr/local/cuda``."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    """A program of the CUDA toolkit: on ``PATH``, in ``$CUDA_HOME/bin`` or in a usual home."""
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
     places = [str(Path(home) / "bin") for home in homes if home]
+    places += [place for home in TOOL_HOMES for place in sorted(glob.glob(home), reverse=True)]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
 
 
@@ -201,19 +207,22 @@ def build(day: Day) -> str:
     return line.removeprefix("dhcl_ops: ")
 
 
-def tests(day: Day) -> str:
-    """The op tests; with a GPU none of them may skip for want of one."""
+def tests(which: str, day: Day) -> str:
+    """Those op tests; with a GPU only what runs on it, and none may skip for want of it."""
     if missing := day.missing("pytest", "hypothesis"):
         raise Failed(f"no {missing} in {day.python}")
     # The tests of kernels on an emulator of CUDA say nothing about this machine. Every test is
     # named as it ends, since the XML comes last.
-    few = ["tests/ops/test_memory.py", "-k", "not compile and not thread"]
-    words = ["pytest", *(few if day.quick else ["tests/ops"]), "-v", "-p", "no:cacheprovider"]
+    chosen = f"cuda and {which}" if day.cuda else f"{which} and not cuda and not thread"
+    few = ["tests/ops/test_memory.py"] if day.quick else ["tests/ops"]
+    words = ["pytest", *few, "-k", chosen, "-v", "-p", "no:cacheprovider"]
     words += ["--ignore-glob", "*_host*.py", "--junitxml", str(day.folder / "junit.xml")]
     variables = {"DHCL_REQUIRE_CUDA": "1"} if day.cuda else {}
-    if day.cuda and not day.missing("xdist"):
-        words += ["-n", str(TEST_WORKERS)]
-        variables["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // TEST_WORKERS, 1))
+    if not day.missing("xdist"):
+        cores = os.cpu_count() or 1
+        workers = max(min(TEST_WORKERS, cores), 1)
+        words += ["-n", str(workers)]
+        variables["OMP_NUM_THREADS"] = str(max(cores // workers, 1))
     path = day.module(*words, **variables)
     return path.read_text().splitlines()[-1].strip("= ")
 
@@ -244,30 +253,22 @@ def sanitizer(day: Day) -> str:
     return "; ".join(said)
 
 
-def measure(families: Sequence[str], day: Day) -> str:
-    """Run families of benchmarks; their results lie in one folder for all parts."""
-    problems = []
-    for number, family in enumerate(families):
-        words = ["benchmarks", "--only", family, "--device", day.device]
-        words += ["--out", str(day.out / "results")]
-        words += ["--quick"] if day.quick else ["--seconds", str(SECONDS)]
-        # What one family leaves of its share is for the next ones.
-        share = day.left() / (len(families) - number)
-        words += ["--time-limit", f"{max(share - PLOTTING, share / 2, 1):.0f}"]
-        if not day.quick and family in OPTIONS:
-            words += ["--", *OPTIONS[family]]
-        try:
-            day.module(*words, log=f"{family}.txt")
-        except Failed as error:
-            stopped = [
-                line.removeprefix("failed: ")
-                for line in (day.folder / f"{family}.txt").read_text().splitlines()
-                if line.startswith("failed: ")
-            ]
-            problems += stopped or [f"{family}: {error}"]
-    if problems:
-        raise Failed("; ".join(problems))
-    return f"{', '.join(families)} on {day.device}, in {day.out / 'results'}"
+def measure(names: Sequence[str], day: Day) -> str:
+    """Run benchmarks in one process; their results lie in one folder for all parts."""
+    words = ["benchmarks.together", *names, "--device", day.device]
+    words += ["--out", str(day.out / "results")]
+    words += ["--quick", "--seconds", "0.1"] if day.quick else []
+    log = day.folder / "log.txt"
+    try:
+        day.module(*words)
+    except Failed as error:
+        stopped = [
+            line.removeprefix("failed: ")
+            for line in log.read_text().splitlines()
+            if line.startswith("failed: ")
+        ]
+        raise Failed("; ".join(stopped) or str(error)) from error
+    return f"{', '.join(names)} on {day.device}, in {day.out / 'results'}"
 
 
 def nsight(day: Day) -> str:
@@ -312,27 +313,39 @@ class Part:
         if self.tools and not day.cuda:
             return "no CUDA device"
         if missing := ", ".join(name for name in self.tools if find_tool(name) is None):
-            return f"no {missing} on PATH, in $CUDA_HOME or /usr/local/cuda"
+            return f"no {missing} on PATH, in $CUDA_HOME or a usual home of CUDA"
         if missing := day.missing(*self.modules):
             return f"no {missing} in {day.python}: pip install 'dhcl[train]'"
         return ""
 
 
-# The limits together stay below nine minutes.
+# The limits together stay below nine minutes. The order is that of what one would miss most.
 PARTS = (
     Part("facts", "GPU, driver, compilers, versions, commit", 20, facts),
-    Part("build", "compile the ops and compare each with its reference", 70, build),
-    Part("tests", "the op tests, on CUDA where there is a GPU", 90, tests),
-    Part("sanitizer", "Compute Sanitizer: memcheck, racecheck", 60, sanitizer,
-         ("compute-sanitizer",)),
-    Part("benchmarks", f"python -m benchmarks: {', '.join(FAMILIES)}", 175,
-         functools.partial(measure, FAMILIES)),
-    Part("end_to_end", "an epoch and its parts", 35, functools.partial(measure, ("end_to_end",)),
+    Part("build", "compile the ops and compare each with its reference", 60, build),
+    Part("end_to_end", "an epoch and its parts", 60, functools.partial(measure, ("end_to_end",)),
          modules=("timm", "torchvision")),
+    Part("benchmarks", f"python -m benchmarks.together {' '.join(FAMILIES)}", 140,
+         functools.partial(measure, FAMILIES)),
+    Part("tests", "the op tests without compilation, on CUDA where there is a GPU", 60,
+         functools.partial(tests, "not compile")),
+    Part("compiled", "the op tests under torch.compile", 60, functools.partial(tests, "compile")),
     Part("scaling", "time and memory as N and K grow", 30,
          functools.partial(measure, ("scaling",))),
-    Part("ncu", "Nsight Compute on all kernels of the families", 55, nsight, ("ncu",)),
+    Part("ncu", "Nsight Compute on the main kernels", 45, nsight, ("ncu",)),
+    Part("sanitizer", "Compute Sanitizer: memcheck, racecheck", 60, sanitizer,
+         ("compute-sanitizer",)),
 )  # fmt: skip
+
+
+def pack(out: Path, archive: Path) -> None:
+    """Everything that was found, without the built library, in one file beside it or elsewhere."""
+    partial = archive.with_name(archive.name + ".partial")
+    with tarfile.open(partial, "w:gz") as file:
+        for path in sorted(out.iterdir()):
+            if path.name != "cache" and path not in (archive, partial):
+                file.add(path, f"day/{path.name}")
+    partial.replace(archive)
 
 
 # ---- the day ------------------------------------------------------------------------------------
@@ -390,6 +403,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("gpu-day"), metavar="FOLDER")
     made.add_argument("--part", nargs="+", action="extend", choices=names, metavar="PART",
                       help=f"of {', '.join(names)} (default: all, in this order)")  # fmt: skip
+    made.add_argument("--archive", type=Path, metavar="FILE",
+                      help="also pack what was found into it after each part")  # fmt: skip
+    made.add_argument("--commit", default="", metavar="HASH",
+                      help="of a copy that has no history, for the results")  # fmt: skip
     made.add_argument("--list", action="store_true", help="name the parts and end")
     made.add_argument("--quick", action="store_true", help="small sizes and few tests")
     made.add_argument("--limit", type=float, metavar="SECONDS",
@@ -412,6 +429,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     if options.limit is not None and not options.limit > 0:
         command_line.error(f"--limit must be positive (got {options.limit})")
+    if options.archive is not None and not options.archive.resolve().parent.is_dir():
+        command_line.error(f"--archive {options.archive} is in no folder")
     if options.out.exists() and not options.out.is_dir():
         command_line.error(f"--out {options.out} is not a folder")
     python = shutil.which(options.python)
@@ -423,13 +442,15 @@ def main(words: Sequence[str] | None = None) -> int:
         command_line.error(f"--python: {error}")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    day = Day(out, python, found, options.quick)
+    day = Day(out, python, found, options.quick, commit=options.commit)
     outcomes = []
     for part in PARTS:
         if options.part is None or part.name in options.part:
             limit = options.limit or part.limit * (1 if day.cuda else CPU_FACTOR)
             outcomes.append(run_part(part, day, limit))
             (out / "parts.txt").write_text(table(outcomes) + "\n")
+            if options.archive is not None:
+                pack(out, options.archive.resolve())
     print(table(outcomes))
     return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
 

@@ -350,7 +350,9 @@ def machine_facts(threads: int, repository: str | Path = Path(__file__).parent) 
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": None,
-        "git_commit": _command(*git, "rev-parse", "--verify", "--quiet", "HEAD"),
+        # A copy without its history is told where it comes from.
+        "git_commit": _command(*git, "rev-parse", "--verify", "--quiet", "HEAD")
+        or os.environ.get("DHCL_COMMIT"),
         "git_dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -380,6 +382,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--threads", type=count, help="CPU threads (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="short time budget, for a trial")
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help="on a GPU too, measure what takes minutes: compiled variants and dense NumPy",
+    )
     parser.add_argument(
         "--seconds", type=positive, help="time budget per row (default: 1, with --quick 0.1)"
     )
@@ -415,6 +422,10 @@ class Bench:
         self.device = torch.device(name)
         self.threads: int = args.threads or torch.get_num_threads()
         self.quick: bool = args.quick
+        # A GPU is lent by the minute: what a processor takes minutes for is asked for there.
+        thorough = self.device.type == "cpu" or args.thorough
+        self.compiled: bool = thorough and not args.quick
+        self.dense: bool = thorough
         self.seconds: float = args.seconds or (0.1 if args.quick else 1.0)
         self.only: str = args.only
         self.json: Path | None = args.json

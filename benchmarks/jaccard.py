@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from benchmarks.harness import Bench, Variant, add_arguments
 from benchmarks.inputs import Call, Sizes, identities, identity_rows, similarities, with_hub
 from benchmarks.reciprocal import dense_encoding, dense_weights, encoding
 from benchmarks.reference import reference_ops
+from benchmarks.results import Ceilings, Results
 from dhcl_ops.defaults import SPCL, ZHONG
 from dhcl_ops.jaccard import dense_rows, inverted_index, join
 from dhcl_ops.knn import Neighbours, knn
@@ -78,6 +79,7 @@ def bench_clustering(
         found = found._replace(similarities=similarities(features, found.indices))
     sizes: dict[str, int] = {}
     variants = [Variant("dhcl", lambda: ours(features, found, sizes))]
+    dense &= bench.dense
     if dense:
         variants.append(Variant("dense NumPy", lambda: dense_closeness(features, found)))
         reference = Variant(
@@ -130,6 +132,7 @@ def bench_rerank(bench: Bench, q: int, g: int, d: int, topk: int, *, dense: bool
         return lists.distances
 
     variants = [Variant("dhcl", call)]
+    dense &= bench.dense
     if dense:
         variants.append(Variant("dense NumPy", lambda: dense_rerank(query, gallery, topk)))
         variants.append(Variant("pytorch reference", call, context=reference_ops))
@@ -155,11 +158,11 @@ def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     yield "dense rows", lambda: list(dense_rows(weights, None, stop=min(n, 256)))
 
 
-def main() -> None:
-    """Run the cases the command line asks for."""
+def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -> Results:
+    """Run the cases the command line asks for; ceilings that are known are not measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    bench = Bench(parser.parse_args())
+    bench = Bench(parser.parse_args(words), ceilings)
     print(dhcl_ops.status().line)
     if bench.quick:
         bench_clustering(bench, "identities", 1_000, 256, 17.2, dense=True)
@@ -174,7 +177,9 @@ def main() -> None:
         bench_clustering(bench, "identities", 100_000, 256, 20.0, dense=False)
         bench_rerank(bench, 500, 4_500, 256, 50, dense=True)
         bench_rerank(bench, 11_659, 82_161, 256, 50)
-    bench.finish()
+        if bench.device.type == "cuda":
+            bench_rerank(bench, 11_659, 82_161, 2048, 50)
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
 from benchmarks.inputs import PER_IDENTITY, Call, Sizes, identity_rows, labels_of
+from benchmarks.results import Ceilings, Results
 from dhcl_ops import _ops
 
 SIZES = (12_936, 32_621, 1_000_000)
@@ -138,7 +139,7 @@ def bench_prototypes(bench: Bench, bank: torch.Tensor) -> None:
         Variant("pytorch fixed order", lambda: reference(bank, *lists)),
         Variant("dhcl", lambda: dhcl_ops.prototypes(bank, labels, k)),
     ]
-    if not bench.quick:
+    if bench.compiled:
         compiled = torch.compile(plain_prototypes)
         variants.append(Variant("torch.compile", lambda: compiled(bank, labels, k)))
     bench.run_case(
@@ -170,20 +171,20 @@ def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     yield "means and gradient", gradient
 
 
-def main() -> None:
-    """Run the cases the command line asks for."""
+def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -> Results:
+    """Run the cases the command line asks for; ceilings that are known are not measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of bank rows N")
-    options = parser.parse_args()
-    bench = Bench(options)
+    options = parser.parse_args(words)
+    bench = Bench(options, ceilings)
     print(dhcl_ops.status().line)
     for n in options.sizes or (QUICK_SIZES if bench.quick else SIZES):
         bank = unit_rows(n, bench.device)
         bench_updates(bench, bank)
         bench_prototypes(bench, bank)
         del bank
-    bench.finish()
+    return bench.finish()
 
 
 if __name__ == "__main__":

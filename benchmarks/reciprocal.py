@@ -7,7 +7,7 @@ From given neighbour lists to weighted sets, query expansion included, on the fe
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import dhcl_ops
 from benchmarks.harness import Bench, Variant, add_arguments
 from benchmarks.inputs import Call, Sizes, identities, identity_rows
 from benchmarks.reference import reference_ops
+from benchmarks.results import Ceilings, Results
 from dhcl_ops._csr import Rows, row_ids
 from dhcl_ops.defaults import SPCL
 from dhcl_ops.knn import Neighbours, knn
@@ -82,6 +83,7 @@ def bench_encoding(bench: Bench, n: int, d: int, per: float, *, dense: bool) -> 
     found = knn(features, SPCL.k1)
     rows = encoding(features, found)
     variants = [Variant("dhcl", lambda: squares_of(encoding(features, found)))]
+    dense &= bench.dense
     if dense:
         variants.append(
             Variant(
@@ -109,11 +111,11 @@ def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     yield "encoding", lambda: encoding(features, found)
 
 
-def main() -> None:
-    """Run the cases the command line asks for."""
+def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -> Results:
+    """Run the cases the command line asks for; ceilings that are known are not measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    bench = Bench(parser.parse_args())
+    bench = Bench(parser.parse_args(words), ceilings)
     print(dhcl_ops.status().line)
     if bench.quick:
         bench_encoding(bench, 1_000, 256, 17.2, dense=True)
@@ -121,7 +123,7 @@ def main() -> None:
         bench_encoding(bench, 3_000, 2048, 17.2, dense=True)
         bench_encoding(bench, 12_936, 2048, 17.2, dense=True)
         bench_encoding(bench, 100_000, 256, 20.0, dense=False)
-    bench.finish()
+    return bench.finish()
 
 
 if __name__ == "__main__":

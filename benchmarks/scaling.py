@@ -21,6 +21,7 @@ import dhcl_ops
 from benchmarks.contrastive import Step, our_loss
 from benchmarks.harness import Bench, Row, Variant, add_arguments
 from benchmarks.inputs import identities, similarities, with_hub
+from benchmarks.results import Ceilings, Results
 from dhcl_ops.defaults import SPCL
 
 WIDTH = 256
@@ -197,8 +198,8 @@ def loss(bench: Bench, sizes: Sequence[int], limit: float) -> None:
     line.finish()
 
 
-def main() -> None:
-    """Run the cases the command line asks for."""
+def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -> Results:
+    """Run the cases the command line asks for; ceilings that are known are not measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of images N")
@@ -206,8 +207,8 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, help="seconds one call may take (default: 300, with --quick 2)"
     )
-    options = parser.parse_args()
-    bench = Bench(options)
+    options = parser.parse_args(words)
+    bench = Bench(options, ceilings)
     print(dhcl_ops.status().line)
     full = CUDA_SIZES if bench.device.type == "cuda" else SIZES
     sizes = sorted(options.sizes or (QUICK_SIZES if bench.quick else full))
@@ -217,7 +218,7 @@ def main() -> None:
         # The search takes as long in every regime: what the first one left out, all do.
         sizes = clustering(bench, regime, sizes, limit) or sizes
     loss(bench, proxies, limit)
-    bench.finish()
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ if str(ROOT) not in sys.path:  # the benchmarks are not part of the installed pa
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as runner  # noqa: E402
-from benchmarks import families, gpu_day, kernels, ncu  # noqa: E402
+from benchmarks import families, gpu_day, kernels, ncu, together  # noqa: E402
 
 SCRIPT = ROOT / "scripts" / "gpu_day.sh"
 FOUND = {"gpu": "", "modules": ["hypothesis", "pytest"]}
@@ -59,8 +61,8 @@ def test_the_script_lists_the_parts():
     done = script("--list")
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["facts", "build", "tests", "sanitizer", "benchmarks", "end_to_end",
-                     "scaling", "ncu"]  # fmt: skip
+    assert names == ["facts", "build", "end_to_end", "benchmarks", "tests", "compiled", "scaling",
+                     "ncu", "sanitizer"]  # fmt: skip
 
 
 def test_the_parts_together_take_less_than_nine_minutes():
@@ -74,6 +76,7 @@ def test_the_parts_together_take_less_than_nine_minutes():
         (["--limit", "0"], "--limit must be positive (got 0.0)"),
         (["--limit", "nan"], "--limit must be positive (got nan)"),
         (["--out", __file__], "is not a folder"),
+        (["--archive", "nosuch/day.tgz"], "--archive nosuch/day.tgz is in no folder"),
         (["--python", "nosuch-python"], "--python nosuch-python: there is no such program"),
         (["--speed"], "unrecognized arguments: --speed"),
     ],
@@ -169,7 +172,7 @@ def test_without_their_modules_parts_say_so(without_cuda, tmp_path):
     day = make_day(tmp_path)
     day.found["modules"] = []
     with pytest.raises(gpu_day.Failed, match="no pytest, hypothesis in "):
-        gpu_day.tests(day)
+        gpu_day.tests("compile", day)
 
 
 def test_the_limits_in_the_documentation():
@@ -252,10 +255,50 @@ def test_build_without_cuda_kernels_fails_where_there_is_a_gpu(tmp_path, monkeyp
 
 def test_tests_may_not_skip_cuda_where_there_is_a_gpu(tmp_path, monkeypatch):
     calls = recorded(monkeypatch, lambda words, path: path.write_text("==== 5 passed ====\n"))
-    assert gpu_day.tests(make_day(tmp_path, cuda=True)) == "5 passed"
-    assert gpu_day.tests(make_day(tmp_path)) == "5 passed"
+    assert gpu_day.tests("not compile", make_day(tmp_path, cuda=True)) == "5 passed"
+    assert gpu_day.tests("not compile", make_day(tmp_path)) == "5 passed"
     assert [variables.get("DHCL_REQUIRE_CUDA") for _, variables in calls] == ["1", None]
     assert all("tests/ops" in words for words, _ in calls)
+    chosen = [words[words.index("-k") + 1] for words, _ in calls]
+    assert chosen == ["cuda and not compile", "not compile and not cuda and not thread"]
+
+
+def test_programs_are_found_in_their_usual_homes(tmp_path, monkeypatch):
+    for version in ("2024.1", "2025.3"):
+        program = tmp_path / version / "ncu"
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    monkeypatch.setattr(gpu_day, "TOOL_HOMES", (str(tmp_path / "*"),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert gpu_day.find_tool("ncu") == str(program)
+    assert gpu_day.find_tool("compute-sanitizer") is None
+
+
+def test_everything_is_packed_after_each_part(without_cuda, tmp_path, monkeypatch):
+    archive = tmp_path / "packed" / "day.tgz"
+    archive.parent.mkdir()
+    seen = []
+
+    def look(day):
+        with tarfile.open(archive) as file:
+            seen.append(sorted(file.getnames()))
+        return "it is there"
+
+    def cache(day):
+        (day.out / "cache").mkdir()
+        (day.out / "cache" / "library.so").touch()
+        return day.environment()["DHCL_COMMIT"]
+
+    parts = [gpu_day.Part(n, "for a test", 10, r) for n, r in (("one", cache), ("two", look))]
+    monkeypatch.setattr(gpu_day, "PARTS", parts)
+    words = ["--out", str(tmp_path / "out"), "--archive", str(archive), "--commit", "0123abc"]
+    assert gpu_day.main(words) == 0
+    assert seen == [["day/one", "day/one/outcome.json", "day/parts.txt"]]
+    assert outcome(tmp_path / "out", "one")["note"] == "0123abc"
+    assert [path.name for path in archive.parent.iterdir()] == ["day.tgz"]
 
 
 def test_the_environment_of_commands(tmp_path, monkeypatch):
@@ -295,17 +338,44 @@ def test_sanitizer_reports_what_failed(tmp_path, monkeypatch):
 
 def test_benchmarks_say_which_family_failed(tmp_path, monkeypatch):
     def write(words, path):
-        if "knn" in words:
-            path.write_text("== knn\nfailed: knn: ended after 9 s\n")
+        path.write_text("== memory: done, 2 s\nfailed: knn: ValueError: no\n")
 
     calls = recorded(monkeypatch, write, fail="knn")
-    with pytest.raises(gpu_day.Failed, match=r"^knn: ended after 9 s$"):
-        gpu_day.measure(("memory", "knn", "scaling"), make_day(tmp_path))
-    assert [words[words.index("--only") + 1] for words, _ in calls] == ["memory", "knn", "scaling"]
-    for words, _ in calls:  # the runner knows these options
-        shared = words[words.index("benchmarks") + 1 :]
-        runner.parser().parse_args(shared[: shared.index("--")] if "--" in shared else shared)
-    assert calls[2][0][-3:] == ("--", "--limit", "1")
+    with pytest.raises(gpu_day.Failed, match=r"^knn: ValueError: no$"):
+        gpu_day.measure(("memory", "knn"), make_day(tmp_path))
+    assert gpu_day.measure(("scaling",), make_day(tmp_path)).startswith("scaling on cpu")
+    for words, _ in calls:  # the module knows these options
+        with pytest.raises(SystemExit) as ended:
+            together.main([*words[words.index("benchmarks.together") + 1 :], "--help"])
+        assert ended.value.code == 0
+
+
+def test_benchmarks_in_one_process_share_what_is_measured_once(tmp_path, monkeypatch, capsys):
+    ceilings = []
+
+    def family(name, fails=False):
+        def main(words, known):
+            ceilings.append(known)
+            if fails:
+                raise SystemExit("it differs")
+            print("table of", name, *words[2:])
+            return SimpleNamespace(ceilings=f"measured by {name}")
+
+        monkeypatch.setattr(f"benchmarks.{name}.main", main)
+
+    family("memory")
+    family("knn", fails=True)
+    family("ranking")
+    (tmp_path / "knn.json").write_text("an earlier run's")
+    words = ["memory", "knn", "ranking", "--out", str(tmp_path), "--device", "cpu", "--quick"]
+    assert together.main(words) == 1
+    assert ceilings == [None, "measured by memory", "measured by memory"]
+    said = capsys.readouterr().out
+    assert "failed: knn: SystemExit: it differs" in said
+    assert "== ranking: done" in said
+    assert not (tmp_path / "knn.json").exists()
+    table = (tmp_path / "ranking.txt").read_text()
+    assert table == "table of ranking --device cpu --seconds 0.2 --quick\n"
 
 
 # ---- calls that tools watch ---------------------------------------------------------------------
