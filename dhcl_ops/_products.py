@@ -57,7 +57,7 @@ def upper_norms(op: str, name: str, rows: torch.Tensor) -> torch.Tensor:
             f"(got a larger one in row {row})"
         )
     dim = rows.shape[1]
-    # Rounding, and squares too small for fp32.
+    # A computed norm can be too small by its rounding, and by squares that fp32 flushes to zero.
     upper: torch.Tensor = (
         norms.double() * (1.0 + _gamma(dim + 8, _UNIT)) + max(dim, 1) ** 0.5 * 2.0**-62
     )
@@ -87,7 +87,7 @@ class Products:
         self.scale = 1.0
         largest = norms.max() if len(norms) else norms.new_zeros(())
         fixed = _gamma(-(-dim // _sums.COLUMNS) + 8, _UNIT)
-        # Underflow of single products.
+        # What single products lose where they are too small for fp32; it is absolute, not relative.
         tiny = 4 * max(dim, 1) * 2.0**-126
         if not half:
             self.queries, self.features = queries, features

@@ -14,7 +14,7 @@ COLUMNS = 128
 
 def sum_elements(rows: torch.Tensor) -> torch.Tensor:
     """Sums (n,) of the rows (n, d): into 128 columns first, then halving the columns."""
-    # No elements are one block of zeros.
+    # A row without elements is padded to one block of zeros, whose sum is 0.
     missing = -rows.shape[1] % COLUMNS if rows.shape[1] else COLUMNS
     rows = nn.functional.pad(rows, (0, missing))
     columns = rows.new_zeros(len(rows), COLUMNS)

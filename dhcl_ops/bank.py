@@ -133,7 +133,7 @@ class MemoryBank(nn.Module):
         single = features.to(torch.float32) if features.dtype == torch.float64 else features
         momentum_update_(fresh, single, every_row, 0.0, skipped=left_out)
         if int(left_out):
-            # Rows that were left out are the ones still zero.
+            # The update leaves such rows alone, so they are the ones that are still zero.
             row = int((fresh == 0).all(dim=1).nonzero()[0])
             raise ValueError(
                 f"{op}: every feature must be finite and not zero "

@@ -71,7 +71,8 @@ def camera_neighbours(
         here = max(min(own, len(inside)), k - len(outside))
         near = knn(features[inside], here, progress=progress)
         far = knn(features[outside], k - here, queries=features[inside], progress=progress)
-        # The i-th of a lists goes to i / a of the way, so that any beginning has the same shares.
+        # Both lists are spread evenly over the merged one, so that its first entries, however
+        # many a caller takes, hold own and other cameras in the same shares.
         way = torch.cat([torch.arange(here) / here, (torch.arange(k - here) + 0.5) / (k - here)])
         order = way.argsort(stable=True).to(features.device)
         indices[inside] = torch.cat([inside[near.indices], outside[far.indices]], 1)[:, order]

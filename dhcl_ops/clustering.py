@@ -99,7 +99,8 @@ def self_paced_labels(
     own = _each_outlier_alone(labels)
     compactness = _overlap(own, _each_outlier_alone(tight))
     independence = _overlap(own, _each_outlier_alone(loose))
-    # Distances, 0 for unchanged, in float32 like SpCL's; the smallest counts.
+    # As distances, where 0 is a cluster that stays the same, and in float32 as SpCL has them, so
+    # that thresholds agree. A cluster is judged by its best image, the smallest distance.
     apart, spread = 1.0 - independence, 1.0 - compactness
     count = int(own.max()) + 1
     worst = torch.full((count,), torch.inf, device=labels.device)
@@ -113,7 +114,8 @@ def self_paced_labels(
     kept = labels >= 0
     if threshold is not None:
         kept &= (cluster_apart[own] <= threshold) & (spread <= cluster_spread[own])
-    # Those left out have no number; the others are numbered in their old order.
+    # Images of clusters that are left out become outliers; the other clusters keep their order and
+    # are numbered anew without gaps.
     fresh = torch.full_like(labels, -1)
     fresh[kept] = torch.unique(labels[kept], return_inverse=True)[1]
     return SelfPaced(fresh, threshold, independence, compactness)
@@ -229,7 +231,7 @@ def cluster(
     graph = join(encoded.rows, index, radii.largest, progress)
     timer("pairs")
     several = dbscan(graph, [radius for radius in radii if radius is not None], min_samples)
-    # Copies, since a row that is stored would take the others along.
+    # Copies: a row is a view of all rows, and saving it in a checkpoint would save them all.
     labels = several[1 if self_paced else 0].clone()
     loose_labels = None if radii.loose is None else several[-1].clone()
     if self_paced:

@@ -35,7 +35,7 @@ def _dbscan_reference(
     root = torch.arange(n, device=offsets.device)
     while True:
         lower = root.scatter_reduce(0, rows[inner], root[columns[inner]], "amin")
-        # What hangs below a root that has found a smaller one follows it.
+        # Where a root has found a smaller one, all rows below it move there too.
         lower = lower.scatter_reduce(0, root[core], lower[core], "amin")
         lower = lower[lower]
         if torch.equal(lower, root):

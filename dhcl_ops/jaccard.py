@@ -330,7 +330,7 @@ def dense_rows(
     rows: Rows, progress: Progress | None, *, stop: int | None = None, size: int = 1024
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Dense rows of the distance matrix, a block (begin, end, distances) at a time."""
-    # eps = 1 asks for nothing to be pruned; only the lists are used.
+    # Every distance is wanted, so no pair may be pruned: eps = 1 prunes none.
     index = inverted_index(rows, 1.0)
     count = len(rows.offsets) - 1 if stop is None else stop
     for begin, end in slices(count, "distances", progress, size):

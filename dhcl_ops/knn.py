@@ -75,14 +75,15 @@ def _select_reference(
     values[rows, : top.shape[1]] = top
     indices[rows, : top.shape[1]] = all_indices.gather(1, where).masked_fill(~found, -1)
     counts[rows] = found.sum(1, dtype=torch.int32)
-    # With fewer than `keep` candidates nothing has been dropped.
+    # A row with fewer than `keep` candidates has dropped none, so anything may still enter it.
     full = counts[rows] == keep
     thresholds[rows] = top[:, -1].masked_fill(~full, -torch.inf)
 
 
 def _select_sample(device: torch.device) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
-    # In order and fewer than are kept: beyond that, where candidates lie in a row is left open.
+    # Sorted and fewer than are kept, since implementations may store more candidates in any order
+    # and are compared to the bit here.
     tile = torch.randn(5, 3, generator=generator).sort(dim=1, descending=True).values
     return (*_new_state(5, 8, device), tile.to(device), 0, 7, 4, False, True)
 
@@ -204,7 +205,8 @@ class _Search:
                     torch.minimum(self.least[part], tile.amin(dim), out=self.least[part])
 
         def visit_diagonal(start: int, stop: int) -> None:
-            # The halves of a square on the diagonal waste half as much as the square.
+            # A square on the diagonal computes every pair twice. Cut into its two halves and the
+            # square between them, only what is left on the diagonal does.
             if stop - start <= max(self.tile_rows // 2, 1):
                 visit(slice(start, stop), slice(start, stop), mirror=False)
                 return
@@ -219,7 +221,7 @@ class _Search:
             for col in range(stop, n, self.tile_cols):
                 cols = slice(col, min(col + self.tile_cols, n))
                 visit(slice(start, stop), cols, mirror=True)
-            # Of a triangle: what is done is what lies in full rows above.
+            # The work is a triangle: n^2 pairs less the (n - stop)^2 that later rows still have.
             rest = n - stop
             self.report("products", n - rest * rest // max(n, 1), n)
         values, indices, _, _ = state

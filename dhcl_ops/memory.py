@@ -270,7 +270,7 @@ def _segment_mean_backward_reference(
 ) -> torch.Tensor:
     counts = offsets.diff().clamp(min=1).to(_accumulator(grad.dtype)).unsqueeze(1)
     shares = (grad.to(counts.dtype) / counts).to(grad.dtype)
-    # One more row, of zeros, for what belongs to no class.
+    # Positions beyond the last class belong to none; they read one more row, of zeros.
     shares = torch.cat([shares, shares.new_zeros(1, shares.shape[1])])
     position = torch.arange(len(members), device=members.device)
     class_of_position = torch.searchsorted(offsets[1:].contiguous(), position, right=True)

@@ -197,7 +197,8 @@ def _query_expand_reference(
         rows = torch.arange(start, stop, device=ranks.device).repeat_interleave(k2)
         owner, place = _csr.places(sizes[lists])
         entry = offsets[lists[owner]] + place
-        # Stable: of one column the entries stay in the order of the neighbour list.
+        # A stable sort keeps the entries of one column in the order of the neighbour list, which is
+        # the stated order of their sum.
         keys, order = (rows[owner] * n + columns[entry]).sort(stable=True)
         keys, sums = _csr.sums_in_order(values[entry[order]], keys)
         all_keys.append(keys)
