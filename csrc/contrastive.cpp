@@ -1,6 +1,7 @@
-// Glue of the contrastive loss: registers the CPU and CUDA forms of its ops with torch. What the
-// kernels compute is said in contrastive.h; the CPU's are in contrastive_cpu.h, CUDA's in
-// contrastive.cu.
+// The contrastive loss as ops of torch: the glue of its kernels, and the loop that streams the
+// proxies through them and torch's matrix products. What the kernels compute is said in
+// contrastive.h; the CPU's are in contrastive_cpu.h, CUDA's in contrastive.cu, and what the loop
+// holds is in contrastive_stream.h.
 #include "contrastive.h"
 
 #include <optional>
@@ -8,27 +9,10 @@
 
 #include "common/torch_glue.h"
 #include "contrastive_cpu.h"
+#include "contrastive_stream.h"
 
 namespace dhcl {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
-
-ContrastiveDtype dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return ContrastiveDtype::kFloat32;
-    case ScalarType::Double:
-      return ContrastiveDtype::kFloat64;
-    case ScalarType::Half:
-      return ContrastiveDtype::kFloat16;
-    case ScalarType::BFloat16:
-      return ContrastiveDtype::kBFloat16;
-    default:
-      check(false, op, ": ", name, " must be a floating-point tensor");
-      return ContrastiveDtype::kFloat32;
-  }
-}
 
 void check_rows(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t rows,
                 int64_t columns) {
@@ -201,8 +185,152 @@ void contrastive_slopes(const Tensor& products, const Tensor& rows, const Tensor
   Device::template run<run_slopes, launch_contrastive_slopes>(products, p);
 }
 
+// ---- the loss, streamed over the proxies --------------------------------------------------------
+
+// Most positives that a row can have: the size of the largest class of proxies.
+template <typename Device>
+int64_t largest_class(const Tensor& proxy_labels) {
+#ifdef DHCL_CUDA
+  if constexpr (Device::kCuda) {
+    const Tensor most = torch::stable::amax(value_counts(proxy_labels), 0);
+    int64_t result = 0;
+    CudaScope(proxy_labels).read_back(&result, int64_data(most), 1);
+    return result;
+  }
+#endif
+  const Tensor labels = torch::stable::contiguous(proxy_labels);
+  std::vector<int64_t> sorted(int64_data(labels), int64_data(labels) + labels.size(0));
+  std::sort(sorted.begin(), sorted.end());
+  int64_t most = 0, run = 0;
+  for (size_t j = 0; j < sorted.size(); ++j) {
+    run = j > 0 && sorted[j] == sorted[j - 1] ? run + 1 : 1;
+    most = std::max(most, run);
+  }
+  return most;
+}
+
+// Raises on the CPU for what shows only in the sums; on CUDA the kernels assert.
+void refuse(const Tensor& state, const Tensor& counts, const Tensor& kappa, bool prior,
+            const Tensor& proxies) {
+  const char* op = "debiased_contrastive_loss";
+  const double* sums = state.const_data_ptr<double>();
+  const int64_t* count = int64_data(counts);
+  const double* expected = kappa.const_data_ptr<double>();
+  bool finite = true;
+  for (int64_t i = 0; i < state.size(0); ++i, sums += kStateColumns) {
+    // An infinite logit shows as the maximum, one that is NaN in the sums.
+    finite &= std::isfinite(sums[kMass]) && std::isfinite(sums[kPositiveMass]) &&
+              sums[kMax] < HUGE_VAL && sums[kPositiveMax] < HUGE_VAL;
+  }
+  if (!finite) {
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(proxies, ScalarType::Double));
+    const double* values = wide.const_data_ptr<double>();
+    const int64_t dim = wide.size(1);
+    const double* end = values + wide.size(0) * dim;
+    const double* wrong = std::find_if(values, end, [](double v) { return !std::isfinite(v); });
+    check(wrong == end, op, ": proxies must be finite (got one that is not at row ",
+          dim == 0 ? 0 : (wrong - values) / dim, ")");
+    check(false, op, ": similarities overflow float32");
+  }
+  for (int64_t i = 0; i < counts.size(0); ++i)
+    check(count[i * kCountColumns + kPositives] > 0, op,
+          ": every row needs a positive proxy (got none for batch position ", i, ")");
+  for (int64_t i = 0; i < counts.size(0) && !prior; ++i) {
+    const int64_t negatives = count[i * kCountColumns + kNegatives];
+    check(negatives == 0 || expected[i] < static_cast<double>(negatives), op,
+          ": kappa must be smaller than the number of negatives (got ", expected[i], " and ",
+          negatives, " at batch position ", i, ")");
+  }
+}
+
+// The rows' running sums: state, counts and, for Aggregation::kEach, the positives' logits.
+struct RowSums {
+  Tensor state, counts;
+  MaybeTensor positives;
+};
+
+template <typename Device>
+RowSums new_sums(const Tensor& features, Aggregation aggregation, const MaybeTensor& proxy_labels) {
+  const int64_t rows = features.size(0);
+  MaybeTensor positives;
+  if (aggregation == Aggregation::kEach) {
+    check(proxy_labels.has_value(), "contrastive: proxy_labels are needed");
+    const int64_t slots = largest_class<Device>(*proxy_labels);
+    positives = torch::stable::new_zeros(features, {rows, slots}, ScalarType::Double);
+  }
+  return {torch::stable::new_empty(features, {rows, kStateColumns}, ScalarType::Double),
+          torch::stable::new_empty(features, {rows, kCountColumns}, ScalarType::Long), positives};
+}
+
+// Streams the proxies through the sums and, where there is one, the read-out. p holds what is the
+// same for every chunk.
+template <typename Device>
+void stream_chunks(const Operands<Device>& operands, const Formats& formats, int64_t num_proxies,
+                   ContrastiveStreamParams p, ReadOut<Device>* read_out) {
+  const ChunkBuffer products(operands.left(), p.num_rows, operands.columns(), formats.sums);
+  p.factors = read_out == nullptr ? nullptr : read_out->factors().mutable_data_ptr();
+  for (p.start = 0; p.start < num_proxies; p.start += p.num_cols) {
+    p.num_cols = std::min(operands.columns(), num_proxies - p.start);
+    const Tensor chunk = operands.chunk(p.start, p.num_cols);
+    const Tensor similarities = products.first(p.num_cols);
+    multiply<Device>(operands.left(), torch::stable::transpose(chunk, 0, 1), similarities);
+    p.products = similarities.mutable_data_ptr();
+    p.dtype = p.weight_dtype = dtype_of("contrastive", "products", similarities);
+    p.fresh = p.start == 0;
+    MaybeTensor weights;
+    if (read_out != nullptr) {
+      weights = read_out->weights(p.num_cols);
+      p.weights = weights->mutable_data_ptr();
+      p.weight_dtype = dtype_of("contrastive", "weights", *weights);
+    }
+    Device::template run<run_stream, launch_contrastive_stream>(similarities, p);
+    if (read_out != nullptr) read_out->add(*weights, chunk);
+  }
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
+    const Tensor& features, const Tensor& proxies, const Tensor& labels,
+    const MaybeTensor& proxy_labels, const MaybeTensor& row_groups,
+    const MaybeTensor& column_groups, const MaybeTensor& excluded, const Tensor& kappa, bool prior,
+    int64_t aggregation, double temperature, double beta, bool through, bool one_pass, bool fast,
+    int64_t columns) {
+  const char* op = "contrastive";
+  check_rank(op, "features", features, 2);
+  check_rank(op, "proxies", proxies, 2);
+  check(features.size(1) == proxies.size(1), op, ": features and proxies must have one width");
+  check(proxies.size(0) > 0, op, ": at least one proxy is needed");
+  check(!one_pass || !proxy_labels, op, ": one pass needs a column per label");
+  const Formats formats = formats_of<Device>(features, proxies, fast);
+  const Operands<Device> operands(features, proxies, formats, columns, one_pass);
+  const Roles roles(op, labels, proxy_labels, row_groups, column_groups, excluded, features.size(0),
+                    proxies.size(0));
+  const RowSums sums =
+      new_sums<Device>(features, static_cast<Aggregation>(aggregation), proxy_labels);
+  std::optional<ReadOut<Device>> read_out;
+  if (one_pass) read_out.emplace(features, formats, operands.columns());
+  ContrastiveStreamParams p{};
+  p.state = sums.state.mutable_data_ptr<double>();
+  p.counts = sums.counts.mutable_data_ptr<int64_t>();
+  p.positives = sums.positives ? sums.positives->mutable_data_ptr<double>() : nullptr;
+  p.num_slots = sums.positives ? sums.positives->size(1) : 0;
+  p.roles = roles.get();
+  p.num_rows = features.size(0);
+  p.scale = 1.0 / temperature / (formats.scale * formats.scale);
+  p.beta = beta;
+  p.weight_scale = formats.weight_scale;
+  stream_chunks(operands, formats, proxies.size(0), p, read_out ? &*read_out : nullptr);
+  if constexpr (!Device::kCuda) refuse(sums.state, sums.counts, kappa, prior, proxies);
+  auto [losses, rows] = contrastive_finish<Device>(sums.state, sums.counts, sums.positives, kappa,
+                                                   prior, aggregation, temperature, beta, through);
+  const Tensor gradient = read_out ? read_out->gradient(rows, proxies, labels, temperature)
+                                   : torch::stable::new_empty(features, {0, features.size(1)});
+  return {losses, gradient, sums.state, sums.counts, rows};
+}
+
 template <typename Device, typename Library>
 void register_ops(Library& m) {
+  m.impl("contrastive", TORCH_BOX(&contrastive<Device>));
   m.impl("contrastive_stream_", TORCH_BOX(&contrastive_stream<Device>));
   m.impl("contrastive_finish", TORCH_BOX(&contrastive_finish<Device>));
   m.impl("contrastive_slopes_", TORCH_BOX(&contrastive_slopes<Device>));

@@ -109,6 +109,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool grouped = p.roles.row_groups != nullptr && p.roles.row_groups[row] >= 0;
   const int64_t group = grouped ? p.roles.row_groups[row] : 0;
   const T scale = static_cast<T>(p.scale);
+  if (p.fresh && threadIdx.x == 0) {
+    // Read by other threads only after the barriers below.
+    for (int c = 0; c < kStateColumns; ++c) state[c] = 0.0;
+    state[kMax] = state[kPositiveMax] = none<double>();
+    counts[kNegatives] = counts[kPositives] = 0;
+    counts[kHardest] = -1;
+  }
   exclude_listed(p.roles, row, label, p.start, n, x);
   if (p.positives != nullptr) {
     list_positives(p, row, label, x);
@@ -256,6 +263,54 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+template <typename T>
+__global__ void contrastive_fold_kernel(ContrastiveFoldParams p) {
+  const int64_t row = blockIdx.x;
+  T* sums = static_cast<T*>(p.sums) + row * p.dim;
+  const T* part = p.part == nullptr ? nullptr : static_cast<const T*>(p.part) + row * p.dim;
+  const T factor = static_cast<const T*>(p.factors)[row];
+  for (int64_t j = threadIdx.x; j < p.dim; j += kThreads) {
+    const T sum = sums[j] * factor;
+    sums[j] = part == nullptr ? sum : part[j] + sum;
+  }
+}
+
+template <typename T, typename P>
+__global__ void contrastive_gradient_kernel(ContrastiveGradientParams p) {
+  const int64_t row = blockIdx.x;
+  const int64_t label = p.labels == nullptr ? row : p.labels[row];
+  DHCL_DEVICE_ASSERT(label >= 0 && label < p.num_proxies,
+                     "contrastive: labels must be in [0, %lld) (got %lld)\n",
+                     static_cast<long long>(p.num_proxies), static_cast<long long>(label));
+  T* gradient = static_cast<T*>(p.gradient) + row * p.dim;
+  const P* proxy = static_cast<const P*>(p.proxies) + label * p.dim;
+  const double* constants = p.rows + row * kRowColumns;
+  const T alpha = static_cast<T>(constants[kAlpha] / p.unit);
+  const T pull = static_cast<T>(constants[kSlope] / -p.temperature);
+  for (int64_t j = threadIdx.x; j < p.dim; j += kThreads)
+    gradient[j] = gradient[j] * alpha + static_cast<T>(to_float(proxy[j])) * pull;
+}
+
+template <typename T, typename P>
+void gradient_as(const ContrastiveGradientParams& p, cudaStream_t stream) {
+  DHCL_LAUNCH((contrastive_gradient_kernel<T, P>), dim3(static_cast<unsigned>(p.num_rows)),
+              dim3(kThreads), 0, stream, p);
+}
+
+template <typename T>
+void gradient_for(const ContrastiveGradientParams& p, cudaStream_t stream) {
+  switch (p.proxy_dtype) {
+    case ContrastiveDtype::kFloat16:
+      return gradient_as<T, __half>(p, stream);
+    case ContrastiveDtype::kBFloat16:
+      return gradient_as<T, __nv_bfloat16>(p, stream);
+    case ContrastiveDtype::kFloat64:
+      return gradient_as<T, double>(p, stream);
+    default:
+      return gradient_as<T, float>(p, stream);
+  }
+}
+
 template <typename T, typename W>
 void stream_as(const ContrastiveStreamParams& p, cudaStream_t stream) {
   DHCL_LAUNCH((contrastive_stream_kernel<T, W>), dim3(static_cast<unsigned>(p.num_rows)),
@@ -277,6 +332,23 @@ void launch_contrastive_stream(const ContrastiveStreamParams& p, void* stream) {
     default:
       return stream_as<float, float>(p, s);
   }
+}
+
+void launch_contrastive_fold(const ContrastiveFoldParams& p, void* stream) {
+  if (p.num_rows == 0 || p.dim == 0) return;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const dim3 grid(static_cast<unsigned>(p.num_rows));
+  if (p.dtype == ContrastiveDtype::kFloat64)
+    DHCL_LAUNCH(contrastive_fold_kernel<double>, grid, dim3(kThreads), 0, s, p);
+  else
+    DHCL_LAUNCH(contrastive_fold_kernel<float>, grid, dim3(kThreads), 0, s, p);
+}
+
+void launch_contrastive_gradient(const ContrastiveGradientParams& p, void* stream) {
+  if (p.num_rows == 0 || p.dim == 0) return;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (p.dtype == ContrastiveDtype::kFloat64) return gradient_for<double>(p, s);
+  gradient_for<float>(p, s);
 }
 
 void launch_contrastive_finish(const ContrastiveFinishParams& p, void* stream) {

@@ -9,7 +9,8 @@
 // similarities, `stream` adds them to the rows' state and turns them into weights e^((1+beta)(s-m))
 // for the product that reads the gradient out; `finish` makes the loss of the state; `slopes`, for
 // a second pass, turns similarities into the derivatives of the loss. When m grows the sums shrink
-// by a factor, which is returned so that what was read out can follow.
+// by a factor, which is returned so that what was read out can follow: `fold` does that, and
+// `gradient` makes the features' gradient of what was read out.
 //
 // Logits are fp32 (fp64 for fp64 operands), a row's state is fp64. Sums within a chunk have a fixed
 // order per device, so products have the same results twice, for any number of threads. CPU and
@@ -72,8 +73,32 @@ struct ContrastiveStreamParams {
   double scale;       // s = scale * product
   double beta;
   double weight_scale;
+  bool fresh;                     // the first chunk: state and counts begin here
   ContrastiveDtype dtype;         // of products
   ContrastiveDtype weight_dtype;  // of weights
+};
+
+struct ContrastiveFoldParams {
+  void* sums;              // [B, d] what was read out <- factors * sums (+ part)
+  const void* part;        // [B, d] or null
+  const void* factors;     // [B]
+  int64_t num_rows;        // B
+  int64_t dim;             // d
+  ContrastiveDtype dtype;  // of all three: float or double
+};
+
+struct ContrastiveGradientParams {
+  void* gradient;         // [B, d] in: unit * sum e^((1+beta)(s-m)) c, out: d loss[i] / d f[i]
+  const double* rows;     // [B, 9]
+  const void* proxies;    // [K, d]
+  const int64_t* labels;  // [B] column of the positive; null: row i of proxies is that of row i
+  int64_t num_rows;       // B
+  int64_t num_proxies;    // K
+  int64_t dim;            // d
+  double unit;
+  double temperature;
+  ContrastiveDtype dtype;        // of gradient: float or double
+  ContrastiveDtype proxy_dtype;  // any
 };
 
 struct ContrastiveFinishParams {
@@ -176,6 +201,8 @@ DHCL_HOST_DEVICE inline double contrastive_pull(double s, const double* row, int
 
 // The stream is a cudaStream_t; no launcher synchronises with the host.
 void launch_contrastive_stream(const ContrastiveStreamParams& p, void* stream);
+void launch_contrastive_fold(const ContrastiveFoldParams& p, void* stream);
+void launch_contrastive_gradient(const ContrastiveGradientParams& p, void* stream);
 void launch_contrastive_finish(const ContrastiveFinishParams& p, void* stream);
 void launch_contrastive_slopes(const ContrastiveSlopesParams& p, void* stream);
 

@@ -194,6 +194,12 @@ void stream_row(const ContrastiveStreamParams& p, int64_t i) {
   T* weights = p.weights == nullptr ? nullptr : static_cast<T*>(p.weights) + i * n;
   double* state = p.state + i * kStateColumns;
   int64_t* counts = p.counts + i * kCountColumns;
+  if (p.fresh) {
+    std::fill(state, state + kStateColumns, 0.0);
+    state[kMax] = state[kPositiveMax] = kNone<double>;
+    std::fill(counts, counts + kCountColumns, 0);
+    counts[kHardest] = -1;
+  }
   scale(x, n, static_cast<T>(p.scale));
   assign_roles(p.roles, i, p.start, n, x, [&](int64_t j) {
     const double s = static_cast<double>(x[j]);
@@ -248,6 +254,72 @@ void slopes_row(const ContrastiveSlopesParams& p, int64_t i) {
   slope(x, n, static_cast<T>(p.state[i * kStateColumns + kMax]), static_cast<T>(p.beta),
         static_cast<T>(row[kAlpha] * p.grad[i]), static_cast<T>(row[kGamma] * p.grad[i]));
   for (const auto& [j, value] : pulls) x[j] = value;
+}
+
+template <typename T>
+inline void fold_row(T* sums, const T* part, T factor, int64_t d) {
+  if (part == nullptr)
+    for (int64_t j = 0; j < d; ++j) sums[j] *= factor;
+  else
+    for (int64_t j = 0; j < d; ++j) sums[j] = part[j] + sums[j] * factor;
+}
+
+// The sum's rounding and then one multiply-add, as torch's addcmul does it on most processors.
+template <typename T, typename P>
+inline void gradient_row(T* g, const P* proxy, T alpha, T pull, int64_t d) {
+  for (int64_t j = 0; j < d; ++j) g[j] = std::fma(static_cast<T>(proxy[j]), pull, g[j] * alpha);
+}
+DHCL_CLONES void gradient_of(float* g, const float* proxy, float alpha, float pull, int64_t d) {
+  gradient_row(g, proxy, alpha, pull, d);
+}
+template <typename T, typename P>
+void gradient_of(T* g, const P* proxy, T alpha, T pull, int64_t d) {
+  gradient_row(g, proxy, alpha, pull, d);
+}
+
+template <typename T>
+void fold_rows(const ContrastiveFoldParams& p) {
+  T* sums = static_cast<T*>(p.sums);
+  const T* part = static_cast<const T*>(p.part);
+  const T* factors = static_cast<const T*>(p.factors);
+  parallel_tasks(p.num_rows, 4, p.num_rows * p.dim, [&](int64_t i) {
+    fold_row(sums + i * p.dim, part == nullptr ? nullptr : part + i * p.dim, factors[i], p.dim);
+  });
+}
+
+template <typename T, typename P>
+void gradient_rows(const ContrastiveGradientParams& p) {
+  T* gradient = static_cast<T*>(p.gradient);
+  const P* proxies = static_cast<const P*>(p.proxies);
+  parallel_tasks(p.num_rows, 4, p.num_rows * p.dim, [&](int64_t i) {
+    const double* row = p.rows + i * kRowColumns;
+    const int64_t label = p.labels == nullptr ? i : p.labels[i];
+    gradient_of(gradient + i * p.dim, proxies + label * p.dim, static_cast<T>(row[kAlpha] / p.unit),
+                static_cast<T>(row[kSlope] / -p.temperature), p.dim);
+  });
+}
+
+template <typename T>
+void gradient_rows_for(const ContrastiveGradientParams& p) {
+  switch (p.proxy_dtype) {
+    case ContrastiveDtype::kFloat16:
+      return gradient_rows<T, Half>(p);
+    case ContrastiveDtype::kBFloat16:
+      return gradient_rows<T, BFloat16>(p);
+    case ContrastiveDtype::kFloat64:
+      return gradient_rows<T, double>(p);
+    default:
+      return gradient_rows<T, float>(p);
+  }
+}
+
+void run_fold(const ContrastiveFoldParams& p) {
+  p.dtype == ContrastiveDtype::kFloat64 ? fold_rows<double>(p) : fold_rows<float>(p);
+}
+
+void run_gradient(const ContrastiveGradientParams& p) {
+  p.dtype == ContrastiveDtype::kFloat64 ? gradient_rows_for<double>(p)
+                                        : gradient_rows_for<float>(p);
 }
 
 void run_stream(const ContrastiveStreamParams& p) {

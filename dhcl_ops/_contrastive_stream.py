@@ -19,6 +19,8 @@ from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops._contrastive_kernels import Roles, Settings, Sums, grouped
 from dhcl_ops._ops import define
 
+# The name that errors begin with.
+OP = "debiased_contrastive_loss"
 # Bytes of the buffers for one chunk, and the fewest and most proxies in it.
 WORKSPACE = {"cpu": 24 << 20, "cuda": 256 << 20}
 _CHUNK = {"cpu": (256, 4096), "cuda": (4096, 1 << 20)}
@@ -223,18 +225,17 @@ def _refuse(sums: Sums, settings: Settings, proxies: torch.Tensor) -> None:
     state, counts, _ = sums
     if state.is_cuda or len(state) == 0:
         return
-    op = "debiased_contrastive_loss"
     # An infinite logit shows as the maximum, one that is NaN in the sums.
     total = float(state[:, kernels.MASS].sum() + state[:, kernels.POSITIVE_MASS].sum())
     top = float(state[:, kernels.MAX].max().maximum(state[:, kernels.POSITIVE_MAX].max()))
     if not (math.isfinite(total) and top < math.inf):
         wrong = (~proxies.isfinite().all(1)).nonzero()
         where = f"proxies must be finite (got one that is not at row {int(wrong[0])})"
-        raise ValueError(f"{op}: {where if len(wrong) else 'similarities overflow float32'}")
+        raise ValueError(f"{OP}: {where if len(wrong) else 'similarities overflow float32'}")
     if int(counts[:, kernels.POSITIVES].min()) == 0:
         without = (counts[:, kernels.POSITIVES] == 0).nonzero()
         raise ValueError(
-            f"{op}: every row needs a positive proxy (got none for batch position "
+            f"{OP}: every row needs a positive proxy (got none for batch position "
             f"{int(without[0])})"
         )
     if not settings.prior:
@@ -244,7 +245,7 @@ def _refuse(sums: Sums, settings: Settings, proxies: torch.Tensor) -> None:
             wrong = wrong.nonzero()
             row = int(wrong[0])
             raise ValueError(
-                f"{op}: kappa must be smaller than the number of negatives (got "
+                f"{OP}: kappa must be smaller than the number of negatives (got "
                 f"{float(kappa[row]):g} and {int(negatives[row])} at batch position {row})"
             )
 
@@ -290,41 +291,110 @@ def _second_pass(settings: Settings, streaming: Streaming) -> SecondPass:
     return SecondPass(aggregation, temperature, beta, streaming.columns, True, True)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    features, proxies, *flat = inputs
-    roles, settings, streaming = grouped(flat, Roles, Settings, Streaming)
-    results = Results(*output)
+def _keep(
+    ctx: Any,
+    features: torch.Tensor,
+    proxies: torch.Tensor,
+    roles: Roles,
+    settings: Settings,
+    streaming: Streaming,
+    results: Results,
+) -> None:
+    """Keep for backward what it needs."""
     ctx.options = _second_pass(settings, streaming)
     ctx.one_pass = streaming.one_pass
     ctx.format = features.dtype
-    first = Rows(results.state, results.counts, results.rows)
     if ctx.one_pass and not ctx.needs_input_grad[1]:
         # The proxies are not kept, so they may change before backward.
         ctx.save_for_backward(results.gradient)
     else:
         gradient = results.gradient if ctx.one_pass else None
+        first = (results.state, results.counts, results.rows)
         ctx.save_for_backward(gradient, features, proxies, *roles, *first)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: torch.Tensor | None, *others: Any) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grad: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients with respect to features and proxies, given that of the losses."""
+    if grad is None:
+        return None, None
     by_feature = by_proxy = None
-    if grad is not None:
-        gradient, *saved = ctx.saved_tensors
-        for_features, for_proxies = ctx.needs_input_grad[:2]
-        if ctx.one_pass and for_features:
-            by_feature = scale_rows(gradient, grad).to(ctx.format)
-            for_features = False
-        if for_features or for_proxies:
-            options = ctx.options._replace(for_features=for_features, for_proxies=for_proxies)
-            parts = contrastive_backward(grad, *saved, *options)
-            by_feature = parts[0] if for_features else by_feature
-            by_proxy = parts[1] if for_proxies else None
-    return (by_feature, by_proxy, *(None,) * (len(ctx.needs_input_grad) - 2))
+    gradient, *saved = ctx.saved_tensors
+    for_features, for_proxies = ctx.needs_input_grad[:2]
+    if ctx.one_pass and for_features:
+        by_feature = scale_rows(gradient, grad).to(ctx.format)
+        for_features = False
+    if for_features or for_proxies:
+        options = ctx.options._replace(for_features=for_features, for_proxies=for_proxies)
+        parts = contrastive_backward(grad, *saved, *options)
+        by_feature = parts[0] if for_features else by_feature
+        by_proxy = parts[1] if for_proxies else None
+    return by_feature, by_proxy
+
+
+class _Differentiable(torch.autograd.Function):
+    """The loss with its gradients; for calls outside of a compiled graph.
+
+    It does what the op's registered gradient does, which costs a call 80 us more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        proxies: torch.Tensor,
+        roles: Roles,
+        settings: Settings,
+        streaming: Streaming,
+    ) -> tuple[torch.Tensor, ...]:
+        results = Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+        _keep(ctx, features, proxies, roles, settings, streaming, results)
+        # The gradient counts as differentiable, so that a second derivative is refused, not zero.
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, *others: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        return (*_gradients(ctx, grad), None, None, None)
+
+
+def loss_of(
+    features: torch.Tensor,
+    proxies: torch.Tensor,
+    roles: Roles,
+    settings: Settings,
+    streaming: Streaming,
+) -> Results:
+    """The results of :func:`stream_loss`, whose losses are differentiable once."""
+    if torch.compiler.is_compiling():
+        return Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+    differentiated = torch.is_grad_enabled() and (features.requires_grad or proxies.requires_grad)
+    try:
+        if differentiated:
+            return Results(*_Differentiable.apply(features, proxies, roles, settings, streaming))
+        return Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+    except RuntimeError as error:
+        # C++ can raise nothing but RuntimeError.
+        message = str(error)
+        if message.startswith(f"{OP}: "):
+            raise ValueError(message) from None
+        if "out of memory" in message and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(message) from error
+        raise
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    features, proxies, roles, settings, streaming = _of_loss(inputs)
+    _keep(ctx, features, proxies, roles, settings, streaming, Results(*output))
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, *others: Any) -> tuple[Any, ...]:
+    return (*_gradients(ctx, grad), *(None,) * (len(ctx.needs_input_grad) - 2))
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("debiased_contrastive_loss: it is not twice differentiable")
+    raise RuntimeError(f"{OP}: it is not twice differentiable")
 
 
 def _loss_sample(device: torch.device) -> tuple[Any, ...]:
@@ -369,7 +439,6 @@ contrastive: Any = define(
     sample=_loss_sample,
     backward=_backward,
     setup_context=_setup_context,
-    composed="torch.mm around contrastive_stream_ and contrastive_finish",
 )
 
 

@@ -8,6 +8,7 @@ debiased negatives of Chuang et al. (NeurIPS 2020) and the hard-negative weights
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -52,11 +53,12 @@ def _look_at_norms(op: str, features: torch.Tensor) -> None:
         return
     if features.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    norms = features.detach().float().norm(dim=1)
-    if not bool(norms.isfinite().all()):
+    norms = torch.linalg.vector_norm(features.detach().float(), dim=1)
+    shortest, longest = (bound.item() for bound in torch.aminmax(norms))
+    if not (math.isfinite(shortest) and math.isfinite(longest)):
         row = int((~norms.isfinite()).nonzero()[0])
         raise ValueError(f"{op}: features must be finite (got one that is not at row {row})")
-    worst = norms[(norms - 1.0).abs().argmax()].item()
+    worst = max(shortest, longest, key=lambda norm: abs(norm - 1.0))
     if abs(worst - 1.0) > 1e-2 and not _norm_seen:
         _norm_seen = True
         warnings.warn(
@@ -170,7 +172,7 @@ def debiased_contrastive_loss(
     differentiated = features.requires_grad and torch.is_grad_enabled()
     one_pass = differentiated and single and not settings.through
     streaming = stream.Streaming(one_pass, precision == "fast", columns)
-    results = stream.Results(*stream.contrastive(features, proxies, *roles, *settings, *streaming))
+    results = stream.loss_of(features, proxies, roles, settings, streaming)
     losses = results.losses
     if torch.float64 not in (features.dtype, proxies.dtype):
         losses = losses.float()

@@ -151,8 +151,8 @@ def hybrid_contrastive_loss(
         "beta": beta,
         "hardness_gradient": hardness_gradient,
         "reduction": reduction,
-        "return_stats": True,
         "precision": precision,
+        "return_stats": return_stats,
     }
     terms: list[torch.Tensor | None] = [None, None]
     seen: list[ContrastiveStats | None] = [None, None]
@@ -226,11 +226,11 @@ def _false_negatives(
 
 def _prototype_term(
     batch: _Batch, memory: MemoryBank, debias: _FalseNegatives, settings: dict[str, Any]
-) -> tuple[torch.Tensor, ContrastiveStats]:
+) -> tuple[torch.Tensor, ContrastiveStats | None]:
     exclude = None
     if debias.groups is not None:
         exclude = (debias.groups[batch.labels], debias.groups)
-    term: tuple[torch.Tensor, ContrastiveStats] = debiased_contrastive_loss(
+    term = debiased_contrastive_loss(
         batch.features,
         memory.prototypes,
         batch.labels,
@@ -239,7 +239,7 @@ def _prototype_term(
         exclude=exclude,
         **settings,
     )
-    return term
+    return term if settings["return_stats"] else (term, None)
 
 
 def _instance_term(
@@ -248,7 +248,7 @@ def _instance_term(
     of_class: bool,
     debias: _FalseNegatives,
     settings: dict[str, Any],
-) -> tuple[torch.Tensor, ContrastiveStats]:
+) -> tuple[torch.Tensor, ContrastiveStats | None]:
     proto_of, labels = memory.proto_of, batch.labels
     row_groups, column_groups = labels, proto_of
     if debias.groups is not None:
@@ -260,7 +260,7 @@ def _instance_term(
     if share is None:
         negatives = len(proto_of) - memory.class_sizes[labels]
         kappa = debias.kappa / others * negatives
-    term: tuple[torch.Tensor, ContrastiveStats] = debiased_contrastive_loss(
+    term = debiased_contrastive_loss(
         batch.features,
         memory.features,
         labels if of_class else batch.indices,
@@ -271,7 +271,7 @@ def _instance_term(
         tau_plus=share,
         **settings,
     )
-    return term
+    return term if settings["return_stats"] else (term, None)
 
 
 class DHCLLoss(nn.Module):

@@ -1,6 +1,7 @@
 // The only file that knows LibTorch's stable ABI by name: tensors in and out of plain pointers,
 // the device guard, the current stream, and checks worded like the Python side's.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,10 +11,12 @@
 
 #ifdef DHCL_CUDA
 #include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #endif
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -115,5 +118,82 @@ struct Cuda {
   }
 };
 #endif
+
+// ---- torch's products ---------------------------------------------------------------------------
+
+// Raises what torch raised, as RuntimeError; before torch 2.13 its headers can't pass the message
+// on.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define DHCL_TORCH_CALL STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define DHCL_TORCH_CALL TORCH_ERROR_CODE_CHECK
+#endif
+
+// Rows [start, start + count) of a tensor, as a view.
+inline Tensor rows_of(const Tensor& t, int64_t start, int64_t count) {
+  AtenTensorHandle view = nullptr;
+  DHCL_TORCH_CALL(aoti_torch_aten_narrow(t.get(), 0, start, count, &view));
+  return Tensor(view);
+}
+
+// out = a b. Where out is wider than the factors (fp32 and 16-bit ones, on CUDA), so are the sums.
+template <typename Device>
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  if (a.scalar_type() != out.scalar_type()) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
+    DHCL_TORCH_CALL(
+        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+    return;
+  }
+#ifdef DHCL_CUDA
+  if constexpr (Device::kCuda) {
+    DHCL_TORCH_CALL(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    return;
+  }
+#endif
+  DHCL_TORCH_CALL(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// sums += a b, all of one dtype.
+template <typename Device>
+void multiply_add(const Tensor& a, const Tensor& b, const Tensor& sums) {
+#ifdef DHCL_CUDA
+  if constexpr (Device::kCuda) {
+    DHCL_TORCH_CALL(aoti_torch_cuda_addmm_out(sums.get(), sums.get(), a.get(), b.get(), 1.0, 1.0));
+    return;
+  }
+#endif
+  DHCL_TORCH_CALL(aoti_torch_cpu_addmm_out(sums.get(), sums.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+// How often each of the values of an int64 tensor occurs, in no order that matters.
+inline Tensor value_counts(const Tensor& t) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(t), from(true), from(false), from(true)};
+  DHCL_TORCH_CALL(torch_call_dispatcher("aten::_unique2", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor values = to<Tensor>(stack[0]);
+  const Tensor inverse = to<Tensor>(stack[1]);
+  return to<Tensor>(stack[2]);
+}
+
+// The rows of t that int64 indices name, as a copy.
+inline Tensor gather_rows(const Tensor& t, const Tensor& indices) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(t), from(int64_t{0}), from(indices)};
+  DHCL_TORCH_CALL(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out = scale * t, rounded to out's dtype.
+inline void multiply_by(const Tensor& t, double scale, const Tensor& out) {
+  using torch::stable::detail::from;
+  const Tensor factor = torch::stable::full({}, scale, ScalarType::Float);
+  std::array<StableIValue, 3> stack{from(t), from(factor), from(out)};
+  DHCL_TORCH_CALL(torch_call_dispatcher("aten::mul", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 }  // namespace dhcl

@@ -31,7 +31,7 @@ dhcl::ContrastiveRoles roles_of(const py::tuple& t) {
 void stream(const py::object& state, const py::object& counts, const py::object& positives,
             const py::array& products, const py::object& weights, const py::object& factors,
             const py::tuple& roles, int64_t start, double scale, double beta, double weight_scale,
-            int dtype, int weight_dtype) {
+            int dtype, int weight_dtype, bool fresh) {
   dhcl::ContrastiveStreamParams p{};
   p.state = data<double>(state);
   p.counts = data<int64_t>(counts);
@@ -47,6 +47,7 @@ void stream(const py::object& state, const py::object& counts, const py::object&
   p.scale = scale;
   p.beta = beta;
   p.weight_scale = weight_scale;
+  p.fresh = fresh;
   p.dtype = static_cast<ContrastiveDtype>(dtype);
   p.weight_dtype = static_cast<ContrastiveDtype>(weight_dtype);
   dhcl::launch_contrastive_stream(p, nullptr);
@@ -92,11 +93,42 @@ void slopes(const py::array& products, const py::array& rows, const py::array& s
   dhcl::launch_contrastive_slopes(p, nullptr);
 }
 
+void fold(const py::array& sums, const py::object& part, const py::array& factors, int dtype) {
+  dhcl::ContrastiveFoldParams p{};
+  p.sums = data<void>(sums);
+  p.part = data<void>(part);
+  p.factors = data<void>(factors);
+  p.num_rows = sums.shape(0);
+  p.dim = sums.shape(1);
+  p.dtype = static_cast<ContrastiveDtype>(dtype);
+  dhcl::launch_contrastive_fold(p, nullptr);
+}
+
+void gradient(const py::array& sums, const py::array& rows, const py::array& proxies,
+              const py::object& labels, double unit, double temperature, int dtype,
+              int proxy_dtype) {
+  dhcl::ContrastiveGradientParams p{};
+  p.gradient = data<void>(sums);
+  p.rows = data<double>(rows);
+  p.proxies = data<void>(proxies);
+  p.labels = data<int64_t>(labels);
+  p.num_rows = sums.shape(0);
+  p.num_proxies = proxies.shape(0);
+  p.dim = sums.shape(1);
+  p.unit = unit;
+  p.temperature = temperature;
+  p.dtype = static_cast<ContrastiveDtype>(dtype);
+  p.proxy_dtype = static_cast<ContrastiveDtype>(proxy_dtype);
+  dhcl::launch_contrastive_gradient(p, nullptr);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(contrastive_host, m) {
   m.def("set_schedule", &cuda_host::set_schedule);
   m.def("stream", &stream);
+  m.def("fold", &fold);
+  m.def("gradient", &gradient);
   m.def("finish", &finish);
   m.def("slopes", &slopes);
 }

@@ -19,6 +19,7 @@ from tests.conftest import needs_cuda
 
 OPS = sorted(name for name, op in _ops.OPS.items() if op.family == "contrastive")
 MODES = ("each", "sum", "mean")
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 def unit(rows, d, seed=0, together=1.0, dtype=torch.float64):
@@ -270,6 +271,44 @@ def kernel_inputs(name, dtype, mode, beta, b=7, k=205, start=31, weights=None):
     _, rows = checks.call("reference", "contrastive_finish", *finish)
     grad = torch.linspace(-1, 1, b, dtype=torch.float64)
     return [products, rows, state, counts, grad, *roles, start, scale, beta, mode]
+
+
+def torch_fuses_multiply_and_add():
+    """Whether torch's addcmul rounds once on this processor."""
+    x = torch.full((64,), 1 + 2.0**-12)
+    return bool((torch.full((64,), -1.0).addcmul(x, x) == 2.0**-11 + 2.0**-24).all())
+
+
+@pytest.mark.parametrize("features_dtype", FLOATS)
+@pytest.mark.parametrize("proxies_dtype", FLOATS)
+@pytest.mark.parametrize("chunk", [0, 16, 100])
+@pytest.mark.parametrize("kind", ["one pass", "one pass, strided", "groups", "listed", *MODES])
+def test_the_loss_in_one_op_has_the_bits_of_its_pytorch_form(
+    device, features_dtype, proxies_dtype, chunk, kind
+):
+    """Both stream through the same products, in the same chunks."""
+    f, c, labels, proxy_labels, *_ = case(9, 237, 40, several=kind in MODES)
+    f, c = f.to(features_dtype), c.to(proxies_dtype)
+    one_pass = kind.startswith("one pass")
+    if kind == "one pass, strided":
+        f, c = torch.stack([f, f], 1)[:, 0], c.t().contiguous().t()
+    groups = (torch.arange(9) % 4 - 1, torch.arange(237) % 5) if kind == "groups" else (None, None)
+    listed = torch.arange(9 * 3).view(9, 3) * 7 if kind == "listed" else None
+    roles = kernels.Roles(labels, proxy_labels, *groups, listed)
+    aggregation = MODES.index(kind) if kind in MODES else kernels.SUM
+    kappa = torch.linspace(0, 2, 9, dtype=torch.float64)
+    options = kernels.Settings(kappa, False, aggregation, 0.05, 0.2, kind == "listed")
+    how = streaming.Streaming(one_pass, False, chunk)
+    flat = [f, c, *roles, *options, *how]
+    flat = [t.to(device) if isinstance(t, torch.Tensor) else t for t in flat]
+    ours = streaming.Results(*checks.call("compiled", "contrastive", *flat))
+    expected = streaming.Results(*checks.call("reference", "contrastive", *flat))
+    assert len(ours.gradient) == (9 if one_pass else 0)
+    for name in streaming.Results._fields:
+        if name != "gradient" or torch_fuses_multiply_and_add():
+            assert checks.same_bits(getattr(ours, name), getattr(expected, name)), name
+    # Where it does not, the last sum is rounded twice.
+    torch.testing.assert_close(ours.gradient, expected.gradient, rtol=1e-6, atol=1e-6)
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -752,6 +791,20 @@ def test_the_logits_never_exist_as_a_whole():
     assert largest[0] < 4 * 1024 * 20_000 / 3
 
 
+def test_no_allocation_of_the_op_is_larger_than_a_chunk():
+    from torch.profiler import ProfilerActivity, profile
+
+    f, c, labels, *_ = case(1024, 20_000, 8)
+    x, c = f.float().requires_grad_(), c.float()
+    debiased_contrastive_loss(x, c, labels)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        debiased_contrastive_loss(x, c, labels, beta=0.1)
+    events = seen.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    # The products of a chunk and their weights; whole logits are 78 MiB.
+    assert 1 << 20 < max(sizes) <= streaming.WORKSPACE["cpu"] / 2
+
+
 # ---- errors -------------------------------------------------------------------------------------
 
 
@@ -822,6 +875,26 @@ def test_what_is_not_finite_is_named(value):
         bad[column, 1] = value
         with pytest.raises(ValueError, match=rf"proxies must be finite .*row {column}"):
             debiased_contrastive_loss(f[:1].abs(), bad, labels[:1])
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("debiased_contrastive_loss: similarities overflow float32", ValueError),
+        ("CUDA out of memory. Tried to allocate 8 GiB", torch.OutOfMemoryError),
+        ("something else", RuntimeError),
+    ],
+)
+def test_what_cpp_raises_gets_its_kind_back(monkeypatch, message, error):
+    def failing(*args):
+        raise RuntimeError(message)
+
+    f, c, labels, *_ = case(**GOOD)
+    monkeypatch.setattr(streaming, "contrastive", failing)
+    for features in (f, f.clone().requires_grad_()):
+        with pytest.raises(error, match=message) as raised:
+            debiased_contrastive_loss(features, c, labels)
+        assert raised.type is error
 
 
 def test_features_of_other_norms_warn_once(monkeypatch):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dhcl_ops import _contrastive_kernels, _ops, debiased_contrastive_loss
-from dhcl_ops._contrastive_kernels import MASS, MEAN
+from dhcl_ops import _contrastive_kernels, _contrastive_stream, _ops, debiased_contrastive_loss
+from dhcl_ops._contrastive_kernels import ALPHA, MASS, MEAN, SLOPE
 from dhcl_ops._contrastive_stream import WEIGHT_SCALE
 from tests.checks import call, clones, same_bits
 from tests.ops.test_contrastive import assert_kernels_agree, case, kernel_inputs, leaf
@@ -27,13 +27,13 @@ class Glue:
     def __init__(self, host):
         self.host = host
 
-    def contrastive_stream_(self, *args):
+    def contrastive_stream_(self, *args, fresh=False):
         state, counts, positives, products, weights, factors, *roles = args[:11]
         weight_dtype = products.dtype if weights is None else weights.dtype
         self.host.stream(
             *map(array, (state, counts, positives, products, weights, factors)),
             tuple(map(array, roles)), *args[11:],
-            DTYPES.index(products.dtype), DTYPES.index(weight_dtype),
+            DTYPES.index(products.dtype), DTYPES.index(weight_dtype), fresh,
         )  # fmt: skip
 
     def contrastive_finish(self, state, counts, positives, kappa, *options):
@@ -62,6 +62,68 @@ def test_kernels_equal_their_reference(kernels, name, dtype, mode):
     returned = getattr(Glue(kernels), name)(*ours) or ()
     wanted = call("reference", name, *expected) or ()
     assert_kernels_agree(ours + list(returned), expected + list(wanted), dtype)
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_the_first_chunk_begins_the_sums(kernels, mode):
+    inputs = kernel_inputs("contrastive_stream_", torch.float32, mode, 0.3, b=2, k=600)
+    inputs[:2] = _contrastive_kernels.new_sums(2, None, torch.device("cpu"))[:2]
+    begun, fresh = clones(inputs), clones(inputs)
+    fresh[0].fill_(torch.nan)
+    fresh[1].fill_(7)
+    Glue(kernels).contrastive_stream_(*begun)
+    Glue(kernels).contrastive_stream_(*fresh, fresh=True)
+    for a, b in zip(fresh, begun, strict=True):
+        assert not isinstance(a, torch.Tensor) or same_bits(a, b)
+
+
+def read_out(d, dtype, rows=3, seed=0):
+    """Sums that were read out of proxies, another part of them, and factors."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
+    return make(rows, d), make(rows, d), make(rows).abs()
+
+
+@pytest.mark.parametrize("d", [1, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_part", [False, True])
+def test_what_was_read_out_shrinks(kernels, d, dtype, with_part):
+    sums, part, factors = read_out(d, dtype)
+    expected = sums * factors[:, None]
+    if with_part:
+        expected = expected + part
+    kernels.fold(
+        array(sums), array(part) if with_part else None, array(factors), DTYPES.index(dtype)
+    )
+    assert same_bits(sums, expected)
+
+
+@pytest.mark.parametrize("d", [1, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("proxy_dtype", DTYPES)
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_gradient_of_what_was_read_out(kernels, d, dtype, proxy_dtype, listed):
+    sums, proxies, _ = read_out(d, dtype)
+    proxies = proxies.to(proxy_dtype)
+    rows = torch.linspace(-1, 1, 27, dtype=torch.float64).view(3, 9)
+    labels = torch.tensor([2, 0, 2]) if listed else None
+    own = proxies if labels is None else proxies[labels]
+    alpha = (rows[:, ALPHA, None] / 40.0).to(dtype)
+    pull = (rows[:, SLOPE, None] / -0.05).to(dtype)
+    expected = sums * alpha + own.to(dtype) * pull
+    kernels.gradient(
+        *map(array, (sums, rows, proxies, labels)), 40.0, 0.05,
+        DTYPES.index(dtype), DTYPES.index(proxy_dtype),
+    )  # fmt: skip
+    assert same_bits(sums, expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_the_gradient_reports_a_label_out_of_range(host, bad):
+    sums, proxies, _ = read_out(5, torch.float32)
+    rows, labels = torch.zeros(3, 9, dtype=torch.float64), torch.tensor([0, bad, 1])
+    with pytest.raises(RuntimeError, match=rf"labels must be in \[0, 3\) \(got {bad}\)"):
+        host.gradient(*map(array, (sums, rows, proxies, labels)), 1.0, 0.05, 0, 0)
 
 
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16])
@@ -124,6 +186,9 @@ def test_the_whole_loss_on_these_kernels(host, monkeypatch, mode, gradient):
         ("slopes", "contrastive_slopes_"),
     ):
         monkeypatch.setattr(_contrastive_kernels, attribute, counted(name))
+    # The streaming in PyTorch, which calls the kernels one by one.
+    reference = _ops.OPS["contrastive"].reference
+    monkeypatch.setattr(_contrastive_stream, "contrastive", reference)
     got = run()
     assert calls.count("contrastive_stream_") == 3
     assert calls.count("contrastive_slopes_") == 3
@@ -174,8 +239,20 @@ def test_empty_launches(host):
     )
     assert loss.shape == (0,)
     assert rows.shape == (0, 9)
+    for shape in ((0, 5), (3, 0)):
+        sums, factors = torch.zeros(shape), torch.ones(shape[0])
+        host.fold(array(sums), None, array(factors), 0)
+        no_rows = torch.zeros(shape[0], 9, dtype=torch.float64)
+        labels = torch.zeros(shape[0], dtype=torch.int64)
+        host.gradient(*map(array, (sums, no_rows, sums, labels)), 1.0, 0.05, 0, 0)
 
 
 def test_every_kernel_here_has_a_host_run():
     ours = {n for n, op in _ops.OPS.items() if op.family == "contrastive" and not op.composed}
-    assert ours == {"contrastive_stream_", "contrastive_finish", "contrastive_slopes_"}
+    # The loss is these kernels, two more that have tests above, and torch's products.
+    assert ours == {
+        "contrastive",
+        "contrastive_stream_",
+        "contrastive_finish",
+        "contrastive_slopes_",
+    }
