@@ -176,7 +176,7 @@ def test_killed_while_writing_a_checkpoint_the_one_before_is_whole(pictures, tmp
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(number, pictures, tmp_path):
     """The command itself, as a terminal or a scheduler would stop it."""
-    from tests.dhcl.test_cli import command
+    from tests.dhcl.cli.test_cli import command
 
     changes = {"iterations": 300, "epochs": 2, "workers": 1}
     config = options(pictures, tmp_path / "run", **changes)
@@ -321,7 +321,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays_whole(small_disk):
 
 
 def test_a_run_on_a_full_disk_says_so_and_goes_on_elsewhere(small_disk, pictures, tmp_path):
-    from tests.dhcl.test_cli import command
+    from tests.dhcl.cli.test_cli import command
 
     config = options(pictures, small_disk / "run")
     done = subprocess.run(command("train", config), capture_output=True, text=True, check=False)
