@@ -51,7 +51,7 @@ print(json.dumps({"gpu": gpu, "modules": [n for n in names if importlib.util.fin
 """
 FACTS = """
 import json, torch
-from benchmarks.harness import machine_facts
+from benchmarks.machine import machine_facts
 print(json.dumps(machine_facts(torch.get_num_threads())))
 """
 

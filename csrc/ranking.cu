@@ -19,6 +19,12 @@ __device__ __forceinline__ bool not_after(T x, int64_t g, T d, int64_t m) {
   return x < d || (x == d && g <= m);
 }
 
+__device__ __forceinline__ int warp_sum(int x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     match_ranks_kernel(int64_t* ranks, const T* __restrict__ distance,
@@ -64,10 +70,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int i = 0; i < kMatches; ++i) {
-#pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2)
-        count[i] += __shfl_xor_sync(kFullWarp, count[i], offset);
-      if (threadIdx.x % kWarp == 0) partial[warp][i] = count[i];
+      const int sum = warp_sum(count[i]);
+      if (threadIdx.x % kWarp == 0) partial[warp][i] = sum;
     }
     __syncthreads();
     const int64_t mine = first + threadIdx.x;

@@ -328,16 +328,6 @@ def cache_root() -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An operating-system lock: it goes when its holder dies, however it dies."""
-    import fcntl
-
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -387,6 +377,8 @@ def build(plan: Plan, announce: Any = lambda text: None) -> Built:
     ``announce`` is called with one line when a compilation really starts. One process builds;
     others wait for it and take its result. Raises :class:`BuildError` naming the log if it fails.
     """
+    from filelock import FileLock
+
     folder = cache_root() / f"{NAME}-{plan.key}"
     record_path = folder / "built.json"
     failed_path = folder / "failed.json"
@@ -402,7 +394,8 @@ def build(plan: Plan, announce: Any = lambda text: None) -> Built:
     if found:
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    # A lock of the operating system: it goes when its holder dies, however it dies.
+    with FileLock(folder.with_suffix(".lock")):
         found = existing()
         if found:
             return found
@@ -464,17 +457,12 @@ def forget(plan: Plan) -> None:
     shutil.rmtree(cache_root() / f"{NAME}-{plan.key}", ignore_errors=True)
 
 
-def setuptools_arguments(root: Path) -> dict[str, Any]:
-    """Arguments for ``setup()`` which compile the library into ``dhcl_ops/_prebuilt.so``.
-
-    The result must run on other machines than this one, so it is built without ``-march=native``
-    and carries several versions of its hot loops. It is bound to no Python version.
-    """
-    found = plan()
+def _build_command(found: Plan, record: dict[str, Any], root: Path) -> Any:
+    """The ``build_ext`` that compiles, then writes what the library was made from beside it."""
     from torch.utils import cpp_extension
 
     class BuildPrebuilt(cpp_extension.BuildExtension):
-        """Compiles, then writes the record that tells later what the library was made from."""
+        """Compiles the prebuilt library."""
 
         def run(self) -> None:
             variables = {"PATH": f"{_ninja_folder()}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -484,7 +472,6 @@ def setuptools_arguments(root: Path) -> dict[str, Any]:
                 )
             with _environment(**variables):
                 super().run()
-            record = {"sources": source_hash(), **portable}
             for extension in self.extensions:
                 library = Path(self.get_ext_fullpath(extension.name))
                 write_json(library.with_suffix(".json"), record)
@@ -505,9 +492,21 @@ def setuptools_arguments(root: Path) -> dict[str, Any]:
             self.compiler.object_filenames = distinct
             super().build_extensions()
 
-    import torch
+    return BuildPrebuilt.with_options(no_python_abi_suffix=True)
 
-    portable = {
+
+def setuptools_arguments(root: Path) -> dict[str, Any]:
+    """Arguments for ``setup()`` which compile the library into ``dhcl_ops/_prebuilt.so``.
+
+    The result must run on other machines than this one, so it is built without ``-march=native``
+    and carries several versions of its hot loops. It is bound to no Python version.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    found = plan()
+    record = {
+        "sources": source_hash(),
         "cuda": found.cuda,
         "why_no_cuda": found.why_no_cuda,
         "architectures": found.architectures,
@@ -530,6 +529,6 @@ def setuptools_arguments(root: Path) -> dict[str, Any]:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildPrebuilt.with_options(no_python_abi_suffix=True)},
+        "cmdclass": {"build_ext": _build_command(found, record, root)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -39,9 +39,7 @@ py::tuple atomics(Array<T> cells, Array<T> values) {
   return py::make_tuple(result, old);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(cuda_host_selftest, m) {
+void def_warps(py::module_& m) {
   using selftest::WarpOp;
   py::enum_<WarpOp>(m, "WarpOp")
       .value("shfl", WarpOp::kShfl)
@@ -60,8 +58,6 @@ PYBIND11_MODULE(cuda_host_selftest, m) {
       .value("reduce_or", WarpOp::kReduceOr)
       .value("reduce_xor", WarpOp::kReduceXor);
 
-  m.def("set_schedule", &cuda_host::set_schedule);
-
   m.def("warp_op",
         [](WarpOp op, Array<unsigned> mask, Array<int> value, Array<int> arg, int width) {
           Array<int> out = filled<int>({mask.size()}, -1);
@@ -74,6 +70,9 @@ PYBIND11_MODULE(cuda_host_selftest, m) {
     selftest::shuffle_types(value.data(), out.mutable_data(), static_cast<int>(value.size()));
     return out;
   });
+}
+
+void def_blocks(py::module_& m) {
   m.def("row_sums", [](Array<float> x, int threads) {
     Array<float> by_tree = filled<float>({x.shape(0)}, -1),
                  by_shuffle = filled<float>({x.shape(0)}, -1);
@@ -108,6 +107,9 @@ PYBIND11_MODULE(cuda_host_selftest, m) {
     selftest::coordinates(out.mutable_data(), g.data(), b.data());
     return out;
   });
+}
+
+void def_numbers(py::module_& m) {
   m.def("atomics_int", &atomics<int>);
   m.def("atomics_unsigned", &atomics<unsigned>);
   m.def("atomics_unsigned_long_long", &atomics<unsigned long long>);
@@ -150,6 +152,9 @@ PYBIND11_MODULE(cuda_host_selftest, m) {
     selftest::mixed_min_max(out.mutable_data());
     return out;
   });
+}
+
+void def_memory(py::module_& m) {
   m.def("vectors", [](Array<float> in) {
     Array<float> out = filled<float>({in.size()}, -1);
     selftest::vectors(in.data(), out.mutable_data(), static_cast<int>(in.size()));
@@ -174,7 +179,9 @@ PYBIND11_MODULE(cuda_host_selftest, m) {
     selftest::empty(extent(grid).data(), extent(block).data(), shared_bytes);
   });
   m.def("opt_in", &selftest::opt_in);
+}
 
+void def_failures(py::module_& m) {
   // The counter outlives the exception, so that the test can read it afterwards.
   static int live_objects = 0;
   m.def("live_objects", [] { return live_objects; });
@@ -184,4 +191,15 @@ PYBIND11_MODULE(cuda_host_selftest, m) {
   m.def("fail", [](const std::string& how, int thread, int blocks, int threads) {
     selftest::fail(how, thread, blocks, threads, &live_objects);
   });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_host_selftest, m) {
+  m.def("set_schedule", &cuda_host::set_schedule);
+  def_warps(m);
+  def_blocks(m);
+  def_numbers(m);
+  def_memory(m);
+  def_failures(m);
 }

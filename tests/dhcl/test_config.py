@@ -24,6 +24,8 @@ from dhcl.config import (
 )
 from dhcl.training.trainer import learning_rate
 
+from dhcl_ops.defaults import SPCL
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,6 +37,14 @@ def test_every_option_is_documented(capsys):
         # Each has one flag, without its section, in a line of its own.
         assert len(re.findall(rf"--{name.replace('_', '-')}[ ,]", shown)) == 1, name
     assert "--loss." not in shown
+
+
+def test_the_clustering_is_spcl_s_by_default():
+    """The options are read without torch, so they can't take these numbers from the ops."""
+    labels = TrainConfig().labels
+    for name in set(SPCL._fields) & set(vars(labels)):
+        assert getattr(labels, name) == getattr(SPCL, name), name
+    assert {"k1", "k2", "eps", "min_samples"} <= set(vars(labels))
 
 
 @pytest.mark.parametrize("name", PRESETS)
