@@ -402,7 +402,7 @@ def _table(demo: Demo, rows: dict[str, list[dict[str, Any]]]) -> str:
     note = (
         f"Last epoch of {demo.rounds} x {demo.iterations} batches of 64, small network from "
         f"scratch at {demo.image_size[0]} x {demo.image_size[1]}, {demo.ids} drawn people (half "
-        f"for testing), {demo.cameras} cameras; seeds {seeds}. Every method clusters features "
-        "extracted anew, as a memory is stale after so few steps."
+        f"for testing), {demo.cameras} cameras; seeds {seeds}. What is clustered are "
+        "features extracted anew, as a memory is stale after so few steps."
     )
     return "\n".join([*lines, "", note])

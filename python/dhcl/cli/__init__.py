@@ -7,6 +7,7 @@ that signal n interrupted. Without the extra ``train`` only ``dhcl doctor`` work
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = did_you_mean(name, COMMANDS)
         return _fail(f"there is no command {name!r}{hint}\n{usage()}", 2)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if name == "demo":
+        # Threads of OpenMP wait for each other by turning in circles, which takes many times as
+        # long where others use the cores too. It reads this when torch is loaded, later than here.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # From inside libraries; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", "Sparse invariant checks")

@@ -68,7 +68,9 @@ COMMANDS = {
     "rerank": Command("features", "rerank", "re-rank saved features"),
     "metrics": Command("features", "metrics", "evaluate saved features"),
     "synth": Command("drawn", "synth", "draw pedestrians: a data set of any size, with identities"),
-    "demo": Command("drawn", "demo", "draw data, train every preset on it and compare, in minutes"),
+    "demo": Command(
+        "drawn", "demo", "draw data, train on it, show scores and a report, in minutes"
+    ),
     "pretrain": Command(
         "drawn", "pretrain", "draw pedestrians and learn them, for weights to start from"
     ),

@@ -4,6 +4,7 @@ Seconds are not measured: each of these libraries costs a tenth of a second to s
 which of them are imported decides how fast a command starts.
 """
 
+import os
 import subprocess
 import sys
 
@@ -77,6 +78,21 @@ def test_the_list_of_commands_needs_no_library():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_imports_what_options_need_and_nothing_that_works(name):
     assert imported(name, "--help") <= HELP[name]
+
+
+def test_the_demo_has_threads_that_wait_without_spinning():
+    """Said before torch is imported, as OpenMP reads it when it is loaded."""
+    code = (
+        "import os, sys; from dhcl.cli import main; assert 'torch' not in sys.modules; "
+        "main(['demo', '--help']); assert 'torch' in sys.modules; "
+        "print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    unset = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**unset, **given}
+        )
+        assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
 @pytest.mark.parametrize("name", ["cluster", "rerank", "metrics"])
