@@ -60,7 +60,7 @@ class Identities(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How a gallery is evaluated; :func:`evaluate_ranking` says what the fields mean."""
+    """How a gallery is evaluated; :func:`evaluate_ranking` says what most fields mean."""
 
     metric: str = "euclidean"
     protocol: str = "market"
@@ -69,6 +69,10 @@ class Settings(NamedTuple):
     junk_id: int | None = -1
     repeats: int = 10
     per_query: bool = False
+    # Of open-reid's protocols: remove all entries of the query's camera, not only the right ones;
+    # and count every right match in the CMC, past the wrong ones before it, not the first alone.
+    separate_cameras: bool = False
+    every_match: bool = False
 
 
 # ---- op -----------------------------------------------------------------------------------------
@@ -249,6 +253,23 @@ def _per_query(ranks: Any, offsets: Any, ap: str) -> _PerQuery:
     return _PerQuery(average, penalty, first)
 
 
+def _cmc_of_every_match(ranks: Any, offsets: Any, max_rank: int) -> Any:
+    """Sum over the queries of the share of right matches with fewer than k wrong ones before.
+
+    ``ranks`` are those of each query's matches, 0 for a removed one.
+    """
+    query = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    query, ranks = query[ranks > 0], ranks[ranks > 0]
+    order = np.lexsort((ranks, query))
+    query, ranks = query[order], ranks[order]
+    counts = np.bincount(query)
+    starts = np.cumsum(counts) - counts
+    wrong = ranks - (np.arange(len(ranks)) - starts[query] + 1)
+    near = wrong < max_rank
+    shares = np.bincount(wrong[near], 1.0 / counts[query][near], minlength=max_rank)
+    return np.cumsum(shares)
+
+
 def _cmc_of_first_matches(first_match: Any, max_rank: int) -> Any:
     valid = first_match[first_match > 0]
     found = np.bincount(np.minimum(valid, max_rank + 1), minlength=max_rank + 2)
@@ -258,8 +279,7 @@ def _cmc_of_first_matches(first_match: Any, max_rank: int) -> Any:
 def _single_shot_cmc(
     block: torch.Tensor,
     identities: Identities,
-    max_rank: int,
-    repeats: int,
+    settings: Settings,
     randint: Callable[[int, Any], Any],
 ) -> Iterator[Any]:
     """CMC (max_rank,) of each query of the block that has a match, one gallery image per identity.
@@ -272,8 +292,9 @@ def _single_shot_cmc(
     gallery_ids = identities.gallery_ids.numpy(force=True)
     removed = torch.zeros(block.shape, dtype=torch.bool, device=block.device)
     if identities.query_cameras is not None:
-        removed = identities.query_ids[:, None] == identities.gallery_ids
-        removed &= identities.query_cameras[:, None] == identities.gallery_cameras
+        removed = identities.query_cameras[:, None] == identities.gallery_cameras
+        if not settings.separate_cameras:
+            removed &= identities.query_ids[:, None] == identities.gallery_ids
     orders = block.argsort(dim=1, stable=True).numpy(force=True)
     rows = zip(orders, query_ids, removed.numpy(force=True), strict=True)
     for order, query_id, row_removed in rows:
@@ -287,11 +308,11 @@ def _single_shot_cmc(
         starts = np.cumsum(counts) - counts
         counts, starts = counts[by_appearance], starts[by_appearance]
         own = int(np.flatnonzero(identity[by_appearance] == query_id)[0])
-        cmc = np.zeros(max_rank)
-        for _ in range(repeats):
+        cmc = np.zeros(settings.max_rank)
+        for _ in range(settings.repeats):
             drawn = places[starts + randint(0, counts)]
             cmc[int((drawn < drawn[own]).sum()) :] += 1.0
-        yield cmc / repeats
+        yield cmc / settings.repeats
 
 
 def _ids(name: str, value: Any, size: int, what: str, device: torch.device) -> torch.Tensor:
@@ -441,7 +462,7 @@ def _each_query(
     randint: Callable[[int, Any], Any],
     progress: Callable[[str, int, int], object] | None,
 ) -> tuple[_PerQuery, list[Any]]:
-    """Metrics of each query and, for CUHK03, its CMC, from blocks of rows of distances."""
+    """Metrics of each query and, unless it is that of first matches, the terms of the CMC."""
     queries, gallery = distances.shape
     members, begin, offsets = _matches(identities.query_ids, identities.gallery_ids)
     bounds = offsets.tolist()
@@ -454,6 +475,10 @@ def _each_query(
         cameras = None
         if identities.query_cameras is not None:
             cameras = identities.query_cameras[start:stop]
+            if settings.separate_cameras:
+                # Behind all right matches, which are seen by other cameras.
+                same = cameras[:, None] == identities.gallery_cameras
+                block = block.masked_fill(same, math.inf)
         part = offsets[start : stop + 1] - bounds[start]
         total = bounds[stop] - bounds[start]
         found = _match_ranks(
@@ -464,10 +489,12 @@ def _each_query(
             here = identities._replace(
                 query_ids=identities.query_ids[start:stop], query_cameras=cameras
             )
-            cmcs += _single_shot_cmc(block, here, settings.max_rank, settings.repeats, randint)
+            cmcs += _single_shot_cmc(block, here, settings, randint)
         if progress is not None:
             progress("queries", stop, queries)
     all_ranks = torch.cat(ranks).numpy() if ranks else np.zeros(0, np.int64)
+    if settings.every_match:
+        cmcs = [_cmc_of_every_match(all_ranks, np.asarray(bounds), settings.max_rank)]
     return _per_query(all_ranks, np.asarray(bounds), settings.ap), cmcs
 
 
@@ -486,7 +513,7 @@ def _means(
             f"{_OP}: no query has a right match in the gallery once entries of its own camera and "
             f"junk are removed (got {queries} queries, {gallery} gallery entries)"
         )
-    if settings.protocol == "cuhk03":
+    if cmcs:
         cmc = np.sum(cmcs, axis=0) / num_valid
     else:
         cmc = _cmc_of_first_matches(each.first_match, settings.max_rank)

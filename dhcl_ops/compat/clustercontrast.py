@@ -1,15 +1,18 @@
-"""Cluster Contrast (Dai et al., ACCV 2022): ``clustercontrast.models.cm``."""
+"""Cluster Contrast (Dai et al., ACCV 2022; alibaba/cluster-contrast-reid).
+
+``ClusterMemory`` is that of ``clustercontrast.models.cm``. The other names are SpCL's, under
+``clustercontrast`` in place of ``spcl``; TransReID-SSL carries them too.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from dhcl_ops import _checks
 from dhcl_ops.compat import _memory
-from dhcl_ops.contrastive import debiased_contrastive_loss
+from dhcl_ops.compat.spcl import cmc, compute_jaccard_distance, mean_ap, re_ranking
 
-__all__ = ["ClusterMemory"]
+__all__ = ["ClusterMemory", "cmc", "compute_jaccard_distance", "mean_ap", "re_ranking"]
 
 
 class ClusterMemory(nn.Module):
@@ -25,14 +28,15 @@ class ClusterMemory(nn.Module):
     a GPU; after several forwards and one backward the gradients belong to the bank that the logits
     were made with; normalisation, sums and loss are float32 for half-precision inputs and under
     autocast; a second derivative raises; an update whose mixed row is zero or not finite is left
-    out; two inputs of one class whose similarities are equal to rounding may swap places in the
-    choice of ``use_hard``; ``torch.compile`` runs it eagerly.
+    out; on the CPU inputs that are not finite and targets out of range, -100 too, are refused; two
+    inputs of one class whose similarities are equal to rounding may swap places in the choice of
+    ``use_hard``; ``torch.compile`` runs it eagerly.
 
     Args:
         num_features: d.
         num_samples: K, the number of clusters.
         temp: temperature, > 0.
-        momentum: share of the old row, in [0, 1].
+        momentum: share of the old row, in [0, 1]; a number or a tensor of one element.
         use_hard: update with the least similar input only.
 
     Attributes:
@@ -56,25 +60,18 @@ class ClusterMemory(nn.Module):
         self.temp = temp
         self.use_hard = use_hard
         self.register_buffer("features", torch.zeros(num_samples, num_features))
+        self.state = _memory.State()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss () of a batch.
 
         Args:
             inputs: (B, d) float32, float16 or bfloat16.
-            targets: (B,) int64, their clusters.
+            targets: (B,) signed integers, their clusters.
 
         Raises:
             TypeError, ValueError, IndexError: an argument or the bank of the wrong kind, dtype,
                 shape, device or range.
         """
-        op = "ClusterMemory"
-        _checks.tensor(op, "inputs", inputs)
-        bank = self.features
-        inputs = inputs.to(bank.device)
-        _memory.check(op, inputs, bank, self.momentum, "targets", targets)
-        inputs = nn.functional.normalize(inputs.float(), dim=1)
-        inputs = _memory.UpdateInBackward.apply(inputs, targets, bank, self.momentum, self.use_hard)
-        loss: torch.Tensor = debiased_contrastive_loss(inputs, bank, targets, temperature=self.temp)
-        return loss
+        inputs = _memory.beside_bank(self, inputs)
+        return _memory.cluster_loss("ClusterMemory", self, inputs, targets, hard=self.use_hard)

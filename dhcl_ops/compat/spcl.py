@@ -1,24 +1,23 @@
-"""SpCL (Ge et al., NeurIPS 2020): ``spcl.models.hm`` and ``spcl.utils.faiss_rerank``."""
+"""SpCL (Ge et al., NeurIPS 2020; yxgeee/SpCL).
+
+``HybridMemory`` is that of ``spcl.models.hm``, ``compute_jaccard_distance`` that of
+``spcl.utils.faiss_rerank``, ``re_ranking`` that of ``spcl.utils.rerank``, and ``cmc`` and
+``mean_ap``, open-reid's, those of ``spcl.evaluation_metrics``.
+"""
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from dhcl_ops import _checks
-from dhcl_ops.compat import _memory
-from dhcl_ops.contrastive import debiased_contrastive_loss
-from dhcl_ops.jaccard import jaccard_distance
-from dhcl_ops.memory import prototypes
+from dhcl_ops.compat import _jaccard, _memory
+from dhcl_ops.compat.openreid import cmc, mean_ap
+from dhcl_ops.compat.torchreid import re_ranking
 
-__all__ = ["HybridMemory", "compute_jaccard_distance"]
-
-_LOG_EPSILON = math.log(1e-6)
+__all__ = ["HybridMemory", "cmc", "compute_jaccard_distance", "mean_ap", "re_ranking"]
 
 
 def compute_jaccard_distance(
@@ -38,16 +37,15 @@ def compute_jaccard_distance(
 
     The dense matrix takes 4 N^2 bytes. :func:`dhcl_ops.cluster` replaces this call and DBSCAN
     together and never makes it.
+
+    Raises:
+        TypeError, ValueError, MemoryError: as :func:`dhcl_ops.jaccard_distance`.
     """
-    start = time.time()
-    if print_flag:
-        print("Computing jaccard distance...")
-    distances = jaccard_distance(torch.as_tensor(target_features), k1, k2).numpy(force=True)
-    if use_float16:
-        distances = distances.astype(np.float16)
-    if print_flag:
-        print(f"Jaccard distance computing time cost: {time.time() - start}")
-    return distances
+    said = "Computing jaccard distance...", "Jaccard distance computing time cost"
+    with _jaccard.timed(print_flag, *said):
+        return _jaccard.unit_distances(
+            "compute_jaccard_distance", target_features, k1, k2, use_float16
+        )
 
 
 class HybridMemory(nn.Module):
@@ -70,18 +68,19 @@ class HybridMemory(nn.Module):
     - Half-precision inputs are taken, and autocast changes nothing: sums and loss are
       float32. It can be differentiated once; a second time raises. ``torch.compile`` runs it
       eagerly.
-    - An update whose mixed row is zero or not finite is left out instead of written as NaN.
+    - An update whose mixed row is zero or not finite is left out instead of written as NaN. On the
+      CPU inputs that are not finite, and indexes and labels out of range, are refused.
 
     Args:
         num_features: d.
         num_samples: N.
         temp: temperature, > 0.
-        momentum: share of the old row, in [0, 1].
+        momentum: share of the old row, in [0, 1]; a number or a tensor of one element.
 
     Attributes:
         features: (N, d) the bank; to be assigned, with rows of norm 1.
-        labels: (N,) int64, >= 0; to be assigned. Un-clustered images have numbers of their own, and
-            numbers without images are allowed.
+        labels: (N,) integers >= 0; to be assigned. Un-clustered images have numbers of their own,
+            and numbers without images are allowed.
     """
 
     features: torch.Tensor
@@ -97,46 +96,17 @@ class HybridMemory(nn.Module):
         self.temp = temp
         self.register_buffer("features", torch.zeros(num_samples, num_features))
         self.register_buffer("labels", torch.zeros(num_samples, dtype=torch.int64))
+        self.state = _memory.State()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: torch.Tensor, indexes: torch.Tensor) -> torch.Tensor:
         """Loss () of a batch.
 
         Args:
             inputs: (B, d) float32, float16 or bfloat16, of norm 1.
-            indexes: (B,) int64, their rows in the bank.
+            indexes: (B,) signed integers, their rows in the bank.
 
         Raises:
             TypeError, ValueError, IndexError: an argument or a buffer of the wrong kind, dtype,
                 shape, device or range.
         """
-        op = "HybridMemory"
-        bank, labels = self.features, self.labels
-        _memory.check(op, inputs, bank, self.momentum, "indexes", indexes)
-        _checks.shape(op, "labels", labels, (len(bank),), "one per row of features")
-        _checks.same_device(op, features=bank, labels=labels)
-        labels = labels.long()
-        lowest, highest = (int(x) for x in torch.aminmax(labels))
-        if lowest < 0:
-            raise ValueError(
-                f"{op}: labels must be >= 0, an un-clustered image having a number of its own "
-                f"(got {lowest})"
-            )
-        classes = prototypes(bank, labels, highest + 1)
-        # A number without images is no class: in the group that every row leaves out.
-        missing = torch.zeros(highest + 1, dtype=torch.int64, device=labels.device)
-        missing[labels] = -1
-        targets = labels[indexes]
-        inputs = _memory.UpdateInBackward.apply(inputs, indexes, bank, self.momentum, False)
-        losses = debiased_contrastive_loss(
-            inputs,
-            classes,
-            targets,
-            temperature=self.temp,
-            exclude=(torch.zeros_like(indexes), missing),
-            reduction="none",
-        )
-        # p = e^r / (S + 1e-6), S = e^(r + loss), and then -log(p + 1e-6); r is the positive logit.
-        positive = (inputs.float() * classes[targets].float()).sum(1) / self.temp
-        losses = torch.logaddexp(losses, _LOG_EPSILON - positive)
-        return -torch.logaddexp(-losses, losses.new_tensor(_LOG_EPSILON)).mean()
+        return _memory.hybrid_loss("HybridMemory", self, inputs, indexes)

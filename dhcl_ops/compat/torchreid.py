@@ -1,4 +1,7 @@
-"""torchreid (Zhou and Xiang, 2019): ``evaluate_rank`` and ``re_ranking``."""
+"""torchreid (Zhou and Xiang, 2019; KaiyangZhou/deep-person-reid).
+
+``evaluate_rank`` is that of ``torchreid.metrics``, ``re_ranking`` that of ``torchreid.utils``.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from dhcl_ops import ranking
+from dhcl_ops.compat import _calls, _ranking
 from dhcl_ops.defaults import ZHONG
 from dhcl_ops.reranking import rerank_distances
 
 __all__ = ["evaluate_rank", "re_ranking"]
+
+
+def re_ranked(
+    op: str, q_g: Any, q_q: Any, g_g: Any, k1: int, k2: int, lambda_value: float
+) -> np.ndarray[Any, Any]:
+    """What ``re_ranking`` and its relatives, called ``op``, compute from three matrices."""
+    names = {"q_g": "q_g_dist", "q_q": "q_q_dist", "g_g": "g_g_dist"}
+    given = zip(names.values(), (q_g, q_q, g_g), strict=True)
+    q_g, q_q, g_g = (_calls.tensor(op, name, value) for name, value in given)
+    with _calls.as_called(op, "rerank_distances", **names):
+        distances: torch.Tensor = rerank_distances(q_g, q_q, g_g, k1, k2, lambda_value)
+    return distances.numpy(force=True)
 
 
 def re_ranking(
@@ -22,14 +37,16 @@ def re_ranking(
     k2: int = ZHONG.k2,
     lambda_value: float = ZHONG.lambda_value,
 ) -> np.ndarray[Any, Any]:
-    """``re_ranking`` of torchreid and fast-reid: the re-ranked (Q, G) distances as a NumPy array.
+    """``re_ranking`` of torchreid and many others: the re-ranked (Q, G) distances, a NumPy array.
 
-    As there the distances given are squared inside. Exact ties between neighbours go to the lower
-    index, and a row comes first in its own list.
+    As there the distances given, floating-point arrays or tensors with any strides, are squared
+    inside. Exact ties between neighbours go to the lower index, and a row comes first in its own
+    list.
+
+    Raises:
+        TypeError, ValueError, MemoryError: as :func:`dhcl_ops.rerank_distances`.
     """
-    q_g, q_q, g_g = (torch.as_tensor(matrix) for matrix in (q_g_dist, q_q_dist, g_g_dist))
-    distances: torch.Tensor = rerank_distances(q_g, q_q, g_g, k1, k2, lambda_value)
-    return distances.numpy(force=True)
+    return re_ranked("re_ranking", q_g_dist, q_q_dist, g_g_dist, k1, k2, lambda_value)
 
 
 def evaluate_rank(
@@ -41,20 +58,22 @@ def evaluate_rank(
     max_rank: int = 50,
     use_metric_cuhk03: bool = False,
     use_cython: bool = True,
-) -> tuple[Any, float]:
+) -> tuple[np.ndarray[Any, Any], float]:
     """Evaluate CMC and mAP like ``torchreid.metrics.evaluate_rank``.
 
-    As there, identity -1 is an identity like any other, ``max_rank`` shrinks to the gallery's size,
-    and CUHK03's draws come from NumPy's global random state, in the same order. Entries of equal
-    distance are ranked by index, where torchreid leaves their order open.
+    As there, identity -1 is an identity like any other, and CUHK03's draws come from NumPy's global
+    random state, in the same order. ``max_rank`` shrinks to the gallery's size, for CUHK03 to the
+    number of its identities, and to the entries that are left if these are equally few for all
+    queries. Entries of equal distance are ranked by index, where torchreid leaves their order open.
 
     Args:
-        distmat: (Q, G) float array.
-        q_pids, g_pids: (Q,) and (G,) integer identities.
-        q_camids, g_camids: (Q,) and (G,) integer cameras.
+        distmat: (Q, G) float array or tensor.
+        q_pids, g_pids: (Q,) and (G,) identities.
+        q_camids, g_camids: (Q,) and (G,) cameras.
         max_rank: length of the CMC.
         use_metric_cuhk03: CUHK03's single-gallery-shot CMC.
-        use_cython: ignored; there is one implementation.
+        use_cython: ignored; there is one implementation, whose results are those of torchreid's
+            Python code.
 
     Returns:
         CMC (max_rank,) float32 and mAP.
@@ -62,15 +81,8 @@ def evaluate_rank(
     Raises:
         TypeError, ValueError: see :func:`dhcl_ops.evaluate_ranking`.
     """
-    distmat = np.asarray(distmat)
-    if distmat.ndim == 2 and distmat.shape[1] < max_rank:
-        max_rank = distmat.shape[1]
-        print(f"Note: number of gallery samples is quite small, got {max_rank}")
-    settings = ranking.Settings(
-        protocol="cuhk03" if use_metric_cuhk03 else "market", max_rank=max_rank, junk_id=None
+    ids, cameras = (q_pids, g_pids), (q_camids, g_camids)
+    ranked = _ranking.evaluate_rank(
+        "evaluate_rank", distmat, ids, cameras, max_rank, use_metric_cuhk03
     )
-    identities = map(np.asarray, (q_pids, g_pids, q_camids, g_camids))
-    result = ranking.evaluate_with_draws(
-        distmat, ranking.Identities(*identities), settings, np.random.randint
-    )
-    return np.asarray(result.cmc).astype(np.float32), result.mAP
+    return ranked.cmc, ranked.mean_ap

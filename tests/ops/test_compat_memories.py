@@ -1,6 +1,7 @@
 """HybridMemory and ClusterMemory against the same written out plainly, class by class."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -263,11 +264,78 @@ def test_what_is_refused():
     memory.labels = memory.labels[:5]
     with pytest.raises(ValueError, match="labels must have shape"):
         memory(inputs, indexes)
-    memory.features = unit_rows(24, 12, 0).T
-    with pytest.raises(ValueError, match=r"must be contiguous.*strides"):
+    memory.features = unit_rows(12, 24, 0).requires_grad_()
+    with pytest.raises(ValueError, match="features are changed in place and must not require"):
         memory(inputs, indexes)
-    with pytest.raises(IndexError, match=r"targets must be in \[0, 3\)"):
-        cluster_pair(3)[0](inputs, torch.tensor([0, 3]))
+    for wrong in (3, -1, -100):  # -100 is what PyTorch's cross-entropy passes over
+        with pytest.raises(IndexError, match=r"ClusterMemory: targets must be in \[0, 3\)"):
+            cluster_pair(3)[0](inputs, torch.tensor([0, wrong]))
+    with pytest.raises(IndexError, match=r"HybridMemory: indexes must be in .*\(got -1 at"):
+        hybrid_pair(torch.arange(3))[0](inputs, torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match=r"ClusterMemory: inputs must be finite .*at row 1"):
+        cluster_pair(3)[0](torch.tensor([[1.0], [torch.nan]]) * inputs, torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r"ClusterMemory: targets must be int64 or .*\(got bool"):
+        cluster_pair(3)[0](inputs, torch.tensor([True, False]))
+    with pytest.raises(ValueError, match=r"temp must be finite and > 0 \(got 0.0\)"):
+        cluster_pair(3, temp=0.0)[0](inputs, torch.tensor([0, 1]))
+
+
+# ---- what the projects' own take ----
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "cluster", "hard"])
+def test_narrow_indexes_tensors_for_numbers_and_banks_with_strides(kind):
+    """As SpCL's and Cluster Contrast's code takes them, with the result of plain ones."""
+    numbers = torch.tensor([3, 0, 3, 11, 5, 3, 0, 8])
+    results = []
+    for plain in (True, False):
+        if kind == "hybrid":
+            memory, _ = hybrid_pair(LABELS["clusters and outliers"])
+        else:
+            memory, _ = cluster_pair(12, use_hard=kind == "hard")
+        if not plain:
+            memory.momentum, memory.temp = torch.tensor(MOMENTUM), torch.tensor([TEMP])
+            wide = torch.zeros(24, 24)
+            wide[::2] = memory.features
+            memory.features = wide[::2]
+            assert not memory.features.is_contiguous()
+            if kind == "hybrid":
+                memory.labels = memory.labels.int()
+        inputs = unit_rows(8, 24, 1).requires_grad_()
+        loss = memory(inputs, numbers if plain else numbers.int())
+        loss.backward()
+        results.append((loss, inputs.grad, memory.features))
+    assert not torch.equal(results[0][2], unit_rows(12, 24, 0))
+    close(results[1], results[0])
+
+
+def test_labels_that_change_in_place_are_seen():
+    """Also through .data, which tells nobody."""
+    memory, plain = hybrid_pair(LABELS["clusters and outliers"])
+    inputs, indexes = unit_rows(4, 24, 1), torch.tensor([0, 3, 5, 9])
+    for labels in (torch.arange(12), torch.arange(12) // 5, torch.arange(12) % 3 + 1):
+        memory.labels.data.copy_(labels)
+        plain.labels = labels
+        close(*one_step(memory, plain, inputs, indexes))
+
+
+@pytest.mark.parametrize("batch", [4, 40])
+def test_classes_of_many_and_of_single_rows(batch):
+    """The mean is taken of the rows, or of their products with few or with many inputs."""
+    for labels in (torch.arange(300) // 30, torch.arange(300)):
+        pair = hybrid_pair(labels)
+        indexes = torch.arange(0, 300, 7)[:batch]
+        close(*one_step(*pair, unit_rows(batch, 24, 1), indexes))
+
+
+def test_a_warning_of_inputs_that_are_not_normalised_comes_once():
+    memory, _ = hybrid_pair(torch.arange(6))
+    inputs, indexes = 3.0 * unit_rows(2, 24, 1), torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match=r"HybridMemory: inputs are meant to have norm 1 .* 3\)"):
+        memory(inputs, indexes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory(inputs, indexes)
 
 
 # ---- the training loops ----
