@@ -1,6 +1,6 @@
 """Neighbour lists that mix a row's own camera with the others in fixed shares.
 
-The lists of Chen et al. (CVPR 2023, "CA-Jaccard"), by :func:`dhcl_ops.knn` within and across
+The lists of Chen et al. (CVPR 2024, "CA-Jaccard"), by :func:`dhcl_ops.knn` within and across
 cameras.
 """
 
@@ -30,7 +30,7 @@ def camera_neighbours(
     form by camera. Here each list has the ``own`` nearest rows of the same camera, the row itself
     first, and the k - own nearest of all other cameras, evenly mixed. Given to
     :func:`dhcl_ops.jaccard_graph` or :func:`dhcl_ops.cluster` as ``ranks``, mutual neighbours are
-    those within and across cameras apart, as in Chen et al. (CVPR 2023, "CA-Jaccard").
+    those within and across cameras apart, as in Chen et al. (CVPR 2024, "CA-Jaccard").
 
     A row whose camera, or whose other cameras, have too few rows gets more of the other kind.
 

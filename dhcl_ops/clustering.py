@@ -10,6 +10,7 @@ import torch
 
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._progress import Progress
+from dhcl_ops._ties import warn_of_tie
 from dhcl_ops.dbscan import dbscan
 from dhcl_ops.defaults import SPCL
 from dhcl_ops.jaccard import check_eps, inverted_index, join
@@ -202,7 +203,9 @@ def cluster(
 
     Args:
         features: (N, d) rows of norm 1; an array gives labels as an array of its kind.
-        k1, k2, eps, convention, ranks, progress: as in :func:`dhcl_ops.jaccard_graph`.
+        k1, k2, convention, ranks, progress: as in :func:`dhcl_ops.jaccard_graph`.
+        eps: as there. For k2 = 6, 0.5 is the exact distance of many pairs, about which rounding
+            then decides; 0.49 and 0.51 are not. So it is with each eps that is used.
         min_samples: as in :func:`dhcl_ops.dbscan`.
         self_paced: leave out clusters and rows by SpCL's criterion.
         loose: give the labels at eps + eps_gap too, which ``self_paced`` gives in any case.
@@ -226,6 +229,9 @@ def cluster(
     rows = _checks.unit_rows(op, "features", features)
     timer = _Stages(rows.device)
     encoded = encode(op, rows, k1, k2, convention, ranks, progress, timer)
+    for radius in radii:
+        if radius is not None:
+            warn_of_tie(op, radius, k2)
     index = inverted_index(encoded.rows, radii.largest)
     timer("index")
     graph = join(encoded.rows, index, radii.largest, progress)

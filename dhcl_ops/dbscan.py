@@ -85,7 +85,8 @@ def dbscan(
     Args:
         graph: (N, N) sparse CSR tensor, symmetric, columns ascending: what
             :func:`dhcl_ops.jaccard_graph` returns, made with at least the largest eps.
-        eps: largest distance of neighbours, >= 0; or several of them.
+        eps: largest distance of neighbours, >= 0; or several of them. Not 0.5 for Jaccard distances
+            with k2 = 6, which many pairs have exactly: see :func:`dhcl_ops.jaccard_graph`.
         min_samples: neighbours that make a row core, >= 1.
 
     Returns:

@@ -23,6 +23,7 @@ from dhcl_ops import _arrays, _checks, _csr
 from dhcl_ops._csr import Rows
 from dhcl_ops._ops import define
 from dhcl_ops._progress import Progress, slices
+from dhcl_ops._ties import warn_of_tie
 from dhcl_ops.defaults import SPCL
 from dhcl_ops.knn import Neighbours
 from dhcl_ops.reciprocal import Convention, encode, sample_weights
@@ -299,9 +300,13 @@ def jaccard_graph(
     Args:
         features: (N, d) float32 rows of norm 1 (to 1 %); other floats are converted. A NumPy or
             CuPy array is taken too.
-        k1: neighbours of a row, >= 1.
+        k1: neighbours of a row, >= 1. Half of them are rounded as in the Python code of both; the
+            Matlab code of Zhong et al. takes one neighbour less for k1 = 3, 7, 11 and so on.
         k2: neighbours in the query expansion, in [1, k1]; 1 leaves it out.
-        eps: largest distance, in (0, 1); compared in float32, as scikit-learn does.
+        eps: largest distance, in (0, 1); compared in float32, as scikit-learn does. Two rows that
+            share m of the k2 neighbours they are expanded with, and nothing else, lie exactly
+            1 - m / (2 k2 - m) apart: for k2 = 6 that is 2/7, 1/2, 2/3, 4/5 or 10/11. At such an eps
+            rounding decides about many pairs, and a warning says so: take 0.49 or 0.51, not 0.5.
         convention: ``"spcl"`` or ``"zhong"``.
         ranks: neighbour lists to use: what :func:`dhcl_ops.knn` returned, or (N, >= k) int64
             indices, best first, with k = k1 (spcl) or k1 + 1 (zhong). By default they are computed.
@@ -322,6 +327,7 @@ def jaccard_graph(
     eps = check_eps(op, eps)
     rows = _checks.unit_rows(op, "features", features)
     encoded = encode(op, rows, k1, k2, convention, ranks, progress)
+    warn_of_tie(op, eps, k2)
     index = inverted_index(encoded.rows, eps)
     return join(encoded.rows, index, eps, progress)
 

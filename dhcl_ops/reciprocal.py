@@ -239,7 +239,8 @@ def list_width(op: str, n: int, k1: int, k2: int, convention: str) -> tuple[int,
         raise ValueError(f"{op}: k2 must be at most k1 (got k1={k1}, k2={k2})")
     # SpCL's search returns k1 neighbours, the row itself among them; Zhong et al. count k1 others.
     k = min(k1 + (convention == "zhong"), n)
-    # round() goes half to even, as NumPy's around in both codes: 25 -> 12, 15 -> 8.
+    # round() goes half to even, as NumPy's around in both Python codes: 25 -> 12, 15 -> 8. The
+    # Matlab code of Zhong et al. takes round((k1 + 1) / 2) in all: 13 for 25 too, but 8 for 15.
     return k, min(round(k1 / 2) + 1, k), min(k2, n)
 
 
