@@ -1,7 +1,7 @@
 """Cluster Contrast (Dai et al., ACCV 2022; alibaba/cluster-contrast-reid).
 
 ``ClusterMemory`` is that of ``clustercontrast.models.cm``. The other names are SpCL's, under
-``clustercontrast`` in place of ``spcl``; TransReID-SSL carries them too.
+``clustercontrast`` in place of ``spcl``.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
 """ISE (Zhang et al., CVPR 2022; zhangxinyu-xyz/ISE-ReID), whose package is ``clustercontrast``.
 
-``ClusterMemory`` is that of its ``clustercontrast.models.cm``; the other names are SpCL's. The
-trainer that generates support samples, and its loss, read ``memory.features`` and stay as they are.
+``ClusterMemory`` is that of its ``clustercontrast.models.cm``, ``mean_ap`` that of its
+``clustercontrast.evaluation_metrics``; the other names are SpCL's. The trainer that generates
+support samples reads ``memory.features`` and stays as it is.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from dhcl_ops import ranking
 from dhcl_ops.compat import _memory, clustercontrast
-from dhcl_ops.compat.spcl import cmc, compute_jaccard_distance, mean_ap, re_ranking
+from dhcl_ops.compat.openreid import evaluated
+from dhcl_ops.compat.spcl import cmc, compute_jaccard_distance, re_ranking
 
 __all__ = ["ClusterMemory", "cmc", "compute_jaccard_distance", "mean_ap", "re_ranking"]
 
@@ -47,3 +52,28 @@ class ClusterMemory(clustercontrast.ClusterMemory):
         inputs = _memory.beside_bank(self, inputs)
         hard = self.sample_type == "hard"
         return _memory.cluster_loss("ClusterMemory", self, inputs, targets, hard=hard)
+
+
+def mean_ap(
+    distmat: Any,
+    query_ids: Any = None,
+    gallery_ids: Any = None,
+    query_cams: Any = None,
+    gallery_cams: Any = None,
+    draw_image: bool = False,
+) -> float | list[float]:
+    """``mean_ap`` of ISE: open-reid's, or with ``draw_image`` what it is the mean of.
+
+    See :func:`dhcl_ops.compat.openreid.mean_ap`.
+
+    Returns:
+        The mean average precision; with ``draw_image`` a list of the average precision of each
+        query that has a right match.
+    """
+    ids, cameras = (query_ids, gallery_ids), (query_cams, gallery_cams)
+    settings = ranking.Settings(per_query=draw_image)
+    result = evaluated("mean_ap", distmat, ids, cameras, settings)
+    if result.average_precision is None:
+        return result.mAP
+    each = result.average_precision
+    return [float(value) for value in each[~each.isnan()]]

@@ -35,7 +35,11 @@ CLUSTERS = {"num_features": REQUIRED, "num_samples": REQUIRED, **BANK}
 SIGNATURES = {
     "spcl": {**OF_SPCL, "HybridMemory": CLUSTERS},
     "clustercontrast": {**OF_SPCL, "ClusterMemory": {**CLUSTERS, "use_hard": False}},
-    "ise": {**OF_SPCL, "ClusterMemory": {**CLUSTERS, "use_hard": False, "sample_type": "hard"}},
+    "ise": {
+        **OF_SPCL,
+        "ClusterMemory": {**CLUSTERS, "use_hard": False, "sample_type": "hard"},
+        "mean_ap": {**SCORES, "draw_image": False},
+    },
     "hhcl": {
         **OF_SPCL,
         "ClusterMemory": {

@@ -12,6 +12,7 @@ from dhcl_ops.compat import (
     clustercontrast,
     fastreid,
     ice,
+    ise,
     openreid,
     openunreid,
     pplr,
@@ -170,6 +171,15 @@ def test_open_reids_arguments_as_evaluators_give_them():
     ranks = 1 + (square < np.diag(square)[:, None]).sum(1)
     assert openreid.mean_ap(square) == pytest.approx(np.mean(1 / ranks))
     assert openreid.cmc(square, topk=3)[0] == np.mean(ranks == 1)
+
+
+def test_ise_gives_the_average_precision_of_each_query_for_its_images():
+    data = case()
+    data[1][4] = 99
+    assert ise.mean_ap(*data) == openreid.mean_ap(*data)
+    each = ise.mean_ap(*data, draw_image=True)
+    assert isinstance(each, list)
+    np.testing.assert_allclose(each, precisions(data)[0], rtol=1e-12)
 
 
 def test_cap_takes_the_area_under_the_curve():
