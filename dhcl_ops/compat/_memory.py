@@ -2,9 +2,9 @@
 
 A memory's loss is one autograd function, :class:`Loss`. Its backward moves rows of the bank towards
 the features that went through, as in the memories of SpCL (Ge et al., NeurIPS 2020) and of Cluster
-Contrast (Dai et al., ACCV 2022). It holds two matrices of batch x classes, where their code holds
-several; at the sizes of a script's batch what counts is the number of small operations, and here
-they run without autograd between them.
+Contrast (Dai et al., ACCV 2022). The logits exist as a whole, as in their code: at the sizes of a
+script's batch what counts is the number of small operations, and here there are few, without
+autograd between them. For larger ones there is :func:`dhcl_ops.debiased_contrastive_loss`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,19 @@ class Classes(Protocol):
         """The gradient (B, d) of the inputs from that of their dot products (B, K)."""
 
 
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The matrix product in float32, under autocast too: it lets calls with ``out`` alone."""
+    return torch.mm(left, right, out=left.new_empty(left.shape[0], right.shape[1]))
+
+
 class RowClasses:
     """Each row of the bank is a class."""
 
     def logits(self, inputs: torch.Tensor, bank: torch.Tensor, divisor: Any) -> torch.Tensor:
-        return nn.functional.linear(inputs, bank.float()).div_(divisor)
+        return _product(inputs, bank.float().T).div_(divisor)
 
     def pull(self, slopes: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-        return torch.mm(slopes, bank.float())
+        return _product(slopes, bank.float())
 
 
 class Groups:
@@ -91,10 +96,11 @@ class MeanClasses:
         self.means, self.added = groups.means(bank.float()), groups.added
 
     def logits(self, inputs: torch.Tensor, bank: torch.Tensor, divisor: Any) -> torch.Tensor:
-        return torch.addmm(self.added, inputs, self.means.T, alpha=1.0 / divisor)
+        out = inputs.new_empty(inputs.shape[0], self.means.shape[0])
+        return torch.addmm(self.added, inputs, self.means.T, alpha=1.0 / divisor, out=out)
 
     def pull(self, slopes: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-        return torch.mm(slopes, self.means)
+        return _product(slopes, self.means)
 
 
 class MeanProducts:
@@ -110,11 +116,11 @@ class MeanProducts:
         bank = bank.float()
         # Either form of the product is slow where the other one is not.
         few = inputs.shape[0] < 16
-        each = torch.mm(inputs, bank.T).T if few else torch.mm(bank, inputs.T)
+        each = _product(inputs, bank.T).T if few else _product(bank, inputs.T)
         return torch.add(self.groups.added, self.groups.means(each).T, alpha=1.0 / divisor)
 
     def pull(self, slopes: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-        return torch.mm(self.groups.spread(slopes.T).T, bank.float())
+        return _product(self.groups.spread(slopes.T).T, bank.float())
 
 
 def mean_classes(bank: torch.Tensor, groups: Groups, batch: int) -> Classes:
@@ -314,17 +320,6 @@ class Step(NamedTuple):
     state: State
 
 
-def _value(inputs: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:
-    """The loss, the norms where the inputs are normalised, and what the slopes need."""
-    norms, divisor = None, step.temperature
-    if step.normalise:
-        norms = torch.linalg.vector_norm(inputs, dim=1, keepdim=True).clamp_(_SHORTEST)
-        divisor = norms * divisor
-    logits = step.classes.logits(inputs, step.bank, divisor)
-    loss, kept = step.criterion.value(logits, step.targets)
-    return loss, norms, kept
-
-
 class _Once(torch.autograd.Function):
     """A gradient that cannot be differentiated again."""
 
@@ -342,12 +337,12 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, step: Step) -> torch.Tensor:
-        device = inputs.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                loss, norms, kept = _value(inputs, step)
-        else:
-            loss, norms, kept = _value(inputs, step)
+        norms, divisor = None, step.temperature
+        if step.normalise:
+            norms = torch.linalg.vector_norm(inputs, dim=1, keepdim=True).clamp_(_SHORTEST)
+            divisor = norms * divisor
+        logits = step.classes.logits(inputs, step.bank, divisor)
+        loss, kept = step.criterion.value(logits, step.targets)
         ctx.step, ctx.change = step, step.state.change
         ctx.save_for_backward(inputs, norms, *kept)
         return loss
@@ -356,7 +351,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         inputs, norms, *kept = ctx.saved_tensors
         features, step = inputs, ctx.step
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        with torch.no_grad():
             slopes = step.criterion.slopes(step.targets, *kept)
             scale = grad / (len(step.targets) * step.temperature)
             # Of the bank that the logits were made with, whatever has been moved since.
@@ -428,7 +423,9 @@ def _checked_labels(op: str, labels: torch.Tensor, bank: torch.Tensor) -> torch.
 
 def beside_bank(memory: Any, inputs: Any) -> Any:
     """The inputs on the bank's device, where Cluster Contrast moves them to the GPU."""
-    return inputs.to(memory.features.device) if isinstance(inputs, torch.Tensor) else inputs
+    device = memory.features.device
+    elsewhere = isinstance(inputs, torch.Tensor) and inputs.device != device
+    return inputs.to(device) if elsewhere else inputs
 
 
 def _finite(op: str, loss: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
