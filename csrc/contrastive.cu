@@ -94,87 +94,91 @@ __device__ void list_positives(const ContrastiveStreamParams& p, int64_t row, in
   }
 }
 
-template <typename T, typename W>
-__global__ void __launch_bounds__(kThreads, 1)
-    contrastive_stream_kernel(ContrastiveStreamParams p) {
-  __shared__ T values[kThreads];
-  __shared__ int64_t indices[kThreads];
-  __shared__ double doubles[kThreads];
-  const int64_t row = blockIdx.x;
-  const int64_t n = p.num_cols;
-  T* x = static_cast<T*>(p.products) + row * n;
-  double* state = p.state + row * kStateColumns;
-  int64_t* counts = p.counts + row * kCountColumns;
-  const int64_t label = p.roles.labels[row];
-  const bool grouped = p.roles.row_groups != nullptr && p.roles.row_groups[row] >= 0;
-  const int64_t group = grouped ? p.roles.row_groups[row] : 0;
-  const T scale = static_cast<T>(p.scale);
-  if (p.fresh && threadIdx.x == 0) {
-    // Read by other threads only after the barriers below.
-    for (int c = 0; c < kStateColumns; ++c) state[c] = 0.0;
-    state[kMax] = state[kPositiveMax] = none<double>();
-    counts[kNegatives] = counts[kPositives] = 0;
-    counts[kHardest] = -1;
-  }
-  exclude_listed(p.roles, row, label, p.start, n, x);
-  if (p.positives != nullptr) {
-    list_positives(p, row, label, x);
-    __syncthreads();
-  }
-
-  // What each thread saw: its negatives' largest, and its positives' log-sum-exp.
+// What one thread saw of a row: its negatives' largest, and its positives' log-sum-exp.
+template <typename T>
+struct Seen {
   T top = none<T>();
   int64_t where = INT64_MAX;
   int64_t negatives = 0;
   int64_t positives = 0;
   double positive_max = none<double>();
   double positive_mass = 0.0;
-  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
-    const int64_t column = p.start + j;
-    T s = x[j] * scale;
-    if (is_positive(p.roles, label, column)) {
-      const double r = static_cast<double>(s);
-      ++positives;
-      if (r > positive_max) {
-        positive_mass = positive_mass * exp(positive_max - r) + 1.0;
-        positive_max = r;
-      } else {
-        positive_mass += exp(r - positive_max);
-      }
-      s = none<T>();
-    } else if (grouped && p.roles.column_groups[column] == group) {
-      s = none<T>();
+
+  __device__ __forceinline__ void add_positive(double r) {
+    ++positives;
+    if (r > positive_max) {
+      positive_mass = positive_mass * exp(positive_max - r) + 1.0;
+      positive_max = r;
+    } else {
+      positive_mass += exp(r - positive_max);
     }
-    x[j] = s;
+  }
+
+  __device__ __forceinline__ void add_negative(T s, int64_t column) {
     if (!(s == none<T>())) ++negatives;
     if (s > top) {
       top = s;
       where = column;
     }
   }
-  block_max(top, where, values, indices);
-  positives = block_sum(positives, indices);
-  negatives = block_sum(negatives, indices);
-  if (positives > 0) {
-    int64_t unused = 0;
-    double largest = positive_max;
-    block_max(largest, unused, doubles, indices);
-    const double before = state[kPositiveMax];
-    const double shift = before > largest ? before : largest;
-    // A NaN logit leaves its thread's maximum at -inf and its sum NaN.
-    double mass = positive_mass == 0.0 ? 0.0 : positive_mass * exp(positive_max - shift);
-    if (positive_mass != positive_mass) mass = positive_mass;
-    mass = block_sum(mass, doubles);
-    if (threadIdx.x == 0) {
-      if (before > none<double>()) mass += state[kPositiveMass] * exp(before - shift);
-      state[kPositiveMass] = mass;
-      state[kPositiveMax] = shift;
-    }
-  }
+};
 
-  const double before = state[kMax];
-  const double largest = static_cast<double>(top) > before ? static_cast<double>(top) : before;
-  const double shift = largest > none<double>() ? largest : 0.0;
+// The first pass: similarities become logits, and what is no negative becomes -inf.
+template <typename T>
+__device__ __forceinline__ Seen<T> scan_roles(const ContrastiveStreamParams& p, int64_t row,
+                                              int64_t label, T* x) {
+  const bool grouped = p.roles.row_groups != nullptr && p.roles.row_groups[row] >= 0;
+  const int64_t group = grouped ? p.roles.row_groups[row] : 0;
+  const T scale = static_cast<T>(p.scale);
+  Seen<T> seen;
+  for (int64_t j = threadIdx.x; j < p.num_cols; j += kThreads) {
+    const int64_t column = p.start + j;
+    T s = x[j] * scale;
+    if (is_positive(p.roles, label, column)) {
+      seen.add_positive(static_cast<double>(s));
+      s = none<T>();
+    } else if (grouped && p.roles.column_groups[column] == group) {
+      s = none<T>();
+    }
+    x[j] = s;
+    seen.add_negative(s, column);
+  }
+  return seen;
+}
+
+// Adds the chunk's positives to the row's log-sum-exp over them. Every thread of the block takes
+// part.
+template <typename T>
+__device__ __forceinline__ void add_positives(const Seen<T>& seen, double* state, double* doubles,
+                                              int64_t* indices) {
+  int64_t unused = 0;
+  double largest = seen.positive_max;
+  block_max(largest, unused, doubles, indices);
+  const double before = state[kPositiveMax];
+  const double shift = before > largest ? before : largest;
+  // A NaN logit leaves its thread's maximum at -inf and its sum NaN.
+  double mass =
+      seen.positive_mass == 0.0 ? 0.0 : seen.positive_mass * exp(seen.positive_max - shift);
+  if (seen.positive_mass != seen.positive_mass) mass = seen.positive_mass;
+  mass = block_sum(mass, doubles);
+  if (threadIdx.x == 0) {
+    if (before > none<double>()) mass += state[kPositiveMass] * exp(before - shift);
+    state[kPositiveMass] = mass;
+    state[kPositiveMax] = shift;
+  }
+}
+
+// A chunk's sums over a row's negatives, relative to the row's largest logit so far.
+struct NegativeSums {
+  double mass, norm, squares;
+};
+
+// The second pass: the negatives' sums, and their gradient weights. Every thread gets the sums.
+template <typename T, typename W>
+__device__ __forceinline__ NegativeSums weigh_negatives(const ContrastiveStreamParams& p,
+                                                        int64_t row, const T* x, double shift,
+                                                        double* doubles) {
+  const int64_t n = p.num_cols;
   const T base = static_cast<T>(shift);
   const T sharp = static_cast<T>(1.0 + p.beta);
   const T beta = static_cast<T>(p.beta);
@@ -191,23 +195,61 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p.beta > 0.0) norm += exp_of(beta * distance);
     if (weights != nullptr) weights[j] = from_accumulator<W>(e * weight_scale);
   }
-  const double mass_sum = block_sum(static_cast<double>(mass), doubles);
-  const double norm_sum = block_sum(static_cast<double>(norm), doubles);
-  const double squares_sum = block_sum(static_cast<double>(squares), doubles);
-  if (threadIdx.x == 0) {
-    const double factor = exp((1.0 + p.beta) * (before - shift));
-    counts[kPositives] += positives;
-    counts[kNegatives] += negatives;
-    if (static_cast<double>(top) > before) counts[kHardest] = where;
-    state[kMax] = largest;
-    state[kMass] = state[kMass] * factor + mass_sum;
-    state[kSquares] = state[kSquares] * factor * factor + squares_sum;
-    if (p.beta > 0.0)
-      state[kNorm] = state[kNorm] * exp(p.beta * (before - shift)) + norm_sum;
-    else
-      state[kNorm] = static_cast<double>(counts[kNegatives]);
-    if (p.factors != nullptr) static_cast<T*>(p.factors)[row] = static_cast<T>(factor);
+  NegativeSums sums;
+  sums.mass = block_sum(static_cast<double>(mass), doubles);
+  sums.norm = block_sum(static_cast<double>(norm), doubles);
+  sums.squares = block_sum(static_cast<double>(squares), doubles);
+  return sums;
+}
+
+template <typename T, typename W>
+__global__ void __launch_bounds__(kThreads, 1)
+    contrastive_stream_kernel(ContrastiveStreamParams p) {
+  __shared__ T values[kThreads];
+  __shared__ int64_t indices[kThreads];
+  __shared__ double doubles[kThreads];
+  const int64_t row = blockIdx.x;
+  T* x = static_cast<T*>(p.products) + row * p.num_cols;
+  double* state = p.state + row * kStateColumns;
+  int64_t* counts = p.counts + row * kCountColumns;
+  const int64_t label = p.roles.labels[row];
+  if (p.fresh && threadIdx.x == 0) {
+    // Read by other threads only after the barriers below.
+    for (int c = 0; c < kStateColumns; ++c) state[c] = 0.0;
+    state[kMax] = state[kPositiveMax] = none<double>();
+    counts[kNegatives] = counts[kPositives] = 0;
+    counts[kHardest] = -1;
   }
+  exclude_listed(p.roles, row, label, p.start, p.num_cols, x);
+  if (p.positives != nullptr) {
+    list_positives(p, row, label, x);
+    __syncthreads();
+  }
+
+  Seen<T> seen = scan_roles(p, row, label, x);
+  block_max(seen.top, seen.where, values, indices);
+  const int64_t positives = block_sum(seen.positives, indices);
+  const int64_t negatives = block_sum(seen.negatives, indices);
+  if (positives > 0) add_positives(seen, state, doubles, indices);
+
+  const double before = state[kMax];
+  const double top = static_cast<double>(seen.top);
+  const double largest = top > before ? top : before;
+  const double shift = largest > none<double>() ? largest : 0.0;
+  const NegativeSums sums = weigh_negatives<T, W>(p, row, x, shift, doubles);
+  if (threadIdx.x != 0) return;
+  const double factor = exp((1.0 + p.beta) * (before - shift));
+  counts[kPositives] += positives;
+  counts[kNegatives] += negatives;
+  if (top > before) counts[kHardest] = seen.where;
+  state[kMax] = largest;
+  state[kMass] = state[kMass] * factor + sums.mass;
+  state[kSquares] = state[kSquares] * factor * factor + sums.squares;
+  if (p.beta > 0.0)
+    state[kNorm] = state[kNorm] * exp(p.beta * (before - shift)) + sums.norm;
+  else
+    state[kNorm] = static_cast<double>(counts[kNegatives]);
+  if (p.factors != nullptr) static_cast<T*>(p.factors)[row] = static_cast<T>(factor);
 }
 
 __global__ void contrastive_finish_kernel(ContrastiveFinishParams p) {
