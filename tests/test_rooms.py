@@ -1,10 +1,13 @@
-"""What one module may know of another: no private names. `lint-imports` says which way imports go.
+"""What one module may know of another: which way imports go, and no private names.
 
 A private module (``_checks``) belongs to its package, of which the contract in pyproject.toml
 speaks; here it is about names in modules.
 """
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,16 @@ def f(model):
         "dhcl.models.weights._some",
         "dhcl.data.lists._secret",
     ]
+
+
+def test_imports_go_the_way_the_contracts_say():
+    pytest.importorskip("importlinter", reason="the extra dev is not installed")
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    assert done.returncode == 0, done.stdout
