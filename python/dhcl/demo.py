@@ -84,11 +84,11 @@ class Demo:
     out: Path = Path("dhcl-demo")
     """Folder for the data, the runs and what is made of them; a demo that was stopped goes on."""
     compare: bool = False
-    """Train every preset and an ablation on the same data, and compare them in a table."""
+    """Whether to train every preset and an ablation on the same data, and compare them."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the trainings; several go with --compare, and the table has mean and spread."""
     ids: int = 64
-    """Pedestrians; half of them are for testing."""
+    """Number of pedestrians; half of them are for testing."""
     cameras: int = 3
     """Number of cameras that see them."""
     images_per_camera: int = 12
@@ -98,9 +98,9 @@ class Demo:
     image_size: tuple[int, int] = (64, 32)
     """Height and width of the images, in pixels."""
     epochs: int | None = None
-    """Epochs of each training; 12 by default, and 18 with --compare."""
+    """Number of epochs of each training; 12 by default, and 18 with --compare."""
     iterations: int = 20
-    """Batches of an epoch."""
+    """Number of batches in an epoch."""
     data_seed: int = 1
     """Seed of the pedestrians. The options of the trainings were tried out on those of seed 0."""
 

@@ -22,29 +22,29 @@ class SynthArguments:
     """Draw pedestrians in several cameras: a data set in Market-1501's layout."""
 
     out: tyro.conf.Positional[Path]
-    """Folder to make."""
+    """Folder that is made for the data set."""
     ids: int = 200
-    """Pedestrians; half of them are for testing."""
+    """Number of pedestrians; half of them are for testing."""
     cameras: int = 4
-    """Cameras, each with its colours, light, background, blur and viewpoint."""
+    """Number of cameras, each with its colours, light, background, blur and viewpoint."""
     images_per_camera: int = 4
     """Mean number of images of a pedestrian in a camera."""
     image_size: tuple[int, int] = (128, 64)
-    """Height and width in pixels."""
+    """Height and width of an image in pixels."""
     camera_gap: float = 1.0
     """How much cameras differ in colour, contrast, sharpness and viewpoint, from 0 to 1."""
     seed: int = 0
-    """The same seed gives the same pictures."""
+    """Seed of the drawing; the same one gives the same pictures."""
     junk: int | None = None
-    """Boxes that miss most of a person, in the gallery."""
+    """Number of boxes in the gallery that miss most of a person."""
     distractors: int | None = None
-    """Other people and empty boxes, in the gallery."""
+    """Number of boxes in the gallery that are empty or hold other people."""
     workers: int = os.cpu_count() or 1
-    """Processes."""
+    """Number of processes that draw."""
     overwrite: bool = False
-    """Replace an earlier output."""
+    """Whether to replace the data set of an earlier call."""
     sheet: Path | None = None
-    """Also write a contact sheet, a PNG."""
+    """File to write a contact sheet of the pictures to, a PNG."""
 
 
 def synth(given: SynthArguments) -> None:

@@ -34,27 +34,27 @@ class ClusterArguments:
     """Cluster saved features, or the images of a folder, as training does: Jaccard and DBSCAN."""
 
     features: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")]
-    """File of features (.npy .npz .pt .mat .parquet), or a folder of images."""
+    """File of saved features (.npy .npz .pt .mat .parquet), or a folder of images."""
     out: Path
-    """File for the labels, .csv; -1 is for images in no cluster."""
+    """File to write the labels to, .csv; images in no cluster have -1."""
     run: Path | None = None
-    """For a folder: the run whose model extracts the features, and whose numbers are taken."""
+    """Folder of the run whose model and clustering options serve a folder of images."""
     which: Which = "last"
-    """The last epoch's model, or the one that looked best by test mAP."""
+    """Checkpoint to use: of the last epoch, or of the one that looked best by test mAP."""
     key: str | None = None
-    """Name of the features in the file, where it is not one of the usual ones."""
+    """Name of the features in the file, where it is not one of the usual names."""
     k1: int | None = None
     """Neighbours of the Jaccard distance (30, or the run's)."""
     k2: int | None = None
     """Neighbours of its query expansion (6, or the run's)."""
     eps: float | None = None
-    """Largest Jaccard distance of neighbours (0.6, or the run's)."""
+    """Largest Jaccard distance at which two images are neighbours (0.6, or the run's)."""
     min_samples: int | None = None
-    """Neighbours that make an image the core of a cluster (4, or the run's)."""
+    """Number of images within eps that make one the core of a cluster (4, or the run's)."""
     pattern: str | None = None
-    """For a folder: where the camera stands in the paths, as in training."""
+    """Regular expression that finds the camera in the paths of a folder, as in training."""
     trained_cameras: bool = False
-    """The cameras of the pattern are those of the training: use their statistics."""
+    """Whether the pattern's cameras are those of the training, so that their statistics count."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
 
@@ -129,21 +129,21 @@ class RerankArguments:
     """Re-rank saved features with k-reciprocal encoding: the best of the gallery per query."""
 
     query: Path
-    """File of features (.npy .npz .pt .mat .parquet)."""
+    """File of the queries' features (.npy .npz .pt .mat .parquet)."""
     gallery: Path
-    """File of features; may be the same one, if it holds both."""
+    """File of the gallery's features; it may be the same one, if that holds both."""
     out: Path
-    """File for the lists, .npz: indices and distances (Q, topk), paths where they are known."""
+    """File to write the lists to, .npz: indices and distances (Q, topk), and known paths."""
     topk: int = 50
-    """Length of the lists."""
+    """Number of gallery images in the list of a query."""
     k1: int = ZHONG.k1
     """Neighbours."""
     k2: int = ZHONG.k2
     """Neighbours in the query expansion."""
     lambda_value: float = ZHONG.lambda_value
-    """Share of the original distance."""
+    """Share of the original distance in the re-ranked one, from 0 to 1."""
     key: str | None = None
-    """Name of the features in the files, where it is not one of the usual ones."""
+    """Name of the features in the files, where it is not one of the usual names."""
 
 
 def rerank(given: RerankArguments) -> None:
@@ -187,23 +187,23 @@ class MetricsArguments:
     """Evaluate saved features: mAP, CMC, mINP. Identities and cameras are read from the files."""
 
     query: Path
-    """File of features (.npz .pt .mat .parquet) with identities."""
+    """File of the queries' features (.npz .pt .mat .parquet), with identities."""
     gallery: Path
-    """File of features with identities; may be the same one, if it holds both."""
+    """File of the gallery's, with identities; it may be the same one, if that holds both."""
     rerank: bool = False
-    """With k-reciprocal re-ranking too."""
+    """Whether to evaluate with k-reciprocal re-ranking too."""
     metric: Literal["cosine", "euclidean"] = "cosine"
-    """Of the features; euclidean takes rows as they are."""
+    """Distance between features; euclidean takes rows of any length as they are."""
     k1: int = ZHONG.k1
     """Neighbours of the re-ranking."""
     k2: int = ZHONG.k2
     """Neighbours in its query expansion."""
     lambda_value: float = ZHONG.lambda_value
-    """Its share of the original distance."""
+    """Share of the original distance in the re-ranked one, from 0 to 1."""
     key: str | None = None
-    """Name of the features in the files, where it is not one of the usual ones."""
+    """Name of the features in the files, where it is not one of the usual names."""
     json: bool = False
-    """Print JSON in place of a table."""
+    """Whether to print JSON in place of a table."""
 
 
 def metrics(given: MetricsArguments) -> None:

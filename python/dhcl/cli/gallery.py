@@ -33,23 +33,23 @@ class IndexArguments:
     """Make an index of a gallery to search in, or change one."""
 
     gallery: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GALLERY …")]
-    """Folders of images, on all levels, and image files."""
+    """Folders whose images, on all levels, are meant, and single image files."""
     out: Path
-    """Folder of the index."""
+    """Folder that the index lies in."""
     run: Path | None = None
     """Folder of the run whose model extracts the features; later the index knows it."""
     which: Which = "last"
-    """The last epoch's model, or the one that looked best by test mAP."""
+    """Checkpoint to use: of the last epoch, or of the one that looked best by test mAP."""
     add: bool = False
-    """Add new images to the index and extract changed ones again."""
+    """Whether to add new images to the index, and extract changed ones again."""
     sync: bool = False
-    """The same, and remove images that are in these folders no longer."""
+    """Whether to do the same, and remove images that these folders no longer hold."""
     remove: bool = False
-    """Remove these files, and all below these folders, from the index."""
+    """Whether to remove these files, and all below these folders, from the index."""
     pattern: str | None = None
-    """Where identity and camera stand in the paths, as in training."""
+    """Regular expression that finds identity and camera in the paths, as in training."""
     trained_cameras: bool = False
-    """The cameras of the pattern are those of the training: use their statistics."""
+    """Whether the pattern's cameras are those of the training, so that their statistics count."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
 
@@ -110,25 +110,25 @@ class SearchArguments:
     """Find the people of some images in an index."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """Folder of the index."""
+    """Folder that the index lies in."""
     query: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUERY …")]
-    """Images, or folders of images."""
+    """Images to search with, or folders of them."""
     topk: int = 20
-    """Results for each query."""
+    """Number of results for each query."""
     rerank: bool = False
-    """Order by k-reciprocal re-ranking; compares all images of the index with each other."""
+    """Whether to order by k-reciprocal re-ranking, which compares all images of the index."""
     camera: tuple[str, ...] = ()
-    """Only images of these cameras."""
+    """Cameras whose images may be found; without any, those of all cameras."""
     other_cameras: bool = False
-    """Leave out images of the query's own camera."""
+    """Whether to leave out images of the query's own camera."""
     json: bool = False
-    """Print JSON in place of a table."""
+    """Whether to print JSON in place of a table."""
     html: Path | None = None
-    """Write the ranked lists as a page that holds its pictures."""
+    """File to write the ranked lists to, as a page that holds its pictures."""
     png: Path | None = None
-    """Write them as a picture."""
+    """File to write the ranked lists to, as one picture."""
     run: Path | None = None
-    """Where the run of the model lies now, if it was moved."""
+    """Folder that the run of the model lies in now, if it was moved."""
     backend: Literal["auto", "torch", "faiss"] = "auto"
     """What computes similarities: faiss where it is installed, else torch. Both are exact."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)

@@ -27,7 +27,7 @@ class EvalArguments:
     """Evaluate the model of a run: mAP, CMC, mINP."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder that the run lies in."""
     data: str | None = None
     """Layout of another data set to evaluate on, as for dhcl train."""
     root: Path | None = None
@@ -35,11 +35,11 @@ class EvalArguments:
     pattern: str | None = None
     """Regular expression with groups named id and camera, searched in each path of a folder."""
     which: Which = "last"
-    """The last epoch's model, or the one that looked best by test mAP."""
+    """Checkpoint to use: of the last epoch, or of the one that looked best by test mAP."""
     rerank: bool = False
-    """With k-reciprocal re-ranking too."""
+    """Whether to evaluate with k-reciprocal re-ranking too."""
     workers: int = 4
-    """Processes that load images."""
+    """Number of processes that load images; 0 is the main one."""
 
 
 def evaluate(given: EvalArguments) -> None:
@@ -67,23 +67,23 @@ class ExportArguments:
     """Give a model's features, or the model itself, to other programs."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
+    """Folder that the run lies in."""
     features: Path | None = None
-    """Folder of images whose features to write to --out."""
+    """Folder of images whose features are written to --out."""
     out: Path | None = None
-    """File for them, .npz or .parquet."""
+    """File to write the features to, .npz or .parquet."""
     onnx: Path | None = None
-    """File for the model as ONNX: images (batch, 3, H, W), RGB in [0, 1], to features."""
+    """File to write the model to as ONNX: images (batch, 3, H, W), RGB in [0, 1], to features."""
     weights: Path | None = None
-    """File for a plain state dict, to be loaded without dhcl."""
+    """File to write a plain state dict to, which can be loaded without dhcl."""
     which: Which = "last"
-    """The last epoch's model, or the one that looked best by test mAP."""
+    """Checkpoint to use: of the last epoch, or of the one that looked best by test mAP."""
     camera: int | None = None
-    """For --onnx and --weights: take the statistics of this camera, from 0, not those of all."""
+    """Camera, from 0, whose statistics --onnx and --weights take; without one, those of all."""
     pattern: str | None = None
-    """Where identity and camera stand in the paths, as in training; they are then written too."""
+    """Regular expression that finds identity and camera in the paths; they are written too."""
     trained_cameras: bool = False
-    """The cameras of the pattern are those of the training: use their statistics."""
+    """Whether the pattern's cameras are those of the training, so that their statistics count."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
 

@@ -18,21 +18,21 @@ class ReportArguments:
     """Write what a run did as one HTML file: curves, clusters, ranked lists, a map."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run, finished or not."""
+    """Folder that the run lies in, finished or not."""
     out: Path | None = None
     """File to write; report.html in the run by default."""
     root: Path | None = None
-    """Where the images lie now, if not where they lay in training."""
+    """Folder that the images lie in now, if they were moved since the training."""
     queries: int = 10
-    """Best, median and worst queries to show, of each."""
+    """Number of queries to show of each kind: best, median and worst."""
     topk: int = 10
-    """Images of a ranked list."""
+    """Number of images in the ranked list of a query."""
     clusters: int = 8
-    """Clusters of a kind to show: largest, purest, most mixed, most cross-camera, any size."""
+    """Number of clusters to show of each kind, such as the largest, purest or most mixed."""
     points: int = 1500
-    """Points of the map, at most."""
+    """Largest number of points on the map of the features."""
     workers: int | None = None
-    """Processes that load images; as in training by default."""
+    """Number of processes that load images; by default as in training."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class CompareArguments:
     """Write the charts of several runs as one HTML file, and what differs in their settings."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of the runs."""
+    """Folders that the runs lie in."""
     out: Path = Path("compare.html")
-    """File to write."""
+    """File that the page is written to."""
     root: Path | None = None
-    """Where the images of all runs lie now, if not where they lay in training."""
+    """Folder that the images of all runs lie in now, if they were moved since the training."""
     retrieval: bool = True
-    """Extract test features for the similarities and the camera matrix of each run."""
+    """Whether to extract test features, for similarities and cameras of each run."""
 
 
 def report(given: ReportArguments) -> None:

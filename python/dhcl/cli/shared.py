@@ -37,13 +37,13 @@ class Reading:
     """How images are read and features extracted."""
 
     on_bad: Literal["refuse", "skip"] = "refuse"
-    """What to do if images can't be read."""
+    """What to do if image files can't be read: refuse to go on, or skip them."""
     batch_size: int = 128
-    """Images at a time."""
+    """Number of images that the network takes at a time."""
     workers: int = min(4, os.cpu_count() or 1)
-    """Processes that load images."""
+    """Number of processes that load images; 0 is the main one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    """Processor that the network runs on: auto takes a GPU where there is one."""
 
     def options(self) -> dict[str, Any]:
         """Of :meth:`dhcl.ReID.batches`."""
