@@ -61,7 +61,7 @@ def _dbscan_sample(device: torch.device) -> tuple[Any, ...]:
     return offsets.to(device), columns.to(device), distances[near].to(device), 0.07, 3
 
 
-_dbscan = define(
+labels_of = define(
     "dbscan(Tensor offsets, Tensor columns, Tensor values, float eps, int min_samples) -> Tensor",
     family="dbscan",
     reference=_dbscan_reference,
@@ -111,7 +111,7 @@ def dbscan(
     ]
     parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
     _check_ascending(op, parts[0], parts[1])
-    labels: list[torch.Tensor] = [_dbscan(*parts, e, min_samples) for e in wanted]
+    labels: list[torch.Tensor] = [labels_of(*parts, e, min_samples) for e in wanted]
     if not several:
         return labels[0]
     return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])

@@ -172,7 +172,7 @@ def _sample_index(device: torch.device) -> tuple[Any, ...]:
     return (*weights, *_inverted_index_reference(*weights, 0.6))
 
 
-_jaccard_join = define(
+jaccard_join = define(
     "jaccard_join(Tensor offsets, Tensor columns, Tensor values, Tensor order, Tensor prefix, "
     "Tensor list_offsets, Tensor list_split, Tensor list_rows, Tensor list_values, float eps, "
     "int begin, int end) -> (Tensor, Tensor, Tensor)",
@@ -261,7 +261,7 @@ def join(rows: Rows, index: Index, eps: float, progress: Progress | None) -> tor
     """All pairs within eps as a sparse CSR tensor."""
     count = len(rows.offsets) - 1
     parts = [
-        _jaccard_join(*rows, *index, eps, begin, end)
+        jaccard_join(*rows, *index, eps, begin, end)
         for begin, end in slices(count, "pairs", progress)
     ]
     return _csr.sparse_tensor(*_mirror_csr(*_csr.joined(parts, rows.columns)))

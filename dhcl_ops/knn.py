@@ -135,6 +135,20 @@ _scores = define(
 )
 
 
+def pair_scores(
+    queries: torch.Tensor, features: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """The similarities (M,) of pairs: a query, in ascending order, and a feature, both (M,)."""
+    if len(rows) == 0:
+        return queries.new_empty(0)
+    distinct, line, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
+    candidates = rows.new_full((len(distinct), int(counts.max())), -1)
+    candidates[line, place] = columns.to(rows.dtype)
+    scores: torch.Tensor = _scores(queries[distinct], features, candidates)
+    return scores[line, place]
+
+
 # ---- search -------------------------------------------------------------------------------------
 
 

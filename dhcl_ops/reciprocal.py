@@ -102,7 +102,7 @@ _reciprocal_positions = define(
 )
 
 
-_k_reciprocal = define(
+k_reciprocal = define(
     "k_reciprocal(Tensor ranks, Tensor positions, int k, int half, int begin, int end) "
     "-> (Tensor, Tensor)",
     family="reciprocal",
@@ -208,7 +208,7 @@ def _query_expand_reference(
     return _csr.offsets_of(keys // max(n, 1), end - begin), (keys % max(n, 1)).int(), sums
 
 
-_query_expand = define(
+query_expand = define(
     "query_expand(Tensor ranks, Tensor offsets, Tensor columns, Tensor values, int k2, int begin, "
     "int end) -> (Tensor, Tensor, Tensor)",
     family="reciprocal",
@@ -249,7 +249,7 @@ def expanded_sets(lists: Lists, progress: Progress | None) -> tuple[torch.Tensor
     ranks, k, half, _ = lists
     positions = _reciprocal_positions(ranks)
     parts = [
-        _k_reciprocal(ranks, positions, k, half, begin, end)
+        k_reciprocal(ranks, positions, k, half, begin, end)
         for begin, end in slices(len(ranks), "mutual neighbours", progress)
     ]
     return cast("tuple[torch.Tensor, torch.Tensor]", _csr.joined(parts, ranks)[:2])
@@ -260,7 +260,7 @@ def expanded_weights(lists: Lists, weights: Rows, progress: Progress | None) -> 
     if lists.k2 <= 1:
         return weights
     parts = [
-        _query_expand(lists.ranks, *weights, lists.k2, begin, end)
+        query_expand(lists.ranks, *weights, lists.k2, begin, end)
         for begin, end in slices(len(lists.ranks), "query expansion", progress)
     ]
     return Rows(*_csr.joined(parts, lists.ranks))
