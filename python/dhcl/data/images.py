@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from dhcl.data.lists import ImageList
@@ -39,7 +40,7 @@ def read_image(path: Path) -> torch.Tensor:
     """Decode a file, whole: (3, H, W) uint8, RGB, as Pillow gives it.
 
     torchvision, where it still has decoders, decodes JPEG, PNG and WebP at about twice Pillow's
-    speed; Pillow decodes the rest. JPEG, PNG and TIFF are turned upright as their EXIF says.
+    speed; Pillow decodes the rest. Images are turned upright as their EXIF says.
     Raises ``DataError`` with the path and the reason.
     """
     try:
@@ -53,25 +54,50 @@ def read_image(path: Path) -> torch.Tensor:
 def as_pixels(image: Any) -> torch.Tensor:
     """(3, H, W) uint8, RGB, of a file, a Pillow image or an array or tensor (H, W, 3) uint8.
 
+    The same pixels for a file, the same file opened by Pillow, and the array of either. An array
+    may have any strides, and be read-only; it is not kept.
+
     Raises:
-        DataError: a file or Pillow image that can't be decoded.
+        DataError: a file or Pillow image that can't be decoded; a crop without pixels.
     """
     if isinstance(image, (str, os.PathLike)):
         return read_image(Path(image).expanduser())
     if isinstance(image, Image.Image):
         try:
-            image = np.array(upright(image))
+            image = np.asarray(upright(image))
         except Exception as error:  # files are decoded here; decoders raise nearly anything
-            raise DataError(f"image: {error}") from error
-    return _planar(image)
+            raise DataError(f"image: {_reason(error)}") from error
+    planes = _planar(image)
+    if not planes.numel():
+        height, width = planes.shape[1:]
+        raise DataError(f"image: there are no pixels in it ({height} x {width})")
+    return planes
 
 
 def upright(image: Image.Image) -> Image.Image:
     """RGB with 8 bits, turned as its EXIF says."""
+    _load(image)
     turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+        deep = np.asarray(turned).clip(0, 0xFFFF)
+        turned = Image.fromarray((deep >> 8).astype(np.uint8))
     return turned.convert("RGB")
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the image, if it has not been.
+
+    Pillow maps uncompressed rows of a named TIFF into memory as they lie in the file, also where
+    its orientation exchanges rows and columns, and then they are torn. Without a name it decodes.
+    """
+    if not isinstance(image, TiffImageFile):
+        image.load()
+        return
+    name, image.filename = image.filename, ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
 
 
 def thumbnail(path: Path, height: int) -> Image.Image:
@@ -89,14 +115,18 @@ def thumbnail(path: Path, height: int) -> Image.Image:
 
 
 def _planar(pixels: Any) -> torch.Tensor:
-    planes: torch.Tensor = torch.as_tensor(pixels)
-    return planes.permute(2, 0, 1)
+    """(H, W, 3) uint8 as (3, H, W), on the CPU."""
+    if isinstance(pixels, np.ndarray):
+        # A copy: torch can share neither negative steps nor memory that is not to be written.
+        pixels = torch.from_numpy(np.array(pixels, order="C"))
+    planes: torch.Tensor = pixels.cpu().permute(2, 0, 1)
+    return planes
 
 
 def _decode(data: bytes) -> torch.Tensor:
     if not data:
         raise DataError("the file is empty")
-    if decode_image is None:
+    if decode_image is None or not _as_pillow_does(data):
         return _decode_with_pillow(data)
     raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
@@ -110,9 +140,18 @@ def _decode(data: bytes) -> torch.Tensor:
     return image
 
 
+def _as_pillow_does(data: bytes) -> bool:
+    """Whether torchvision decodes this kind of file to the pixels that Pillow gives."""
+    if data.startswith((b"\xff\xd8\xff", b"\x89PNG")):
+        return True
+    # It does not turn a WebP as its EXIF says, of which the header of an extended one tells.
+    turned = data[12:16] == b"VP8X" and bool(data[20:21] and data[20] & 8)
+    return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and not turned
+
+
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(data)) as image:
-        return _planar(np.array(upright(image)))
+        return _planar(np.asarray(upright(image)))
 
 
 def _reason(error: Exception) -> str:

@@ -18,18 +18,29 @@ from dhcl.data.images import as_pixels
 from dhcl.errors import DataError
 from dhcl.words import first_ones, show
 
-__all__ = ["Images", "Source", "as_images", "bad_images", "list_of_bad", "missing_files"]
+__all__ = [
+    "Images",
+    "Source",
+    "as_images",
+    "bad_images",
+    "has_no_pixels",
+    "list_of_bad",
+    "missing_files",
+]
 
 Images: TypeAlias = Any
-"""A folder, a file, or a sequence of files, PIL images or uint8 (H, W, 3) RGB arrays or tensors; or
-all of them in one (N, H, W, 3) array or tensor."""
+"""A folder, a file, or files, PIL images or uint8 (H, W, 3) RGB arrays or tensors in any sequence,
+array or generator; or all of them in one (N, H, W, 3) array or tensor."""
 
 
 def as_images(images: Images) -> Sequence[Any]:
     """Images, in any form :meth:`dhcl.ReID.features` takes, one by one.
 
+    A sequence may be empty, as the crops of a frame may be; a folder may not.
+
     Raises:
-        DataError: no folder, no images. TypeError, ValueError: something else than images.
+        DataError: no such folder, or no images in it.
+        TypeError, ValueError: something else than images.
     """
     if isinstance(images, (str, os.PathLike)):
         path = Path(images).expanduser()
@@ -37,22 +48,27 @@ def as_images(images: Images) -> Sequence[Any]:
         return [path] if one and not path.is_dir() else image_files(path)
     if isinstance(images, Image.Image):
         return [images]
-    if isinstance(images, (torch.Tensor, np.ndarray)):
+    if isinstance(images, (torch.Tensor, np.ndarray)) and not _holds_images(images):
         shape = tuple(images.shape)
-        if len(shape) != 4 or shape[3] != 3 or str(images.dtype) not in ("uint8", "torch.uint8"):
+        if len(shape) != 4 or shape[3] != 3 or not _is_uint8(images):
             raise ValueError(
-                f"images: must be (N, H, W, 3) uint8, RGB (got {shape} {images.dtype})"
+                f"images: must be (N, H, W, 3) uint8, RGB "
+                f"(got {shape} {images.dtype}{_advice(shape[1:], images)})"
             )
         listed: Sequence[Any] = images  # type: ignore[assignment]
-    else:
-        if not isinstance(images, Iterable):
-            raise TypeError(f"images: must be files or images (got {type(images).__name__})")
-        listed = list(images)
-        for index, image in enumerate(listed):
-            _check_one(index, image)
-    if not len(listed):
-        raise DataError("images: there must be at least one (got none)")
+        return listed
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images: must be files or images (got {type(images).__name__})")
+    listed = list(images)
+    for index, image in enumerate(listed):
+        _check_one(index, image)
     return listed
+
+
+def _holds_images(images: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether this is an array of file names or images, or one without a place for any."""
+    one_by_one = isinstance(images, np.ndarray) and images.dtype.kind in "OU"
+    return tuple(images.shape) == (0,) or (one_by_one and images.ndim == 1)
 
 
 def _check_one(index: int, image: Any) -> None:
@@ -64,10 +80,33 @@ def _check_one(index: int, image: Any) -> None:
             f"(got {type(image).__name__} at {index})"
         )
     shape = tuple(image.shape)
-    if len(shape) != 3 or shape[2] != 3 or str(image.dtype) not in ("uint8", "torch.uint8"):
+    if len(shape) != 3 or shape[2] != 3 or not _is_uint8(image):
         raise ValueError(
-            f"images: an array must be (H, W, 3) uint8, RGB (got {shape} {image.dtype} at {index})"
+            "images: an array must be (H, W, 3) uint8, RGB "
+            f"(got {shape} {image.dtype} at {index}{_advice(shape, image)})"
         )
+
+
+def _is_uint8(image: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    return str(image.dtype) in ("uint8", "torch.uint8")
+
+
+def _advice(shape: tuple[int, ...], image: torch.Tensor | np.ndarray[Any, Any]) -> str:
+    """What makes an image of an array of another kind; numbers do not tell what is white."""
+    if not _is_uint8(image):
+        return "; scale it to 0..255 and convert it to uint8"
+    if len(shape) == 3 and shape[0] == 3:
+        return "; planes go last: permute(1, 2, 0) of a tensor, transpose(1, 2, 0) of an array"
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 2, 4)):
+        return "; Pillow's Image.fromarray makes an image of grey values and of RGBA"
+    return ""
+
+
+def has_no_pixels(image: Any) -> bool:
+    """Whether this is a crop in memory of no height or no width."""
+    if isinstance(image, Image.Image):
+        return 0 in image.size
+    return isinstance(image, (torch.Tensor, np.ndarray)) and 0 in image.shape
 
 
 class Source(Dataset[Any]):
@@ -120,7 +159,8 @@ def list_of_bad(images: Sequence[Any], bad: list[tuple[int, str]]) -> str:
     lines = []
     for index, reason in bad:
         image = images[index]
-        named = show(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else ""
+        named = f" {show(os.fspath(image))}" if isinstance(image, (str, os.PathLike)) else ""
         # read_image names the file itself.
-        lines.append(reason if named and named in reason else f"{index} {named}: {reason}")
+        itself = named and named.strip() in reason
+        lines.append(reason if itself else f"{index}{named}: {reason.removeprefix('image: ')}")
     return "\n".join(f"  {line}" for line in first_ones(lines))

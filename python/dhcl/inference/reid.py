@@ -24,6 +24,7 @@ from dhcl.inference.images import (
     Source,
     as_images,
     bad_images,
+    has_no_pixels,
     list_of_bad,
     missing_files,
 )
@@ -171,14 +172,15 @@ class ReID:
         """Features of images.
 
         Args:
-            images: a folder (all images on all levels, in sorted order), a file, a sequence of
-                files, PIL images or uint8 (H, W, 3) RGB arrays or tensors, or one (N, H, W, 3)
-                array or tensor.
+            images: a folder (all images on all levels, in sorted order), a file, a sequence or
+                generator of files, PIL images or uint8 (H, W, 3) RGB arrays or tensors, or one
+                (N, H, W, 3) array or tensor; of any strides, and also none at all.
             cameras: (N,) indices from 0 of the training's cameras, for models with statistics per
                 camera; -1 is an unknown one. By default all are unknown. Other models do not look.
             batch_size: images at a time.
             workers: processes that load images; 0 loads in this one.
-            on_bad: ``refuse`` raises if an image is missing or damaged, ``skip`` leaves it out.
+            on_bad: ``refuse`` raises if an image is missing, damaged or a crop without pixels, as
+                a detector's box outside of its frame makes one; ``skip`` leaves it out.
             progress: show a progress line, where someone looks at it.
 
         Returns:
@@ -186,8 +188,10 @@ class ReID:
             (n, d), and (n,) int64, which of the images they are of.
 
         Raises:
-            DataError: no images, or bad ones; files that are not there are all found before the
-                first one is opened.
+            DataError: a folder without images, or bad ones, and with ``skip`` nothing but files
+                that can't be read; files that are not there are all found before the first one is
+                opened.
+            TypeError, ValueError: something else than images.
         """
         listed = as_images(images)
         out = torch.empty(len(listed), self.dim)
@@ -286,7 +290,8 @@ class ReID:
                     yield Batch(kept.tolist(), self.model(inputs, these).cpu())
                 seen += len(reasons)
                 bar.update(len(reasons))
-        if len(bad) == seen:
+        # Of a frame all crops may lie outside; of a folder something can be read, or it is wrong.
+        if seen and len(bad) == seen and not all(has_no_pixels(images[index]) for index, _ in bad):
             raise DataError(f"images: none of {seen:,} can be read\n{list_of_bad(images, bad)}")
 
     def _cameras(
@@ -294,7 +299,9 @@ class ReID:
     ) -> torch.Tensor | None:
         if cameras is None:
             return None
-        numbers = torch.as_tensor(cameras)
+        if not images and not len(cameras):  # an empty list makes no whole numbers
+            return None
+        numbers = torch.as_tensor(_plain(cameras))
         if numbers.shape != (images,) or numbers.is_floating_point():
             raise ValueError(
                 f"cameras: must be {images} whole numbers, one per image (got shape "
@@ -369,7 +376,7 @@ class ReID:
         if not isinstance(given, (torch.Tensor, np.ndarray)):
             features: torch.Tensor = self.features(given)
             return features
-        values = torch.as_tensor(given)
+        values = torch.as_tensor(_plain(given))
         if values.dtype == torch.uint8:
             features = self.features(values)
             return features
@@ -382,3 +389,10 @@ class ReID:
         if len(wrong):
             raise ValueError(f"{name}: rows must be finite and not 0 (got row {int(wrong[0])})")
         return unit
+
+
+def _plain(values: Any) -> Any:
+    """A copy of an array as torch takes it: no negative steps, this machine's order of bytes."""
+    if not isinstance(values, np.ndarray):
+        return values
+    return np.array(values, values.dtype.newbyteorder("="), order="C")

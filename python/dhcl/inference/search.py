@@ -47,6 +47,9 @@ def search(
 ) -> Found:
     """:meth:`dhcl.ReID.search` on features (Q, d) and (G, d) with rows of length 1."""
     topk = min(topk, len(gallery))
+    if not topk or not len(query):
+        nothing = torch.empty(len(query), topk)
+        return Found(nothing.long(), nothing, nothing.clone() if reranked else None)
     if not reranked:
         near = knn(gallery, topk, queries=query, progress=progress)
         return Found(near.indices, near.similarities)

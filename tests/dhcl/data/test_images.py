@@ -7,7 +7,7 @@ from dhcl.data import (
     check_images,
     read_image,
 )
-from dhcl.data.images import as_pixels, thumbnail
+from dhcl.data.images import as_pixels, thumbnail, upright
 from PIL import Image
 
 from tests.dhcl.data.pictures import images_in, list_of, picture, spoil
@@ -73,6 +73,60 @@ def test_files_open_pictures_and_arrays_have_the_same_pixels(deep, tmp_path):
     assert small.mode == "RGB"
     assert max(small.height, small.width / 2) <= 8
     assert (small.height > small.width) == (pixels.shape[1] > pixels.shape[2])
+
+
+def of_mode(mode):
+    """A picture that is not symmetric, in a mode of Pillow."""
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (40, 20), dtype=np.uint16)
+    if mode == "I;16B":
+        return Image.frombytes(mode, (20, 40), deep.astype(">u2").tobytes())
+    if mode in ("I;16", "I"):
+        return Image.fromarray(deep if mode == "I;16" else deep.astype(np.int32))
+    if mode == "F":
+        return Image.fromarray((deep / 256).astype(np.float32))
+    if mode == "P with transparency":
+        image = picture().quantize(8)
+        image.info["transparency"] = 3
+        return image
+    if mode in ("LAB", "PA"):
+        return Image.merge("LAB", picture().split()) if mode == "LAB" else picture().convert("PA")
+    return picture().convert(mode)
+
+
+MODES = ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"]
+MODES += ["P with transparency", "I", "I;16", "I;16B", "F"]
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 6])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_opened_file_has_the_pixels_of_the_file(tmp_path, mode, orientation, decoder):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    written = []
+    for kind in ("PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "PPM", "AVIF"):
+        path = tmp_path / f"a.{kind.lower()}"
+        try:
+            of_mode(mode).save(path, exif=exif)
+        except (OSError, KeyError, ValueError):
+            continue  # this format has no such mode
+        written.append(kind)
+        pixels = read_image(path)
+        with Image.open(path) as opened:
+            assert torch.equal(as_pixels(opened), pixels), kind
+        with Image.open(path) as opened:
+            assert torch.equal(as_pixels(upright(opened)), pixels), kind
+        if kind in ("PNG", "TIFF", "WEBP"):
+            assert pixels.shape[1:] == ((20, 40) if orientation == 6 else (40, 20)), kind
+    assert len(written) >= 2
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_of_pillow_become_eight(mode):
+    deep = np.array(of_mode("I;16")).astype(np.int64)
+    expected = torch.from_numpy((deep >> 8).astype(np.uint8)).expand(3, -1, -1)
+    assert torch.equal(as_pixels(of_mode(mode)), expected)
+    beyond = Image.fromarray(np.array([[-5, 1 << 20]], np.int32))
+    assert as_pixels(beyond)[0].tolist() == [[0, 255]]
 
 
 def test_bad_images_raise_with_path_and_reason(tmp_path, decoder):

@@ -153,13 +153,98 @@ def test_missing_files_are_all_named_before_anything_is_opened(model, mixed):
         model.features([cut])
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda crop: crop[..., ::-1],
+        lambda crop: crop[::-1, ::2],
+        np.rot90,
+        lambda crop: crop.transpose(1, 0, 2),
+        np.asfortranarray,
+        lambda crop: np.broadcast_to(crop[:1], crop.shape),
+        lambda crop: np.frombuffer(crop.tobytes(), np.uint8).reshape(crop.shape),
+        lambda crop: np.lib.stride_tricks.as_strided(crop, crop.shape, (48, 3, 0), writeable=False),
+        lambda crop: torch.from_numpy(crop).flip(2).transpose(0, 1),
+    ],
+    ids=["bgr", "mirrored", "turned", "transposed", "fortran"]
+    + ["broadcast", "read-only", "strided", "tensor"],
+)
+def test_arrays_of_any_strides_are_their_pixels(model, files, view):
+    crop = np.array(Image.open(files[0]))
+    before = crop.copy()
+    shown = view(crop)
+    expected = model.features([Image.fromarray(np.stack([*map(np.asarray, shown)]))])
+    assert torch.equal(model.features([shown]), expected)
+    whole = np.stack([shown]) if isinstance(shown, np.ndarray) else shown[None]
+    assert torch.equal(model.features(whole), expected)
+    assert np.array_equal(crop, before)
+
+
+@pytest.mark.parametrize(
+    "turn", [lambda rows: rows[::-1], lambda rows: rows.astype(">f4"), np.asfortranarray]
+)
+def test_features_of_any_strides_and_byte_order_are_searched(model, files, turn):
+    rows = model.features(files).numpy()
+    expected = model.search(torch.from_numpy(np.array(turn(rows), np.float32)), rows, topk=3)
+    assert torch.equal(model.search(turn(rows), turn(rows)[:0], topk=1).indices, torch.empty(16, 0))
+    assert torch.equal(model.search(turn(rows), rows, topk=3).indices, expected.indices)
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        np.zeros((0, 16, 3), np.uint8)[:, ::-1],
+        np.zeros((32, 0, 3), np.uint8),
+        torch.zeros(0, 16, 3, dtype=torch.uint8),
+        Image.new("RGB", (0, 32)),
+    ],
+    ids=["rows", "columns", "tensor", "pillow"],
+)
+def test_crops_without_pixels_are_named_or_skipped(model, files, empty):
+    crop = np.array(Image.open(files[0]))
+    with pytest.raises(DataError, match=r"1 can't be read\n  1: there are no pixels in it"):
+        model.features([crop, empty])
+    features, kept = model.features([empty, crop, empty, crop], on_bad="skip", batch_size=2)
+    assert kept.tolist() == [1, 3]
+    assert torch.allclose(features, model.features([crop, crop]), atol=1e-6)
+    # All of a frame's boxes may lie outside; files of which none can be read are a mistake.
+    assert model.features([empty, empty], on_bad="skip")[0].shape == (0, model.dim)
+    with pytest.raises(DataError, match="none of 2 can be read"):
+        model.features([empty, files[0].with_name("gone.png")], on_bad="skip")
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [[], (), iter([]), np.array([]), np.zeros((0, 8, 8, 3), np.uint8), torch.zeros(0)],
+    ids=["list", "tuple", "generator", "array", "images", "tensor"],
+)
+def test_no_crops_have_no_features(model, files, nothing):
+    assert model.features(nothing).shape == (0, model.dim)
+    features, kept = model.features([], [], on_bad="skip")
+    assert features.shape == (0, model.dim)
+    assert (kept.shape, kept.dtype) == ((0,), torch.int64)
+    for reranked in (False, True):
+        assert model.search([], files, rerank=reranked).indices.shape == (0, 16)
+        assert model.search(files, [], rerank=reranked).indices.shape == (16, 0)
+    assert model.cluster([]).num_clusters == 0
+
+
+def test_generators_and_arrays_of_files_and_images(model, files):
+    expected = model.features(files[:3])
+    for form in (
+        (Image.open(file) for file in files[:3]),
+        map(str, files[:3]),
+        np.array([str(file) for file in files[:3]]),
+        np.array(files[:3], dtype=object),
+    ):
+        assert torch.equal(model.features(form), expected)
+
+
 def test_what_are_no_images(model, tmp_path):
     (tmp_path / "empty").mkdir()
     for wrong, message in (
         (tmp_path / "empty", "images: none in"),
         (tmp_path / "none", "must be a folder"),
-        ([], "at least one"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "at least one"),
     ):
         with pytest.raises(DataError, match=message):
             model.features(wrong)
@@ -167,6 +252,12 @@ def test_what_are_no_images(model, tmp_path):
         (np.zeros((2, 3, 8, 8), np.uint8), r"must be \(N, H, W, 3\) uint8"),
         (np.zeros((2, 8, 8, 3)), r"must be \(N, H, W, 3\) uint8"),
         ([np.zeros((8, 8), np.uint8)], r"must be \(H, W, 3\) uint8"),
+        ([np.zeros((8, 8), np.uint8)], r"at 0; Pillow's Image\.fromarray"),
+        ([np.zeros((8, 8, 4), np.uint8)], r"\(8, 8, 4\) uint8 at 0; Pillow's Image\.fromarray"),
+        ([np.zeros((8, 8, 3), np.uint16)], r"uint16 at 0; scale it to 0\.\.255"),
+        ([np.zeros((8, 8, 3), bool)], r"bool at 0; scale it to 0\.\.255"),
+        ([torch.zeros(8, 8, 3)], r"float32 at 0; scale it to 0\.\.255"),
+        ([torch.zeros(3, 8, 8, dtype=torch.uint8)], r"at 0; planes go last: permute"),
     ):
         with pytest.raises(ValueError, match=message):
             model.features(wrong)
