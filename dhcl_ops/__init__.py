@@ -21,7 +21,7 @@ from dhcl_ops.hybrid import (
 from dhcl_ops.jaccard import jaccard_distance, jaccard_graph
 from dhcl_ops.knn import Neighbours, knn
 from dhcl_ops.memory import least_similar, momentum_update_, prototypes
-from dhcl_ops.ranking import RankingMetrics, evaluate_ranking
+from dhcl_ops.ranking import NoValidQuery, RankingMetrics, evaluate_ranking
 from dhcl_ops.reranking import RankedLists, rerank, rerank_distances
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "HybridStats",
     "MemoryBank",
     "Neighbours",
+    "NoValidQuery",
     "RankedLists",
     "RankingMetrics",
     "SelfPaced",

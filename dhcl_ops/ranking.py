@@ -22,13 +22,17 @@ from dhcl_ops import _arrays, _checks
 from dhcl_ops._ops import define
 from dhcl_ops._products import full_precision, upper_norms
 
-__all__ = ["RankingMetrics", "evaluate_ranking"]
+__all__ = ["NoValidQuery", "RankingMetrics", "evaluate_ranking"]
 
 _OP = "evaluate_ranking"
 _FLOATS = (*_checks.FLOATS, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Entries of the distance matrix that exist at a time.
 _BLOCK_ENTRIES = 1 << 24
+
+
+class NoValidQuery(ValueError):
+    """No query has a right match in the gallery, so that there is nothing to take a mean of."""
 
 
 class RankingMetrics(NamedTuple):
@@ -376,8 +380,8 @@ def evaluate_ranking(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range, a
-            distance that is NaN, a feature that is not finite (the message names the row), or no
-            valid query at all.
+            distance that is NaN, or a feature that is not finite (the message names the row).
+        NoValidQuery: a ValueError too, where no query has a right match.
     """
     randint = np.random.RandomState(_checks.integer(_OP, "seed", seed, 0)).randint
     identities = Identities(query_ids, gallery_ids, query_cameras, gallery_cameras)
@@ -509,7 +513,7 @@ def _means(
     num_valid = int(valid.sum())
     if num_valid == 0:
         queries, gallery = distances.shape
-        raise ValueError(
+        raise NoValidQuery(
             f"{_OP}: no query has a right match in the gallery once entries of its own camera and "
             f"junk are removed (got {queries} queries, {gallery} gallery entries)"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dhcl_ops import RankingMetrics
 __all__ = ["RANKS", "by_name", "cameras_apart", "table"]
 
 RANKS = (1, 5, 10)
-"""The ranks k of which tables show CMC(k)."""
+"""The ranks k of which tables show CMC(k), where nobody asks for others."""
 
 
 def cameras_apart(
@@ -28,19 +29,21 @@ def cameras_apart(
     return torch.where(one < 0, -1, one), torch.where(other < 0, -2, other)
 
 
-def by_name(metrics: RankingMetrics) -> dict[str, Any]:
+def by_name(metrics: RankingMetrics, ranks: Sequence[int] = RANKS) -> dict[str, Any]:
     """``mAP``, ``rank1``, ``rank5``, ``rank10``, ``mINP`` in [0, 1] and the number of ``queries``.
 
     Args:
-        metrics: of CMC up to rank 10 at least.
+        metrics: of CMC up to the largest of the ranks at least.
+        ranks: the k of ``rankK``, from 1.
     """
-    ranks = {f"rank{k}": float(metrics.cmc[k - 1]) for k in RANKS}
-    return {"mAP": metrics.mAP, **ranks, "mINP": metrics.mINP, "queries": metrics.num_valid}
+    found = {f"rank{k}": float(metrics.cmc[k - 1]) for k in ranks}
+    return {"mAP": metrics.mAP, **found, "mINP": metrics.mINP, "queries": metrics.num_valid}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics by name, in percent, as a Markdown table."""
-    columns = ("mAP", *(f"rank{k}" for k in RANKS), "mINP")
+    """Metrics by name, in percent, as a Markdown table; the ranks are those of the first row."""
+    first = next(iter(rows.values()))
+    columns = ("mAP", *(name for name in first if re.fullmatch(r"rank\d+", name)), "mINP")
     width = max(len(name) for name in rows)
     lines = [
         f"| {'':<{width}} | " + " | ".join(f"{c:>6}" for c in columns) + " |",
