@@ -215,13 +215,12 @@ def metrics(given: MetricsArguments) -> None:
     names = ("k1", "k2", "lambda_value")
     reranking = {name: getattr(given, name) for name in names} if given.rerank else None
     with options_checked(), op_progress() as progress:
-        rows, cameras = evaluate_saved(
+        rows, kept = evaluate_saved(
             query, gallery, metric=given.metric, reranking=reranking, progress=progress
         )
     if given.json:
         print(json.dumps(rows, indent=1))
         return
     print(table(rows))
-    unknown = "" if cameras else "; no cameras are known, so none is left out"
     valid = rows["features"]["queries"]
-    print(f"{valid:,} of {len(query):,} queries have a right match{unknown}")
+    print(f"{valid:,} of {len(query):,} queries have a right match{kept and f'; {kept}'}")

@@ -140,6 +140,7 @@ def search(given: SearchArguments) -> None:
         raise ConfigError("query: images or folders of images must be given")
     if given.topk < 1:
         raise ConfigError(f"topk: must be at least 1 (got {given.topk})")
+    from dhcl.data.lists import identifier
     from dhcl.inference.index import Index
     from dhcl.inference.lookup import look_up, read_queries
 
@@ -161,7 +162,7 @@ def search(given: SearchArguments) -> None:
             [queries[i] for i in kept],
             features,
             topk=given.topk,
-            cameras=[int(name) if name.isdecimal() else name for name in given.camera] or None,
+            cameras=[identifier(name) for name in given.camera] or None,
             other_cameras=given.other_cameras,
             rerank=given.rerank,
             backend=given.backend,

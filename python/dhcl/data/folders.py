@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dhcl.data.description import reid_data
-from dhcl.data.lists import ReIDData, image_list
+from dhcl.data.lists import ReIDData, identifier, image_list
 from dhcl.errors import DataError
 from dhcl.words import show
 
@@ -78,7 +78,7 @@ def path_reader(pattern: str | None) -> Callable[[str], tuple[int | str, int | s
     def read(path: str) -> tuple[int | str, int | str]:
         match = expression.search(path)
         found = match.groupdict() if match else {}
-        return _value(found.get("id")), _value(found.get("camera"))
+        return identifier(found.get("id")), identifier(found.get("camera"))
 
     return read
 
@@ -146,16 +146,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return expression
 
 
-def _value(text: str | None) -> int | str:
-    """A whole number for its digits (``7`` for ``007``), other texts as they are, -1 for none."""
-    if not text:
-        return -1
-    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
-
-
 def _numbered(texts: Sequence[str | None], *, keep_numbers: bool) -> list[int]:
     """A number for each text: equal for equal texts (``7`` equals ``007``), -1 for nothing."""
-    values = [_value(text) for text in texts]
+    values = [identifier(text) for text in texts]
     numbers = sorted({v for v in values if isinstance(v, int) and v != -1})
     words = sorted({v for v in values if isinstance(v, str)})
     if keep_numbers and numbers and numbers[0] < -1:

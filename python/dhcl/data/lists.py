@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ImageList", "Integers", "ReIDData", "image_list"]
+__all__ = ["ImageList", "Integers", "ReIDData", "identifier", "image_list"]
 
 Integers = NDArray[np.int64]
 
@@ -63,6 +64,17 @@ class ImageList:
 def image_list(paths: Iterable[Path], ids: Iterable[int], cameras: Iterable[int]) -> ImageList:
     """A list of images from plain values, one of each per image."""
     return ImageList(tuple(paths), np.array(list(ids), np.int64), np.array(list(cameras), np.int64))
+
+
+def identifier(text: str | None) -> int | str:
+    """An identity or camera as a path, a file or a command line has it.
+
+    A whole number for its digits (``7`` for ``007``), other texts as they are, -1 for none.
+    """
+    digits = (text or "").strip()
+    if not text or not digits:
+        return -1
+    return int(digits) if re.fullmatch(r"-?[0-9]{1,18}", digits) else text
 
 
 @dataclass

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dhcl.data.lists import identifier
 from dhcl.errors import FeatureError
 from dhcl.words import first_line
 
@@ -52,8 +53,9 @@ class Features:
 
     Attributes:
         values: (N, d) float32, finite, as they are in the file.
-        ids: (N,) int64 or text; None where the file has none.
-        cameras: (N,) int64 or text; None where the file has none.
+        ids: (N,) int64, or text where one is no whole number; ``01`` and ``1`` are the same. None
+            where the file has none.
+        cameras: (N,) like ids.
         paths: N paths; None where the file has none.
         model: fingerprint of the model, in files that ``dhcl export`` wrote.
         file: where they come from.
@@ -310,16 +312,43 @@ def _column(
             f"features: {name!r} in {path} must be {rows} values, one per row of the features "
             f"(got shape {array.shape})"
         )
-    array = array.reshape(-1)
+    column = _identifiers(array.reshape(-1))
+    if column is None:
+        raise FeatureError(
+            f"features: {name!r} in {path} must be whole numbers or texts (got {array.dtype})"
+        )
+    return column
+
+
+def _identifiers(array: NDArray[Any]) -> NDArray[Any] | None:
+    """(N,) int64 where all are whole numbers or nothing, else equal texts for what is equal.
+
+    None if there is something else in it.
+    """
     if array.dtype.kind == "f" and np.array_equal(array, np.round(array)):
         array = array.astype(np.int64)  # Matlab's numbers
     if array.dtype.kind in "iu":
         return array.astype(np.int64)
-    if array.dtype.kind == "U" or all(isinstance(each, str) for each in array):
-        return array.astype(str)
-    raise FeatureError(
-        f"features: {name!r} in {path} must be whole numbers or texts (got {array.dtype})"
-    )
+    values = [_plain(each) for each in array]
+    if array.dtype.kind not in "OSU" or not all(isinstance(each, (int, str)) for each in values):
+        return None
+    read = [identifier(str(value).strip()) for value in values]
+    if all(isinstance(each, int) for each in read):
+        return np.array(read, dtype=np.int64)
+    return np.array(["" if each == -1 else str(each) for each in read])
+
+
+def _plain(value: Any) -> Any:
+    """What a place of a column holds: text for bytes and Matlab's cells, empty for nothing."""
+    if isinstance(value, np.ndarray) and value.size <= 1:
+        value = value.item() if value.size else None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return "" if value is None else value
 
 
 def _paths(path: Path, content: Mapping[str, Any], role: Role, rows: int) -> tuple[str, ...] | None:
@@ -332,7 +361,8 @@ def _paths(path: Path, content: Mapping[str, Any], role: Role, rows: int) -> tup
             f"features: {name!r} in {path} must be {rows} paths, one per row of the features "
             f"(got {len(array)})"
         )
-    return tuple(str(each).rstrip() if path.suffix == ".mat" else str(each) for each in array)
+    texts = (str(_plain(each)) for each in array)
+    return tuple(text.rstrip() if path.suffix == ".mat" else text for text in texts)
 
 
 def _model(content: Mapping[str, Any]) -> str | None:
@@ -360,10 +390,20 @@ def check_pair(query: Features, gallery: Features) -> None:
 
 
 def common_numbers(*columns: NDArray[Any]) -> list[torch.Tensor]:
-    """Each column as (N,) int64, equal numbers for what is equal; -1 and empty texts are -1."""
-    if all(column.dtype.kind == "i" for column in columns):
-        return [torch.from_numpy(column) for column in columns]
-    texts = [column.astype(str) for column in columns]
-    names, numbers = np.unique(np.concatenate(texts), return_inverse=True)
+    """Each column as (N,) int64, equal numbers for what is equal; -1 and empty texts are -1.
+
+    ``"01"`` equals 1, as it does where a pattern reads paths.
+
+    Raises:
+        FeatureError: something else than whole numbers and texts.
+    """
+    found = [_identifiers(column) for column in columns]
+    for column, same in zip(columns, found, strict=True):
+        if same is None:
+            raise FeatureError(f"columns: must be whole numbers or texts (got {column.dtype})")
+    known = [column for column in found if column is not None]
+    if all(column.dtype.kind == "i" for column in known):
+        return [torch.from_numpy(column) for column in known]
+    names, numbers = np.unique(np.concatenate([c.astype(str) for c in known]), return_inverse=True)
     numbers[np.isin(names, ("", "-1"))[numbers]] = -1
     return list(torch.from_numpy(numbers).split([len(column) for column in columns]))

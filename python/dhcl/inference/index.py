@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dhcl.data.lists import identifier
 from dhcl.errors import ConfigError
 from dhcl.inference.reid import ReID
 from dhcl.inference.search import Backend, Found, nearest, search
@@ -105,7 +106,7 @@ class Index:
         Args:
             query: (Q, d) float32, rows of length 1, of the model that made the index.
             topk: images for each query; fewer where there are fewer.
-            cameras: only images of these.
+            cameras: only images of these; ``"07"`` is camera 7.
             leave_out: (Q,) a camera for each query whose images are left out; -1 leaves out none.
             rerank: by k-reciprocal re-ranking, all queries with the same camera left out together.
             backend: what computes similarities: ``faiss``, ``torch``, or faiss where it is
@@ -129,7 +130,8 @@ class Index:
         allowed = self._of_cameras(cameras)
         groups: dict[int | str, list[int]] = {}
         for number in range(len(query)):
-            groups.setdefault(-1 if leave_out is None else leave_out[number], []).append(number)
+            camera = -1 if leave_out is None else identifier(str(leave_out[number]))
+            groups.setdefault(camera, []).append(number)
         results: list[Found] = [_NOTHING] * len(query)
         for camera, numbers in groups.items():
             rows = allowed
@@ -145,7 +147,7 @@ class Index:
     def _of_cameras(self, cameras: Iterable[int | str] | None) -> NDArray[np.int64] | None:
         if cameras is None:
             return None
-        wanted = set(cameras)
+        wanted = {identifier(str(camera)) for camera in cameras}
         known = {record.camera for record in self.records} - {-1}
         if not wanted <= known:
             there = ", ".join(map(str, sorted(known, key=str)[:20]))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dhcl.config import RUN_FILE, TrainConfig, read_run
 from dhcl.data import eval_loader, eval_transform, training_cameras
+from dhcl.data.lists import identifier
 from dhcl.errors import ConfigError, DataError
 from dhcl.inference.features import unit_rows
 from dhcl.inference.images import (
@@ -155,7 +156,7 @@ class ReID:
         except DataError as error:
             hint = f"; root in {show(self.run / RUN_FILE)} says where the training's images are"
             raise DataError(f"{error}{hint}") from error
-        return [table.get(name, -1) for name in names]
+        return [table.get(identifier(str(name)), -1) for name in names]
 
     # ---- features ----
 

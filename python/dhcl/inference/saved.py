@@ -63,7 +63,7 @@ def evaluate_saved(
     metric: Literal["cosine", "euclidean"] = "cosine",
     reranking: dict[str, Any] | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[str, dict[str, Any]], bool]:
+) -> tuple[dict[str, dict[str, Any]], str]:
     """Metrics of saved features, by the identities and cameras saved with them.
 
     Args:
@@ -75,8 +75,8 @@ def evaluate_saved(
 
     Returns:
         Metrics as of :func:`dhcl.metrics.by_name` in the row ``features`` and, with re-ranking,
-        ``re-ranked``; and whether cameras are known, so that matches in the query's own camera
-        are left out.
+        ``re-ranked``; and, where no match is left out for being in the query's own camera, a text
+        that says why, else an empty one.
 
     Raises:
         ConfigError: no identities, or cameras on one side alone.
@@ -84,6 +84,7 @@ def evaluate_saved(
     """
     labels = _both("ids", query, gallery, needed=True)
     cameras = _both("cameras", query, gallery)
+    why = _kept_own_cameras(cameras)
     if cameras:
         labels += cameras_apart(*cameras)
     cosine = metric == "cosine"
@@ -93,7 +94,17 @@ def evaluate_saved(
     if reranking is not None:
         distances = rerank(query.unit(), gallery.unit(), progress=progress, **reranking)
         rows["re-ranked"] = by_name(evaluate_ranking(distances, *labels, max_rank=max(RANKS)))
-    return rows, bool(cameras)
+    return rows, why
+
+
+def _kept_own_cameras(cameras: list[torch.Tensor]) -> str:
+    """Why matches in the query's own camera are not left out, or nothing if they are."""
+    known = [column[column >= 0].unique() for column in cameras]
+    if not all(len(names) for names in known) or not known:
+        return "no cameras are known, so none is left out"
+    if not torch.isin(*known).any():
+        return "no camera of the queries is one of the gallery's, so none is left out"
+    return ""
 
 
 def _both(

@@ -147,6 +147,57 @@ def test_common_numbers_of_numbers_and_texts():
     assert one[2] == other[1] == -1
 
 
+def matlab_cells(texts):
+    cells = np.empty((len(texts), 1), dtype=object)
+    cells[:, 0] = texts
+    return cells
+
+
+WRITTEN = {
+    "numbers": np.array([1, 2, 10, -1]),
+    "small numbers": np.array([1, 2, 10, -1], np.int8),
+    "floats": np.array([1.0, 2.0, 10.0, -1.0]),
+    "texts": np.array(["1", "2", "10", "-1"]),
+    "zeros before": np.array(["01", "0002", "010", "-1"]),
+    "blanks": np.array([" 1", "2 ", "10\n", " "]),
+    "bytes": np.array([b"01", b"2", b"10", b""]),
+    "objects": np.array([1, "02", b"10", None], dtype=object),
+}
+
+
+@pytest.mark.parametrize("one", WRITTEN)
+@pytest.mark.parametrize("other", WRITTEN)
+def test_equal_identifiers_are_equal_however_they_are_written(one, other):
+    numbers = common_numbers(WRITTEN[one], WRITTEN[other])
+    assert [column.tolist() for column in numbers] == [[1, 2, 10, -1]] * 2
+    # Beside a name that is no number.
+    left, right = common_numbers(np.append(WRITTEN[one].astype(object), "bob"), WRITTEN[other])
+    assert left[:4].tolist() == right.tolist()
+    assert right[3] == -1
+    assert left[4] not in right
+
+
+@pytest.mark.parametrize("kind", [".npz", ".pt", ".mat", ".parquet"])
+@pytest.mark.parametrize("texts", [False, True])
+def test_text_in_files_is_read_as_a_pattern_reads_paths(kind, texts, tmp_path):
+    names = [*["03", " 3 ", "", "5", "005"], "bob" if texts else "5"]
+    path = tmp_path / f"f{kind}"
+    if kind == ".pt":
+        torch.save({"features": torch.from_numpy(ROWS), "ids": names}, path)
+    else:
+        write(path, ids=matlab_cells(names) if kind == ".mat" else np.array(names))
+    expected = ["3", "3", "", "5", "5", "bob"] if texts else [3, 3, -1, 5, 5, 5]
+    found = read_features(path).ids
+    assert found.tolist() == expected
+    assert found.dtype.kind == ("U" if texts else "i")
+
+
+def test_columns_of_something_else_are_refused():
+    for wrong in (np.array([0.5]), np.array([{}], dtype=object), np.array([True])):
+        with pytest.raises(FeatureError, match="whole numbers or texts"):
+            common_numbers(wrong, np.array([1]))
+
+
 @pytest.mark.parametrize("kind", [".npz", ".parquet"])
 def test_written_batch_by_batch_and_read_again(kind, tmp_path):
     path = tmp_path / "new folder" / f"f{kind}"
@@ -274,6 +325,35 @@ def test_metrics_say_what_is_missing(people, capsys):
     assert "cameras: there are none in" in capsys.readouterr().err
     assert main(["metrics", "--query", str(half), "--gallery", str(half)]) == 0
     assert "no cameras are known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("written", ["{:02d}", "{:04d}", " {} "])
+@pytest.mark.parametrize("what", ["ids", "cameras"])
+@pytest.mark.parametrize("side", ["query", "gallery"])
+def test_metrics_are_the_same_however_identifiers_are_written(people, capsys, written, what, side):
+    import json
+
+    def measured(**files):
+        pair = {name: str(people / f"{name}.npz") for name in ("query", "gallery")} | files
+        given = [f"--{name}={file}" for name, file in pair.items()]
+        assert main(["metrics", *given, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    expected = measured()
+    with np.load(people / f"{side}.npz") as file:
+        content = dict(file)
+    content[what] = np.array([written.format(each) for each in content[what]])
+    np.savez(people / "other.npz", **content)
+    assert measured(**{side: str(people / "other.npz")}) == expected
+
+
+def test_metrics_say_where_no_camera_is_on_both_sides(people, capsys):
+    with np.load(people / "query.npz") as file:
+        content = dict(file)
+    np.savez(people / "north.npz", **content | {"cameras": np.full(20, "north")})
+    pair = ["--query", str(people / "north.npz"), "--gallery", str(people / "gallery.npz")]
+    assert main(["metrics", *pair]) == 0
+    assert "no camera of the queries is one of the gallery's" in capsys.readouterr().out
 
 
 def test_rerank_of_saved_features(people, capsys):

@@ -140,6 +140,10 @@ def test_cameras_are_chosen_and_left_out(index, model, pictures):
     assert len(opened.search(query[:1], 5, cameras=[2], leave_out=[2])[0].indices) == 0
     with pytest.raises(ConfigError, match=r"no 9 in .*, known are 1, 2"):
         opened.search(query, 5, cameras=[9])
+    for written in ("2", "02", np.int64(2)):
+        assert torch.equal(opened.search(query, 5, cameras=[written])[0].indices, expected[0])
+        [left] = opened.search(query[:1], 16, leave_out=[written])
+        assert 2 not in cameras[left.indices]
 
 
 def test_reranked_search(index, model, pictures):

@@ -90,6 +90,7 @@ def test_cameras_choose_statistics_and_unknown_ones_fall_back(model, files):
 
 def test_camera_names_of_the_training(model, pictures, tmp_path):
     assert model.camera_indices([1, 2, 9, "x", -1]) == [0, 1, 8, -1, -1]
+    assert model.camera_indices(["1", "02", " 9 ", np.int64(3), ""]) == [0, 1, 8, 2, -1]
     folder = tmp_path / "folder"
     for camera in ("north", "03", "12"):
         (folder / camera).mkdir(parents=True)
@@ -166,8 +167,10 @@ def test_missing_files_are_all_named_before_anything_is_opened(model, mixed):
         lambda crop: np.lib.stride_tricks.as_strided(crop, crop.shape, (48, 3, 0), writeable=False),
         lambda crop: torch.from_numpy(crop).flip(2).transpose(0, 1),
     ],
-    ids=["bgr", "mirrored", "turned", "transposed", "fortran"]
-    + ["broadcast", "read-only", "strided", "tensor"],
+    ids=[
+        *("bgr", "mirrored", "turned", "transposed", "fortran"),
+        *("broadcast", "read-only", "strided", "tensor"),
+    ],
 )
 def test_arrays_of_any_strides_are_their_pixels(model, files, view):
     crop = np.array(Image.open(files[0]))
