@@ -319,7 +319,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
   p.scale = 1.0 / temperature / (formats.scale * formats.scale);
   p.beta = beta;
   p.weight_scale = formats.weight_scale;
-  stream_chunks(operands, formats, proxies.size(0), p, read_out ? &*read_out : nullptr);
+  {
+    const IeeeProducts guard;
+    stream_chunks(operands, formats, proxies.size(0), p, read_out ? &*read_out : nullptr);
+  }
   if constexpr (!Device::kCuda) refuse(sums.state, sums.counts, kappa, prior, proxies);
   auto [losses, rows] = contrastive_finish<Device>(sums.state, sums.counts, sums.positives, kappa,
                                                    prior, aggregation, temperature, beta, through);

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops._contrastive_kernels import Roles, Settings, Sums, grouped
 from dhcl_ops._ops import define
+from dhcl_ops._precision import ieee_products
 
 # The name that errors begin with.
 OP = "debiased_contrastive_loss"
@@ -180,7 +181,7 @@ def stream_loss(
     streaming: Streaming,
 ) -> Results:
     """The loss of each row and, with ``one_pass``, its gradient with respect to the feature."""
-    with torch.autocast(features.device.type, enabled=False):
+    with ieee_products(), torch.autocast(features.device.type, enabled=False):
         one_pass = streaming.one_pass
         operands = Operands(
             features, proxies, fast=streaming.fast, columns=streaming.columns, weighted=one_pass
@@ -262,7 +263,7 @@ def stream_gradients(
 
     ``grad`` (B,) float64 is that of the losses.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with ieee_products(), torch.autocast(features.device.type, enabled=False):
         double = torch.float64 in (features.dtype, proxies.dtype)
         left = features.to(torch.float64 if double else torch.float32)
         operands = Operands(left, proxies, fast=False, columns=options.columns)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from dhcl_ops import _sums
+from dhcl_ops._precision import ieee_products
 
 # Norms above this could overflow fp32 in a product of two rows.
 _LARGEST_NORM = 1e18
@@ -25,18 +25,8 @@ _UNIT_TENSOR_CORE = 2.0**-23
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, no TF32 or bf16 inside fp32 products: the bound assumes their precision."""
-    # Not set_float32_matmul_precision: that raises where a backend was set on its own.
-    libraries: Any = torch.backends
-    backends = (libraries.cuda.matmul, libraries.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with ieee_products(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _gamma(terms: int, unit: float) -> float:

@@ -129,6 +129,29 @@ struct Cuda {
 #define DHCL_TORCH_CALL TORCH_ERROR_CODE_CHECK
 #endif
 
+// Keeps torch's fp32 products at full precision while it lives, whatever the process allows for
+// others. The settings are out of the stable ABI's reach, so Python's guard is called, which counts
+// those inside (dhcl_ops/_precision.py).
+class IeeeProducts {
+ public:
+  IeeeProducts() : entered_(call(true)) {}
+  IeeeProducts(const IeeeProducts&) = delete;
+  IeeeProducts& operator=(const IeeeProducts&) = delete;
+  ~IeeeProducts() {
+    if (entered_) call(false);
+  }
+
+ private:
+  static bool call(bool begin) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 1> stack{from(begin)};
+    DHCL_TORCH_CALL(
+        torch_call_dispatcher("dhcl::ieee_products", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<bool>(stack[0]);
+  }
+  bool entered_;
+};
+
 // Rows [start, start + count) of a tensor, as a view.
 inline Tensor rows_of(const Tensor& t, int64_t start, int64_t count) {
   AtenTensorHandle view = nullptr;

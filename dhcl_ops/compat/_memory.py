@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dhcl_ops import _checks
+from dhcl_ops._precision import ieee_products
 from dhcl_ops.memory import class_csr, least_similar, momentum_update_
 
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -341,7 +342,8 @@ class Loss(torch.autograd.Function):
         if step.normalise:
             norms = torch.linalg.vector_norm(inputs, dim=1, keepdim=True).clamp_(_SHORTEST)
             divisor = norms * divisor
-        logits = step.classes.logits(inputs, step.bank, divisor)
+        with ieee_products():
+            logits = step.classes.logits(inputs, step.bank, divisor)
         loss, kept = step.criterion.value(logits, step.targets)
         ctx.step, ctx.change = step, step.state.change
         ctx.save_for_backward(inputs, norms, *kept)
@@ -355,7 +357,8 @@ class Loss(torch.autograd.Function):
             slopes = step.criterion.slopes(step.targets, *kept)
             scale = grad / (len(step.targets) * step.temperature)
             # Of the bank that the logits were made with, whatever has been moved since.
-            gradient = step.classes.pull(slopes, ctx.change.bank_before(step.bank))
+            with ieee_products():
+                gradient = step.classes.pull(slopes, ctx.change.bank_before(step.bank))
             if norms is not None:
                 features = features / norms
                 along = (gradient * features).sum(1, keepdim=True)
