@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,6 +106,32 @@ class ReIDData:
         """Whether some query identity is in the gallery."""
         known = self.query.ids[self.query.ids >= 0]
         return bool(np.isin(known, self.gallery.ids).any())
+
+    @property
+    def across_cameras(self) -> bool:
+        """Whether some query has a right match that another, or an unknown, camera saw."""
+        people = Counter(self.gallery.ids.tolist())
+        own = Counter(zip(self.gallery.ids.tolist(), self.gallery.cameras.tolist(), strict=True))
+        queries = zip(self.query.ids.tolist(), self.query.cameras.tolist(), strict=True)
+        return any(
+            people[one] > (own[one, camera] if camera >= 0 else 0)
+            for one, camera in queries
+            if one >= 0
+        )
+
+    def compared(self) -> tuple[ImageList, ImageList]:
+        """Query and gallery as evaluation takes them.
+
+        Right matches in a query's own camera do not count. Where there are no others, as with a
+        single camera, they do: then every camera is unknown here.
+        """
+        if self.across_cameras:
+            return self.query, self.gallery
+        query, gallery = (
+            replace(images, cameras=np.full(len(images), -1, np.int64))
+            for images in (self.query, self.gallery)
+        )
+        return query, gallery
 
     @property
     def unlabeled(self) -> ImageList:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dhcl.data import ImageList, ReIDData
 from dhcl.metrics import cameras_apart
+from dhcl.training.evaluation import WITHIN_CAMERA
 from dhcl.training.record import Record
 from dhcl.training.results import Points, Results, members
 from dhcl_ops import evaluate_ranking
@@ -269,12 +270,12 @@ def _spread(total: int, count: int) -> Integers:
 def _retrieval(
     found: Findings, data: ReIDData, query: torch.Tensor, gallery: torch.Tensor, limits: Limits
 ) -> Retrieval | None:
-    cameras = cameras_apart(data.query.cameras, data.gallery.cameras)
+    queries, images = data.compared()
+    cameras = cameras_apart(queries.cameras, images.cameras)
     try:
         metrics = evaluate_ranking(
-            (query, gallery), _tensor(data.query.ids), _tensor(data.gallery.ids), *cameras,
-            per_query=True,
-        )  # fmt: skip
+            (query, gallery), _tensor(queries.ids), _tensor(images.ids), *cameras, per_query=True
+        )
     except ValueError as error:
         found.missing["retrieval"] = str(error)
         return None
@@ -282,15 +283,17 @@ def _retrieval(
     assert metrics.first_match is not None
     ap, first = metrics.average_precision.cpu().numpy(), metrics.first_match.cpu().numpy()
     chosen = choose_queries(ap, limits.queries)
-    shown, matrix = camera_matrix(query, gallery, data.query, data.gallery)
-    if not len(shown):
+    shown, matrix = camera_matrix(query, gallery, queries, images)
+    if not data.across_cameras:
+        found.missing["camera matrix"] = WITHIN_CAMERA
+    elif not len(shown):
         found.missing["camera matrix"] = "the cameras of queries and gallery are not known"
     return Retrieval(
         ap=ap,
         mAP=float(metrics.mAP),
         rank1=float(metrics.cmc[0]),
-        lists=rank_lists(query, gallery, data.query, data.gallery, ap, first, chosen, limits.topk),
-        similarities=similarities(query, gallery, data.query, data.gallery),
+        lists=rank_lists(query, gallery, queries, images, ap, first, chosen, limits.topk),
+        similarities=similarities(query, gallery, queries, images),
         cameras=shown,
         matrix=matrix,
     )

@@ -281,10 +281,13 @@ def _lists(r: Retrieval, data: ReIDData, pictures: Pictures) -> views.Lists:
     cameras = sorted({int(data.query.cameras[each.query]) for each in r.lists})
     each = sum(one.kind == "best" for one in r.lists)
     kinds = [k for k in ("median", "best", "worst") if any(o.kind == k for o in r.lists)]
+    left_out = "junk is"
+    if data.across_cameras:
+        left_out = "images of the query's identity in its own camera, and junk, are"
     about = (
         f"The {each} best, median and worst queries by average precision (AP), the query first. "
-        "Green and ✓: the same identity; dashed red and ✗: another. As in evaluation, images of "
-        "the query's identity in its own camera, and junk, are not in the lists."
+        "Green and ✓: the same identity; dashed red and ✗: another. As in evaluation, "
+        f"{left_out} not in the lists."
     )
     return views.Lists(
         about=about,

@@ -23,7 +23,13 @@ from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
 if TYPE_CHECKING:
     from dhcl.training.trainer import Trainer
 
-__all__ = ["Evaluator", "IdentityObserver"]
+__all__ = ["WITHIN_CAMERA", "Evaluator", "IdentityObserver"]
+
+WITHIN_CAMERA = (
+    "no query has a right match in another camera, so those in its own camera count; such figures "
+    "are higher than those across cameras and can't be compared with published ones"
+)
+"""What is said of an evaluation where :attr:`dhcl.data.ReIDData.across_cameras` is false."""
 
 
 class Evaluator:
@@ -31,7 +37,7 @@ class Evaluator:
 
     Args:
         engine: processes and device.
-        data: with identities in query and gallery.
+        data: with identities in query and gallery; how they are compared, its ``compared`` says.
         model: tells how images are normalised.
         same_cameras: the cameras are those the model was trained on. Otherwise statistics per
             camera, where the model has them, are not used; ranking always goes by the cameras.
@@ -40,7 +46,7 @@ class Evaluator:
     def __init__(
         self, engine: Engine, data: ReIDData, model: ReIDModel, *, same_cameras: bool = True
     ) -> None:
-        self._engine, self._data = engine, data
+        self._engine, self._compared = engine, data.compared()
         self._sets: list[EvalImages] = []
         for images in (data.query, data.gallery):
             shown = images
@@ -79,7 +85,7 @@ class Evaluator:
         return metrics
 
     def _rank(self, what: Any) -> RankingMetrics:
-        query, gallery = self._data.query, self._data.gallery
+        query, gallery = self._compared
         cameras = cameras_apart(query.cameras, gallery.cameras)
         ids = torch.from_numpy(query.ids), torch.from_numpy(gallery.ids)
         return evaluate_ranking(what, *ids, *cameras, max_rank=max(RANKS))

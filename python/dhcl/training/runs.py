@@ -23,7 +23,7 @@ from dhcl.files import write_atomic
 from dhcl.metrics import table
 from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
-from dhcl.training.evaluation import Evaluator, IdentityObserver
+from dhcl.training.evaluation import WITHIN_CAMERA, Evaluator, IdentityObserver
 from dhcl.training.network import make_model, read_model, without_weights
 from dhcl.training.trainer import Trainer, fingerprint
 
@@ -90,9 +90,9 @@ class Trained:
         data: its images.
         features: of query (Q, d) and gallery (G, d) by the last epoch's model, float32 of unit
             length; None without identities to evaluate on.
-        metrics: what is in ``metrics.json``: ``last`` and, where evaluations were looked at along
-            the way, ``best``. Empty without identities to evaluate on, and on other processes
-            than the first.
+        metrics: what is in ``metrics.json``: ``last``; ``best`` where evaluations were looked at
+            along the way; ``protocol`` where matches within the camera count. Empty without
+            identities to evaluate on, and on other processes than the first.
     """
 
     config: TrainConfig
@@ -153,7 +153,8 @@ def train(
         return Trained(config, engine, data)
     features = evaluator.features(trainer.model)
     last = evaluator.metrics(*features, reranked=config.evaluation.rerank)
-    metrics = _report(config, engine, trainer, last, quiet) if engine.is_main else {}
+    protocol = {} if data.across_cameras else {"protocol": f"within the camera: {WITHIN_CAMERA}"}
+    metrics = _report(config, engine, trainer, last, protocol, quiet) if engine.is_main else {}
     return Trained(config, engine, data, features, metrics)
 
 
@@ -184,14 +185,25 @@ def _check_data(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
             f"hint: {data.train.num_cameras} cameras are known; if their pictures differ much, "
             "--camera-bn may help a lot"
         )
+    _say_within_camera(engine, data)
+
+
+def _say_within_camera(engine: Engine, data: ReIDData) -> None:
+    if data.can_evaluate and not data.across_cameras:
+        engine.say(f"evaluation within the camera: {WITHIN_CAMERA}")
 
 
 def _report(
-    config: TrainConfig, engine: Engine, trainer: Trainer, last: dict[str, Any], quiet: bool
+    config: TrainConfig,
+    engine: Engine,
+    trainer: Trainer,
+    last: dict[str, Any],
+    about: dict[str, str],
+    quiet: bool,
 ) -> dict[str, Any]:
     """Write and print the last epoch's metrics, and the best ones beside them."""
     rows = {"last epoch": last}
-    results: dict[str, Any] = {"last": {"epoch": config.epochs - 1, **last}}
+    results: dict[str, Any] = {"last": {"epoch": config.epochs - 1, **last}, **about}
     if "reranked" in last:
         rows["last epoch, re-ranked"] = last["reranked"]
     best = trainer.at.best
@@ -225,6 +237,7 @@ def evaluate_run(
         raise ConfigError(
             f"root: {config.data.root} has no queries with their identity in a gallery"
         )
+    _say_within_camera(engine, data)
     if same_data is None:
         trained_on = load_checkpoint(run / "checkpoints" / "last.pt")["images"]
         same_data = fingerprint(data.train) == trained_on

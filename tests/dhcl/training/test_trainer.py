@@ -8,9 +8,12 @@ import torch
 from dhcl.config import ConfigError
 from dhcl.data import ImageList, load_data
 from dhcl.metrics import table
+from dhcl.report import write_report
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator, IdentityObserver
 from dhcl.training.network import make_model
+from dhcl.training.record import read_record
+from dhcl.training.results import collect
 from dhcl.training.runs import evaluate_run, open_data, train
 from dhcl.training.trainer import PATIENCE, WEIGHT_DECAY, Diverged, NoClusters, Trainer
 
@@ -307,3 +310,68 @@ def test_same_bits_twice(pictures, tmp_path):
 def test_tables_are_in_percent():
     row = {"mAP": 0.123, "rank1": 1.0, "rank5": 1.0, "rank10": 1.0, "mINP": 0.05}
     assert "|   12.3 |  100.0 |" in table({"x": row})
+
+
+# ---- one camera ---------------------------------------------------------------------------------
+
+
+def each_in_one_camera(root, names):
+    """Keep of each tested person the images that one camera took."""
+    for folder in ("query", "bounding_box_test"):
+        for file in (root / folder).iterdir():
+            person, camera = int(file.name[:4]), int(file.name[6])
+            if camera != names[person % len(names)]:
+                file.unlink()
+    return root
+
+
+ONE_CAMERA = {
+    "a single camera": lambda root: write_images(root, people=6, cameras=1),
+    "each person in one": lambda root: each_in_one_camera(write_images(root, people=6), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_CAMERA)
+def test_matches_within_the_camera_count_where_there_are_no_others(kind, tmp_path, capsys):
+    root = ONE_CAMERA[kind](tmp_path / "people")
+    config = options(root, tmp_path / "run", eval_every=1, epochs=2, iterations=2, rerank=True)
+    trained = train(config)
+    said = capsys.readouterr().out
+    assert "no query has a right match in another camera" in said.split("epoch 1/2")[0]
+    written = json.loads((config.run / "metrics.json").read_text())
+    assert written["last"]["queries"] == len(trained.data.query) == 6
+    assert written["protocol"].startswith("within the camera")
+    assert "reranked" in written["last"]
+    assert entries(config.run)[0]["observed"]["queries"] == 6
+    # The same as when nothing is known of cameras.
+    unknown = dataclasses.replace(
+        trained.data,
+        query=dataclasses.replace(trained.data.query, cameras=np.full(6, -1)),
+        gallery=dataclasses.replace(trained.data.gallery, cameras=np.full(6, -1)),
+    )
+    model = make_model(config.model, trained.data.train.num_cameras, config.seed)
+    plain = Evaluator(trained.engine, unknown, model).metrics(*trained.features)
+    assert {k: written["last"][k] for k in plain} == plain
+    again = evaluate_run(config, config.run)
+    assert "no query has a right match in another camera" in capsys.readouterr().out
+    assert again["mAP"] == pytest.approx(written["last"]["mAP"])
+    page = write_report(collect(read_record(config.run)), out=tmp_path / "r.html").read_text()
+    assert "no query has a right match in another camera" in page
+
+
+def test_matches_within_the_camera_do_not_count_where_there_are_others(tmp_path):
+    data = load_data("market1501", write_images(tmp_path))
+    assert data.across_cameras
+    assert data.compared() == (data.query, data.gallery)
+    # One query with a match elsewhere, or in an unknown camera, is enough.
+    one = each_in_one_camera(write_images(tmp_path / "one"), (1, 2))
+    same = load_data("market1501", one)
+    assert not same.across_cameras
+    assert all((images.cameras == -1).all() for images in same.compared())
+    for known, camera in ((True, 5), (True, -1), (False, 5)):
+        cameras = same.gallery.cameras.copy()
+        cameras[-1] = camera
+        ids = same.gallery.ids.copy()
+        ids[-1] = ids[-1] if known else -1
+        gallery = dataclasses.replace(same.gallery, cameras=cameras, ids=ids)
+        assert dataclasses.replace(same, gallery=gallery).across_cameras == known
