@@ -7,13 +7,14 @@ fast-reid carry. Theirs holds five or more matrices of all rows by all rows.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._csr import Rows
-from dhcl_ops._products import full_precision
+from dhcl_ops._products import SplitProducts, full_precision, pays_to_split
 from dhcl_ops._progress import Progress, slices
 from dhcl_ops.defaults import ZHONG
 from dhcl_ops.jaccard import dense_rows
@@ -83,6 +84,12 @@ class _Features:
         self.device = query.device
         self.scale = self.features.new_empty(0)
 
+    @functools.cached_property
+    def split(self) -> SplitProducts | None:
+        """Products of queries and gallery by fp16 pieces, where that is faster."""
+        query, gallery = self.features[: self.queries], self.features[self.queries :]
+        return SplitProducts(query, gallery) if pays_to_split(query, gallery) else None
+
     def weights(self, k: int, half: int, k2: int, progress: Progress | None) -> tuple[Lists, Rows]:
         found, least = knn_and_least(self.features, k, progress)
         lists = Lists(found.indices.int(), k, half, k2)
@@ -93,7 +100,10 @@ class _Features:
 
     def block(self, begin: int, end: int) -> torch.Tensor:
         with full_precision(self.device):
-            products = self.features[begin:end] @ self.features[self.queries :].T
+            if self.split is not None:
+                products = self.split.tile(slice(begin, end))
+            else:
+                products = self.features[begin:end] @ self.features[self.queries :].T
         return products.mul_(-2.0).add_(2.0).clamp_(min=0.0).div_(self.scale[begin:end, None])
 
 

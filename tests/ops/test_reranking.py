@@ -1,9 +1,22 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
-from dhcl_ops import _checks, compat, jaccard_distance, rerank, rerank_distances, reranking
+from dhcl_ops import (
+    _checks,
+    compat,
+    jaccard_distance,
+    knn,
+    reciprocal,
+    rerank,
+    rerank_distances,
+    reranking,
+)
 from tests.ops.jaccard_data import REGIMES, features_like, rerank_by_definition
+
+knn_module = importlib.import_module("dhcl_ops.knn")  # the name in the package is the function
 
 
 def split(regime, q, g, seed=0):
@@ -160,3 +173,73 @@ def test_re_ranking():
     expected = rerank_by_definition(*matrices, 20, 6, 0.3)
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6)
     np.testing.assert_array_equal(np.argsort(got, kind="stable")[:, 0], expected.argmin(1))
+
+
+# ---- as on a GPU ---------------------------------------------------------------------------------
+
+
+def search_in_half(monkeypatch):
+    """Give the CPU the search products of CUDA, fp16 operands and their bound; lists those made."""
+    original = knn_module.Products
+    made = []
+
+    def products(*args, half):
+        made.append(original(*args, half=True))
+        return made[-1]
+
+    monkeypatch.setattr(knn_module, "Products", products)
+    return made
+
+
+def with_opposites(regime, n, seed):
+    """Rows of norm 1, some of them nearly opposite to others, some equally far from several."""
+    x = features_like(regime, n, seed=seed)
+    x[:20] = -x[20:40]
+    x[40:60] = torch.nn.functional.normalize(-x[20:40] + 1e-4 * x[60:80])
+    x[5] = x[6]
+    return x
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_largest_distances_by_a_search_in_fp16_are_exact(regime, monkeypatch):
+    half_products = search_in_half(monkeypatch)
+    x = with_opposites(regime, 400, 4)
+    every = torch.arange(len(x)).expand(len(x), -1)
+    scores = torch.ops.dhcl.knn_scores(x, x, every.contiguous())
+    found = reciprocal.largest_squares_by_search(x, None)
+    assert torch.equal(found, 2.0 - 2.0 * scores.amin(1))
+    assert half_products[0].half
+    # The products alone would not have told.
+    narrow = 2.0 - 2.0 * half_products[0].tile(slice(0, 400), slice(0, 400)).amax(1).neg()
+    assert not torch.equal(found, narrow)
+
+
+def test_the_search_for_the_largest_distances_reports_one_stage(device):
+    calls = []
+    x = features_like("moderate", 90).to(device)
+    reciprocal.largest_squares_by_search(x, lambda *call: calls.append(call))
+    assert {stage for stage, _, _ in calls} == {"largest distances"}
+    assert calls[-1][1:] == (90, 90)
+    assert len(reciprocal.largest_squares_by_search(x[:0], None)) == 0
+    torch.testing.assert_close(
+        reciprocal.largest_squares_by_search(x[:1], None).cpu(), torch.zeros(1), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("topk", [None, 20])
+def test_re_ranking_with_the_products_of_a_gpu(topk, monkeypatch):
+    """Largest distances by a search and split products: as near to the truth as without."""
+    query, gallery = split("moderate", 40, 200)
+    expected = rerank(query, gallery, topk=topk)
+    search_in_half(monkeypatch)
+    monkeypatch.setattr(
+        reranking, "knn_and_least", lambda features, k, progress: (knn(features, k), None)
+    )
+    monkeypatch.setattr(reranking, "largest_squares", reciprocal.largest_squares_by_search)
+    monkeypatch.setattr(reranking, "pays_to_split", lambda queries, features: True)
+    found = rerank(query, gallery, topk=topk)
+    if topk is None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    else:
+        torch.testing.assert_close(found.distances, expected.distances, rtol=0, atol=2e-6)
+        assert torch.equal(found.indices, expected.indices)
