@@ -41,6 +41,7 @@ from dhcl.training.checkpoint import (
 from dhcl.training.engine import Engine
 from dhcl.training.labels import PseudoLabels, pseudo_labels
 from dhcl.training.logs import RunLog
+from dhcl.training.steps import StepValues
 from dhcl.words import duration
 from dhcl_ops import DHCLLoss, MemoryBank, prototypes
 
@@ -50,6 +51,8 @@ __all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "lear
 _AVERAGES = ("loss", "prototype_loss", "instance_loss", "clamped", "instance_clamped")
 # Images that batch-norm statistics are computed from.
 _CALIBRATION = 8192
+# Steps between looks at their values. A look waits for the device, which then waits for the host.
+_STEPS_UNSEEN = 32
 
 WEIGHT_DECAY = 5e-4
 """Of Adam; it is added to the gradient."""
@@ -124,7 +127,12 @@ class Trainer:
         cache = int(config.data.cache_gb * 2**30)
         self._train_images = TrainImages(images, transform, config.seed, cache_bytes=cache)
         learned = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(learned, config.optimiser.lr, weight_decay=WEIGHT_DECAY)
+        # Of the forms that torch's Adam has, the fused one alone lets the scaler of fp16 gradients
+        # skip a step without reading from the device whether it has to.
+        fused = True if config.precision == "fp16" else None
+        adam = torch.optim.Adam(
+            learned, config.optimiser.lr, weight_decay=WEIGHT_DECAY, fused=fused
+        )
         set_seed(config.seed + engine.rank)  # dropout differs between processes
         self._parallel, self.optimizer = engine.accelerator.prepare(model, adam)
         self.model: ReIDModel = engine.accelerator.unwrap_model(self._parallel)
@@ -133,6 +141,8 @@ class Trainer:
         self.labels = torch.full((len(images),), -1)  # cluster of each image, -1 for outliers
         self.loose: torch.Tensor | None = None  # clusters at the larger eps, for suspects
         self.loss: DHCLLoss  # of the epoch, from when its memory is filled
+        self._values = StepValues(engine.device)
+        self._looked_at_features = False
         self._requests = [False, False]  # to stop, and to write a checkpoint
         self._saved_at = time.monotonic()
         self._mark = time.perf_counter()
@@ -235,8 +245,7 @@ class Trainer:
         with accelerator.accumulate(self._parallel):
             features = self._parallel(images, cameras)
             rows = self.rows[indices]
-            if not bool(features.isfinite().all()):
-                self._diverged("features are")
+            self._look_at_features(features)
             loss, stats = self.loss(features, self.bank, rows, return_stats=True)
             self._note(loss, stats)
             accelerator.backward(loss)
@@ -402,22 +411,55 @@ class Trainer:
             )
         self.engine.say(f"warning: {where}; each is a class of its own now. Try {hint}.")
 
+    def _look_at_features(self, features: torch.Tensor) -> None:
+        """Stop if they are not finite, which the loss takes for a mistake of its caller.
+
+        On CUDA, where the loss looks at its first features only, later ones show in its value.
+        """
+        if features.is_cuda and self._looked_at_features:
+            return
+        self._looked_at_features = True
+        if not bool(features.isfinite().all()):
+            self._look_at_values()  # an earlier step may be the one
+            self._diverged("features are", self.at.iteration)
+
     def _note(self, loss: torch.Tensor, stats: Any) -> None:
-        """Add this step to the epoch's averages, and agree with the other processes to go on."""
-        minutes = (time.monotonic() - self._saved_at) / 60
-        requests = [self.engine.stop.requested, 0 < self.config.checkpoint_minutes <= minutes]
+        """Keep this step's values for the epoch's averages, and look at them from time to time."""
         parts = [loss, stats.prototype_loss, stats.instance_loss]
         parts += [s and s.clamped_fraction for s in (stats.prototypes, stats.instances)]
-        zero = loss.new_zeros(())
-        values = [zero if part is None else part.detach() for part in parts]
-        values += [zero + float(each) for each in requests]
-        reduced = self.engine.accelerator.reduce(torch.stack(values).float(), "mean").tolist()
-        means, self._requests = reduced[: len(parts)], [r > 0 for r in reduced[len(parts) :]]
-        if not math.isfinite(means[0]):
-            self._diverged("the loss is")
-        self.at.totals = [a + b for a, b in zip(self.at.totals, means, strict=True)]
+        self._values.add(self.at.iteration, parts)
+        done = self.at.iteration + 1
+        if done % _STEPS_UNSEEN == 0 or done == self.config.batches.iterations:
+            self._look_at_values()
 
-    def _diverged(self, what: str) -> None:
+    def _look_at_values(self) -> None:
+        """Add the steps since the last look to the epoch's averages.
+
+        Several processes average their values, and agree on whether to go on. Each must be here.
+        """
+        if not len(self._values):
+            return
+        iterations, values = self._values.take()
+        requests = values.new_zeros(1, values.shape[1])
+        if self.engine.world_size > 1:
+            requests[0, : len(self._requests)] = torch.tensor(self._own_requests()).to(values)
+        values = self.engine.accelerator.reduce(torch.cat([values, requests]), "mean")
+        *steps, agreed = values.tolist()
+        self._requests = [r > 0 for r in agreed[: len(self._requests)]]
+        for iteration, means in zip(iterations, steps, strict=True):
+            if not math.isfinite(means[0]):
+                self._diverged("the loss is", iteration)
+            self.at.totals = [a + b for a, b in zip(self.at.totals, means, strict=True)]
+
+    def _own_requests(self) -> list[bool]:
+        """Whether this process was asked to stop, and whether a checkpoint is due."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return [
+            bool(self.engine.stop.requested),
+            0 < self.config.checkpoint_minutes <= minutes,
+        ]
+
+    def _diverged(self, what: str, iteration: int) -> None:
         at = self.at
         kept = (
             f"The last checkpoint is from before: {self.checkpoint}"
@@ -425,7 +467,7 @@ class Trainer:
             else "There is no checkpoint yet"
         )
         raise Diverged(
-            f"{what} not finite in epoch {at.epoch + 1}, iteration {at.iteration + 1} "
+            f"{what} not finite in epoch {at.epoch + 1}, iteration {iteration + 1} "
             f"(lr {self.lr:g}). {kept}. A lower lr or precision: fp32 may help."
         )
 
@@ -451,9 +493,14 @@ class Trainer:
             save_checkpoint(self.best_checkpoint, model)
 
     def save(self) -> None:
-        """Write everything the run needs to go on, bit for bit."""
+        """Write everything the run needs to go on, bit for bit.
+
+        Raises Diverged instead if a loss since the last look, or a weight, is not finite.
+        """
+        self._look_at_values()
         self._check_weights()
         self._saved_at = time.monotonic()
+        self._requests[1] = False
         states = [random_state()]
         if self.engine.world_size > 1:
             states = [{}] * self.engine.world_size
@@ -507,6 +554,8 @@ class Trainer:
         last = self.at.iteration == self.config.batches.iterations
         if last or not self.engine.accelerator.sync_gradients:
             return  # the end of the epoch writes one anyway
+        if self.engine.world_size == 1:  # several agree when they look at their values
+            self._requests = self._own_requests()
         if any(self._requests):
             self._lap("train")
             self.save()
@@ -521,5 +570,6 @@ class Trainer:
         self._mark = now
 
     def _check_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            self._diverged("weights are")
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
+        if not bool(finite.all()):
+            self._diverged("weights are", self.at.iteration)

@@ -1,0 +1,142 @@
+"""A step of the training waits for no device, and what it was worth is looked at seldom."""
+
+import json
+import math
+
+import dhcl.training.trainer
+import pytest
+import torch
+from dhcl.training.checkpoint import load_checkpoint
+from dhcl.training.steps import StepValues
+from dhcl.training.trainer import Diverged
+
+import dhcl_ops.contrastive
+from tests.dhcl.toy import options
+from tests.dhcl.training.test_trainer import make_trainer
+from tests.unread import UnreadDevice, backward
+
+
+def at_first_step(config):
+    """A trainer and the batches of its first epoch."""
+    trainer = make_trainer(config)
+    features = trainer.recall()
+    trainer.remember(features, trainer.cluster(features))
+    return trainer, list(trainer.batches())
+
+
+RECIPES = {
+    "dhcl": {},
+    "dhcl-hnm": {"name": "dhcl-hnm", "camera_bn": True},
+    "cluster-contrast": {"name": "cluster-contrast", "images_per_class": 4},
+    "suspects counted": {"suspects": "kappa", "samples_per_bn": 8},
+    "suspects excluded": {"suspects": "exclude", "accumulate": 2, "iterations": 6},
+    "positives of the class": {
+        "prototype_weight": 0.0,
+        "instance_weight": 1.0,
+        "instance_positives": "class",
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_reads_nothing_from_a_cuda_device(recipe, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(dhcl_ops.contrastive, "_norm_seen", True)
+    changes = {"deterministic": False, "warmup_epochs": 0, **RECIPES[recipe]}
+    trainer, batches = at_first_step(options(pictures, tmp_path / "run", **changes))
+    trainer.log.close()
+    there = UnreadDevice()
+    for module in (trainer.model, trainer.bank):
+        there.move(module)
+    trainer.rows = there.of(trainer.rows)
+    if (suspects := trainer.loss._suspects) is not None:
+        trainer.loss._suspects = suspects._replace(
+            groups=there.of(suspects.groups), others=there.of(suspects.others)
+        )
+    accelerator = trainer.engine.accelerator
+    # Adam counts its steps on the host, which a reading of values can't be told from.
+    learned = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.optimizer = accelerator.prepare(torch.optim.SGD(learned, 0.1, momentum=0.9))
+    monkeypatch.setattr(accelerator, "backward", backward)
+    trainer._values = StepValues(torch.device("cpu"))
+    trainer._values._zero = there.of(torch.zeros(()))
+    trainer._looked_at_features = True
+    before = learned[0]._version
+    moved = [tuple(map(there.of, batch)) for batch in batches[:2]]
+    with there.unread():
+        for batch in moved:
+            trainer.step(*batch)
+            trainer.at.iteration += 1
+            trainer._save_if_due()
+    assert len(trainer._values) == 2
+    assert learned[0]._version > before
+    iterations, values = trainer._values.take()
+    assert iterations == [0, 1]
+    assert values.device.type == "cuda"
+
+
+def test_values_are_looked_at_seldom_and_make_the_same_averages(pictures, tmp_path, monkeypatch):
+    config = options(pictures, tmp_path / "run", name="dhcl-hnm", epochs=1, iterations=7)
+    entries = []
+    for unseen in (1, 3, 32):
+        monkeypatch.setattr(dhcl.training.trainer, "_STEPS_UNSEEN", unseen)
+        torch.manual_seed(0)
+        trainer = make_trainer(config)
+        looks = []
+        take = trainer._values.take
+
+        def watched(take=take, looks=looks):
+            taken = take()
+            looks.append(taken[0])
+            return taken
+
+        trainer._values.take = watched
+        trainer.fit()
+        trainer.log.close()
+        expected = [list(range(k, min(k + unseen, 7))) for k in range(0, 7, unseen)]
+        assert looks == expected
+        line = (config.run / "log.jsonl").read_text().splitlines()[-1]
+        entries.append({k: v for k, v in json.loads(line).items() if k != "seconds"})
+    assert entries[0] == entries[1] == entries[2]
+    assert entries[0]["loss"] > 0
+    assert entries[0]["instance_loss"] > 0
+
+
+@pytest.mark.parametrize("checkpoint_minutes", [0.0, 1e-9])
+def test_a_loss_that_is_not_finite_is_named_before_a_checkpoint(
+    checkpoint_minutes, pictures, tmp_path
+):
+    """Of the step where it was, although it is looked at steps later."""
+    config = options(
+        pictures,
+        tmp_path / "run",
+        epochs=2,
+        iterations=9,
+        lr=1e-30,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    trainer = make_trainer(config)
+    remember = trainer.remember
+
+    def remember_and_poison(features, found):
+        remember(features, found)
+        loss = trainer.loss
+
+        def poisoned(*arguments, **settings):
+            value, stats = loss(*arguments, **settings)
+            if (trainer.at.epoch, trainer.at.iteration) == (1, 4):
+                value = value.detach() * math.nan  # as an overflow would, without a gradient
+                value = value + 0 * arguments[0].sum().clamp(max=0.0)
+            return value, stats
+
+        trainer.loss = poisoned
+        poisoned.settings = loss.settings
+
+    trainer.remember = remember_and_poison
+    with pytest.raises(Diverged, match="the loss is not finite in epoch 2, iteration 5 "):
+        trainer.fit()
+    trainer.log.close()
+    state = load_checkpoint(trainer.checkpoint)
+    at = state["progress"]
+    assert (at["epoch"], at["iteration"]) == (1, 4 if checkpoint_minutes else 0)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert all(map(math.isfinite, at["totals"]))
