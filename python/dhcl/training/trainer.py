@@ -440,16 +440,21 @@ class Trainer:
         if not len(self._values):
             return
         iterations, values = self._values.take()
-        requests = values.new_zeros(1, values.shape[1])
         if self.engine.world_size > 1:
-            requests[0, : len(self._requests)] = torch.tensor(self._own_requests()).to(values)
-        values = self.engine.accelerator.reduce(torch.cat([values, requests]), "mean")
-        *steps, agreed = values.tolist()
-        self._requests = [r > 0 for r in agreed[: len(self._requests)]]
-        for iteration, means in zip(iterations, steps, strict=True):
+            values = self._averaged(values)
+        for iteration, means in zip(iterations, values.tolist(), strict=True):
             if not math.isfinite(means[0]):
                 self._diverged("the loss is", iteration)
             self.at.totals = [a + b for a, b in zip(self.at.totals, means, strict=True)]
+
+    def _averaged(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over processes of values (steps, V); takes over what any of them requests."""
+        requests = torch.zeros(1, values.shape[1])
+        requests[0, : len(self._requests)] = torch.tensor(self._own_requests())
+        together = torch.cat([values, requests.to(values.device)])
+        means: torch.Tensor = self.engine.accelerator.reduce(together, "mean")
+        self._requests = [r > 0 for r in means[-1, : len(self._requests)].tolist()]
+        return means[:-1]
 
     def _own_requests(self) -> list[bool]:
         """Whether this process was asked to stop, and whether a checkpoint is due."""
