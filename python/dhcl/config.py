@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 Preset = Literal["dhcl", "dhcl-hnm", "spcl", "cluster-contrast"]
+# Those of Accelerate.
+Logger = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
 
 
 # ---- types --------------------------------------------------------------------------------------
@@ -70,6 +74,11 @@ NonNegativeInt = Annotated[int, _Number, Field(ge=0)]
 PositiveFloat = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, _Number, Field(ge=0, le=1)]
+
+
+def _listed(value: object) -> object:
+    # YAML's `log_with: mlflow` has no brackets.
+    return [value] if isinstance(value, str) else value
 
 
 # ---- sections -----------------------------------------------------------------------------------
@@ -236,6 +245,8 @@ class TrainConfig:
     """Whether to refuse algorithms that give other bits each time, as some on GPUs do."""
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Minutes between checkpoints within an epoch; with 0 only its end has one."""
+    log_with: Annotated[tuple[Logger, ...], BeforeValidator(_listed)] = ()
+    """Loggers that get what the log says too, such as mlflow; TensorBoard has it in any case."""
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     labels: LabelOptions = LabelOptions()
@@ -612,7 +623,7 @@ def _kept(path: Path, home: Path) -> Path:
 
 
 # What may differ when a run goes on: nothing that decides a bit of the result.
-_FREE = "root workers cache_gb epochs eval_every rerank report checkpoint_minutes"
+_FREE = "root workers cache_gb epochs eval_every rerank report checkpoint_minutes log_with"
 
 
 def check_resumed(began: TrainConfig, now: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: JSON lines, CSV and TensorBoard, one entry an epoch."""
+"""What a run writes beside its checkpoints: JSON lines, CSV and loggers, one entry an epoch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from dhcl.files import write_atomic
+from dhcl.training.trackers import Trackers
 
 __all__ = ["RunLog", "flat"]
 
 
 class RunLog:
-    """``log.jsonl`` is the record; ``log.csv`` and ``tensorboard/`` are made from it.
+    """``log.jsonl`` is the record; ``log.csv``, ``tensorboard/`` and loggers follow from it.
 
     Args:
         folder: of the run.
         size: bytes of ``log.jsonl`` that count; what an interrupted run wrote after its last
             checkpoint is cut off.
+        trackers: loggers of other projects.
     """
 
-    def __init__(self, folder: Path, size: int = 0) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, size: int = 0, trackers: Trackers | None = None) -> None:
+        self._folder, self._trackers = folder, trackers
         from torch.utils.tensorboard import SummaryWriter  # a second that only training needs
 
         self._path = folder / "log.jsonl"
@@ -55,14 +57,30 @@ class RunLog:
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(self._folder / "log.csv", table.getvalue().encode())
-        for name, value in rows[-1].items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(name.replace(".", "/"), value, rows[-1]["epoch"])
+        self._show(rows[-1], rows[-1]["epoch"])
+
+    def add_metrics(self, results: Mapping[str, Any]) -> None:
+        """Show what ``metrics.json`` holds, its record, with the last epoch's numbers."""
+        self._show(flat(results), self.entries[-1]["epoch"])
+
+    def _show(self, row: Mapping[str, Any], epoch: int) -> None:
+        """Give TensorBoard and the loggers the numbers of a row, ``a.b`` by the name ``a/b``."""
+        numbers = {
+            name.replace(".", "/"): value
+            for name, value in row.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, epoch)
         self._board.flush()
+        if self._trackers:
+            self._trackers.log(numbers, epoch)
 
     def close(self) -> None:
-        """Finish the TensorBoard file."""
+        """Finish the TensorBoard file and the loggers' runs."""
         self._board.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 def flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import WITHIN_CAMERA, Evaluator, IdentityObserver
 from dhcl.training.network import make_model, read_model, without_weights
+from dhcl.training.trackers import check_trackers
 from dhcl.training.trainer import Trainer, fingerprint
 
 __all__ = [
@@ -118,6 +119,7 @@ def train(
         Interrupted, Diverged, NoClusters, CheckpointError: as
             :meth:`dhcl.training.trainer.Trainer.fit`.
     """
+    check_trackers(config.log_with)
     engine = Engine(config)
     started = (config.run / RUN_FILE).exists()
     engine.accelerator.wait_for_everyone()
@@ -145,9 +147,23 @@ def train(
     if go_on:
         at = trainer.at
         engine.say(f"goes on in epoch {at.epoch + 1} after {at.iteration} iterations")
+    try:
+        return _fitted(config, engine, data, trainer, evaluator, quiet)
+    finally:
+        if trainer.log:
+            trainer.log.close()
+
+
+def _fitted(
+    config: TrainConfig,
+    engine: Engine,
+    data: ReIDData,
+    trainer: Trainer,
+    evaluator: Evaluator | None,
+    quiet: bool,
+) -> Trained:
+    """Train to the last epoch, and evaluate it."""
     trainer.fit()
-    if trainer.log:
-        trainer.log.close()
     if evaluator is None:
         engine.say(f"trained: {trainer.checkpoint}. No identities to evaluate on.")
         return Trained(config, engine, data)
@@ -213,6 +229,8 @@ def _report(
         results["best"] = {**best, "chosen_by": "test mAP: looked up, not a fair result"}
         rows[f"best, looked up by test mAP (epoch {best['epoch'] + 1})"] = best
     write_atomic(config.run / "metrics.json", json.dumps(results, indent=1).encode())
+    if trainer.log:
+        trainer.log.add_metrics(results)
     if not quiet:
         engine.say(f"{table(rows)}\nrun: {config.run}")
     return results

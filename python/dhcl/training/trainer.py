@@ -42,6 +42,7 @@ from dhcl.training.engine import Engine
 from dhcl.training.labels import PseudoLabels, pseudo_labels
 from dhcl.training.logs import RunLog
 from dhcl.training.steps import StepValues
+from dhcl.training.trackers import Trackers
 from dhcl.words import duration
 from dhcl_ops import DHCLLoss, MemoryBank, prototypes
 
@@ -150,7 +151,9 @@ class Trainer:
         if state is not None:
             self._restore(state)
         size = 0 if state is None else state["log_size"]
-        self.log = RunLog(config.run, size) if log and engine.is_main else None
+        self.log: RunLog | None = None
+        if log and engine.is_main:
+            self.log = RunLog(config.run, size, Trackers(config, engine.say))
 
     # ---- the algorithm --------------------------------------------------------------------------
 
