@@ -68,7 +68,8 @@ __device__ void exclude_listed(const ContrastiveRoles& roles, int64_t row, int64
   for (int64_t e = threadIdx.x; e < roles.num_excluded; e += kThreads) {
     const int64_t column = roles.excluded[row * roles.num_excluded + e];
     if (column >= start && column < start + n && !is_positive(roles, label, column))
-      x[column - start] = none<T>();
+      // A column that is listed twice has two writers.
+      *static_cast<volatile T*>(x + (column - start)) = none<T>();
   }
   __syncthreads();
 }

@@ -31,6 +31,10 @@ __device__ __forceinline__ int64_t read(const int64_t* address) {
   return *static_cast<volatile const int64_t*>(address);
 }
 
+__device__ __forceinline__ void write(int64_t* address, int64_t value) {
+  *static_cast<volatile int64_t*>(address) = value;
+}
+
 // The root as far as this thread can see, halving the path. What it writes is an ancestor, smaller
 // than the row, whatever other threads have done to the path meanwhile.
 __device__ __forceinline__ int64_t find_root(int64_t* parent, int64_t i) {
@@ -38,7 +42,7 @@ __device__ __forceinline__ int64_t find_root(int64_t* parent, int64_t i) {
   while (above != i) {
     const int64_t next = read(parent + above);
     if (next == above) return above;
-    *static_cast<volatile int64_t*>(parent + i) = next;
+    write(parent + i, next);
     i = next;
     above = read(parent + i);
   }
@@ -76,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) dbscan_roots_kernel(const DbscanPara
     p.number[i + 1] = root == i;
     if (root < 0) continue;
     while (read(p.parent + root) != root) root = read(p.parent + root);
-    p.parent[i] = root;
+    // Others may be on their way through this row; from it they come to the same root.
+    write(p.parent + i, root);
   }
 }
 

@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(kRowThreads) k_reciprocal_kernel(const KRecipr
     for (int64_t at = threadIdx.x; at < p.k; at += kRowThreads) {
       if (back[at] < 0 || back[at] >= p.k) continue;
       const int64_t cell = cells.insert(list[at]);
+      // A list that names an id twice has two threads say so.
       if (cell >= 0)
-        cells.sums[cell] = 1;
+        *static_cast<volatile unsigned*>(cells.sums + cell) = 1;
       else
         full = true;
     }

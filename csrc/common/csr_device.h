@@ -97,7 +97,8 @@ struct Cells {
   // The cell of a key, taken if need be; -1 where there is no room.
   __device__ __forceinline__ int64_t insert(int32_t key) const {
     if (kWide) {
-      keys[key] = key;
+      // Several threads may bring one key, while others look for it.
+      *static_cast<volatile int32_t*>(keys + key) = key;
       return key;
     }
     int64_t cell = home(key);

@@ -26,6 +26,8 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".build"
 # Whether this process runs under the sanitizers (tests/ops/test_host_sanitized.py starts such).
 SANITIZE = os.environ.get("DHCL_HOST_SANITIZE") == "1"
+# Whether it looks for races (races.py starts such).
+RACE = os.environ.get("DHCL_HOST_RACE") == "1"
 HEADER_SUFFIXES = {".h", ".hpp", ".cuh", ".inl"}
 
 FLAGS = [
@@ -39,7 +41,6 @@ FLAGS = [
     "-Werror",
     # `#pragma unroll` is nvcc's.
     "-Wno-unknown-pragmas",
-    "-shared",
     "-fPIC",
     # Without these two, modules built from different versions of one kernel and loaded into one
     # process would share each other's variables.
@@ -50,6 +51,14 @@ SANITIZE_FLAGS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
+]
+# The calls before every access; race.cpp answers them, so the compiler's own library is not linked.
+RACE_FLAGS = [
+    "-DDHCL_HOST_RACE",
+    "-fsanitize=thread",
+    "--param=tsan-distinguish-volatile=1",
+    # std::atomic's fences, which the emulator has none of.
+    "-Wno-tsan",
 ]
 
 
@@ -85,16 +94,28 @@ def sanitizer_env() -> dict[str, str]:
     }
 
 
+def race_missing() -> str | None:
+    """Why no module can be built with `race=True` here; None if all is there."""
+    probe = [compiler(), *RACE_FLAGS, "-fsyntax-only", "-x", "c++", os.devnull]
+    if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
+        return f"{compiler()} does not tell volatile accesses from others; g++ 11 and later does"
+    if shutil.which("addr2line") is None:
+        return "no addr2line, which names the lines of a race"
+    return None
+
+
 def load(
     name: str,
     sources: Sequence[Path],
     include_dirs: Iterable[Path] = (),
     sanitize: bool = False,
+    race: bool = False,
 ) -> ModuleType:
     """Compiles `sources` into the extension module `name`, unless that was done before; imports it.
 
     `.cu` files are compiled as C++ against cuda_host.h, whose folder is always on the include path.
     With `sanitize`, the process must have been started with `sanitizer_env()`.
+    With `race`, a launch throws if its kernel has a data race (race.h).
     Raises RuntimeError with the compiler's output if it fails.
     """
     if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
@@ -102,7 +123,7 @@ def load(
             "a module built with sanitize=True loads only into a process started with "
             "build.sanitizer_env()"
         )
-    path = compile_module(name, sources, include_dirs, sanitize)
+    path = compile_module(name, sources, include_dirs, sanitize, race)
     # pybind11 gives back a module that it has loaded before under the same full name, even from
     # another file; the folder's name has the hash in it.
     full_name = f"{path.parent.name}.{name}"
@@ -119,6 +140,7 @@ def compile_module(
     sources: Sequence[Path],
     include_dirs: Iterable[Path] = (),
     sanitize: bool = False,
+    race: bool = False,
 ) -> Path:
     """The first half of `load`: the path of the compiled module."""
     import pybind11
@@ -131,15 +153,19 @@ def compile_module(
     # -isystem: no warnings from headers that are not ours.
     for path in system:
         command += ["-isystem", path]
+    runs = [[*command, "-shared"]]
     for source in sources:
-        command += ["-x", "c++", str(source)]
+        runs[0] += ["-x", "c++", str(source)]
+    if race:
+        sources.append(HERE / "race.cpp")
+        runs = _race_runs(command, sources)
 
     files = set(sources)
     for folder in {*includes, *(source.parent for source in sources)}:
         files |= {p for p in folder.rglob("*") if p.suffix in HEADER_SUFFIXES and p.is_file()}
     digest = hashlib.sha256()
     version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
-    for part in [name, sys.version, pybind11.__version__, *command]:
+    for part in [name, sys.version, pybind11.__version__, *(word for run in runs for word in run)]:
         digest.update(part.encode() + b"\0")
     digest.update(version)
     for file in sorted(files):
@@ -154,13 +180,24 @@ def compile_module(
     # replaces one finished file by another.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch, target.name)
-        result = subprocess.run(
-            [*command, "-o", str(built)], capture_output=True, text=True, check=False
-        )
-        if result.returncode != 0:
-            raise RuntimeError(f"building {name} failed:\n{' '.join(command)}\n{result.stderr}")
+        runs[-1] += ["-o", str(built)]
+        for run in runs:
+            result = subprocess.run(run, capture_output=True, text=True, check=False, cwd=scratch)
+            if result.returncode != 0:
+                raise RuntimeError(f"building {name} failed:\n{' '.join(run)}\n{result.stderr}")
         os.replace(built, target)
     return target
+
+
+def _race_runs(command: Sequence[str], sources: Sequence[Path]) -> list[list[str]]:
+    """The compiler's command lines, run in a folder for objects; the last source is race.cpp."""
+    runs = []
+    for number, source in enumerate(sources):
+        last = number == len(sources) - 1
+        flags = ["-O2", "-DDHCL_HOST_RACE"] if last else RACE_FLAGS
+        runs.append([*command, *flags, "-x", "c++", "-c", str(source), "-o", f"{number}.o"])
+    objects = [f"{number}.o" for number in range(len(sources))]
+    return [*runs, [compiler(), "-shared", *objects]]
 
 
 def _library(file: str) -> str:

@@ -22,11 +22,12 @@
 //                       threads and blocks take their turns; a result that depends on it is a race.
 //   DHCL_HOST_ABORT     1: print the first error and abort where it happens, for a debugger.
 //
-// What it does not do: blocks do not overlap and threads switch only where they wait, so it finds
-// no race that needs true concurrency, and a thread that spins on a flag hangs unless it calls
-// __nanosleep(). Static __shared__ variables are function-local statics: they are not reset between
-// blocks. nvcc fuses a*b+c by default, this does not; where bits matter, kernels must use __fmul_rn
-// and its kin, or __fmaf_rn, which mean the same on both sides.
+// What it does not do: blocks do not overlap and threads switch only where they wait, so results
+// show no race that needs true concurrency (race.h finds those, in a build of its own), and a
+// thread that spins on a flag hangs unless it calls __nanosleep(). Static __shared__ variables are
+// function-local statics: they are not reset between blocks. nvcc fuses a*b+c by default, this does
+// not; where bits matter, kernels must use __fmul_rn and its kin, or __fmaf_rn, which mean the same
+// on both sides.
 #pragma once
 
 #ifdef __CUDACC__
@@ -65,6 +66,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "race.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -287,6 +290,7 @@ struct Collective {
   const char* name;
   void (*complete)(Thread* threads, uint32_t members);
   bool block_wide = false;
+  bool orders_memory = block_wide;
 };
 
 struct Thread {
@@ -348,6 +352,7 @@ class Machine {
     struct Scope {
       Machine& machine;
       ~Scope() {
+        race::end_launch();
         machine.shared_.reset();
         machine.current_ = nullptr;
         machine.owner_ = std::thread::id();
@@ -361,6 +366,13 @@ class Machine {
     block_size = config.block;
     shared_.reset(new unsigned char[config.shared_bytes]);
     set_up_threads();
+    race::begin_launch(static_cast<unsigned>(threads_.size()), shared_.get(), config.shared_bytes);
+    // Of static storage, as __shared__ memory is.
+    race::exempt(this, sizeof(*this));
+    race::exempt(&thread_index, sizeof(thread_index));
+    race::exempt(&block_index, sizeof(block_index));
+    race::exempt(&block_size, sizeof(block_size));
+    race::exempt(&grid_size, sizeof(grid_size));
 
     const uint64_t blocks = uint64_t{config.grid.x} * config.grid.y * config.grid.z;
     std::vector<uint64_t> shuffled;
@@ -376,12 +388,18 @@ class Machine {
       block_index = {static_cast<unsigned>(b % config.grid.x),
                      static_cast<unsigned>(b / config.grid.x % config.grid.y),
                      static_cast<unsigned>(b / config.grid.x / config.grid.y)};
+      race::begin_block(b);
       run_block();
     }
+    const std::string races = race::end_launch();
+    if (!races.empty())
+      throw Error(
+          format("cuda_host: data race in kernel %s:%s", config.kernel_name, races.c_str()));
   }
 
   /// Waits until all live threads of the block have come here.
   uint64_t meet_block(const Collective& collective, uint64_t value, const char* file, int line) {
+    const race::Watch off(false);
     Thread& self = arrive(collective, ~0u, value, 0, file, line);
     ++block_waiting_;
     release_block_if_complete();
@@ -392,6 +410,7 @@ class Machine {
   /// Waits until all live lanes in `mask` have come here with the same mask.
   uint64_t meet_warp(const Collective& collective, uint32_t mask, uint64_t value,
                      unsigned source_lane, const char* file, int line) {
+    const race::Watch off(false);
     Thread& self = arrive(collective, mask, value, source_lane, file, line);
     warps_[self.linear / kWarpLanes].waiting |= 1u << lane();
     release_warp_if_complete(self.linear / kWarpLanes, mask);
@@ -401,21 +420,30 @@ class Machine {
 
   /// Lets every other runnable thread of the block run first.
   void yield() {
+    const race::Watch off(false);
     if (current_ == nullptr) return;
     push_ready(*current_);
     suspend();
   }
 
   [[noreturn]] void fail_here(const std::string& what, const char* file, int line) {
+    const race::Watch off(false);
     throw Error(format("%s [%s, %s:%d]", what.c_str(), where().c_str(), base_name(file), line));
   }
 
   bool in_kernel() const { return owner_.load() == std::this_thread::get_id() && current_; }
-  unsigned lane() const { return current_ == nullptr ? 0 : current_->linear % kWarpLanes; }
+  unsigned lane() const {
+    const race::Watch off(false);
+    return current_ == nullptr ? 0 : current_->linear % kWarpLanes;
+  }
   uint32_t live_lanes() const {
+    const race::Watch off(false);
     return current_ == nullptr ? 1u : warps_[current_->linear / kWarpLanes].live;
   }
-  void* shared() const { return shared_.get(); }
+  void* shared() const {
+    const race::Watch off(false);
+    return shared_.get();
+  }
 
   void set_schedule(const std::string& text) {
     Schedule::parse(text);  // complain here, not at the next launch
@@ -548,6 +576,7 @@ class Machine {
       next.fiber = idle_.back();
       idle_.pop_back();
     }
+    race::run_thread(next.linear, next.fiber->stack_bottom, next.fiber->stack_size);
     return *next.fiber;
   }
 
@@ -579,6 +608,7 @@ class Machine {
 
   void run_thread(Thread& self) {
     try {
+      const race::Watch on(true);
       call_(call_context_);
     } catch (const Cancelled&) {
     } catch (...) {
@@ -650,6 +680,7 @@ class Machine {
         return;
     }
     first->at->complete(threads_.data(), static_cast<uint32_t>(threads_.size()));
+    race::block_barrier(first->file, first->line);
     block_waiting_ = 0;
     for_each_thread([this](Thread& t) {
       if (t.done) return;
@@ -669,6 +700,7 @@ class Machine {
       if (t.at != first.at || t.mask != mask) return;
     }
     first.at->complete(lanes, members);
+    if (first.at->orders_memory) race::warp_barrier(w, members, first.file, first.line);
     warp.waiting &= ~members;
     for (unsigned i = 0; i < kWarpLanes; ++i) {
       const unsigned lane = schedule_.order == Schedule::kReverse ? kWarpLanes - 1 - i : i;
@@ -874,7 +906,7 @@ inline constexpr Collective kSyncThreads{"__syncthreads", complete_nothing, true
 inline constexpr Collective kSyncCount{"__syncthreads_count", complete_block<CountNonzero>, true};
 inline constexpr Collective kSyncAnd{"__syncthreads_and", complete_block<AllNonzero>, true};
 inline constexpr Collective kSyncOr{"__syncthreads_or", complete_block<AnyNonzero>, true};
-inline constexpr Collective kSyncWarp{"__syncwarp", complete_nothing};
+inline constexpr Collective kSyncWarp{"__syncwarp", complete_nothing, false, true};
 inline constexpr Collective kBallot{"__ballot_sync", complete_ballot};
 inline constexpr Collective kAny{"__any_sync", complete_any};
 inline constexpr Collective kAll{"__all_sync", complete_all};
@@ -1351,11 +1383,22 @@ CUDA_HOST_STORE(__stwb)
 CUDA_HOST_STORE(__stwt)
 #undef CUDA_HOST_STORE
 
-#define CUDA_HOST_ATOMIC(name, type, expression) \
-  inline type name(type* address, type value) {  \
-    const type old = *address;                   \
-    *address = static_cast<type>(expression);    \
-    return old;                                  \
+// The detector of races says who called, so these are functions of their own there.
+#ifdef DHCL_HOST_RACE
+#define CUDA_HOST_ATOMIC_INLINE __attribute__((noinline)) inline
+#else
+#define CUDA_HOST_ATOMIC_INLINE inline
+#endif
+#define CUDA_HOST_ATOMIC_ACCESS(address)                                                          \
+  ::cuda_host::race::strong_access(address, sizeof(*address), true, __builtin_return_address(0)); \
+  const ::cuda_host::race::Watch off(false)
+
+#define CUDA_HOST_ATOMIC(name, type, expression)                 \
+  CUDA_HOST_ATOMIC_INLINE type name(type* address, type value) { \
+    CUDA_HOST_ATOMIC_ACCESS(address);                            \
+    const type old = *address;                                   \
+    *address = static_cast<type>(expression);                    \
+    return old;                                                  \
   }
 // Signed sums wrap on the device; through unsigned they do here too.
 CUDA_HOST_ATOMIC(atomicAdd, int, static_cast<unsigned>(old) + static_cast<unsigned>(value))
@@ -1392,17 +1435,20 @@ CUDA_HOST_ATOMIC(atomicInc, unsigned, old >= value ? 0 : old + 1)
 CUDA_HOST_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
 #undef CUDA_HOST_ATOMIC
 
-#define CUDA_HOST_CAS(type)                                        \
-  inline type atomicCAS(type* address, type compare, type value) { \
-    const type old = *address;                                     \
-    if (old == compare) *address = value;                          \
-    return old;                                                    \
+#define CUDA_HOST_CAS(type)                                                         \
+  CUDA_HOST_ATOMIC_INLINE type atomicCAS(type* address, type compare, type value) { \
+    CUDA_HOST_ATOMIC_ACCESS(address);                                               \
+    const type old = *address;                                                      \
+    if (old == compare) *address = value;                                           \
+    return old;                                                                     \
   }
 CUDA_HOST_CAS(int)
 CUDA_HOST_CAS(unsigned)
 CUDA_HOST_CAS(unsigned long long)
 CUDA_HOST_CAS(unsigned short)
 #undef CUDA_HOST_CAS
+#undef CUDA_HOST_ATOMIC_ACCESS
+#undef CUDA_HOST_ATOMIC_INLINE
 
 // ------------------------------------------------------------------------------------------------
 // Bits
