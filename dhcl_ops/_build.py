@@ -298,12 +298,14 @@ def _ninja_folder() -> str | None:
 
 
 def cache_root() -> Path:
-    """A writable folder for built libraries, made if missing.
+    """A folder for built libraries which this user alone can write, made if missing.
 
     ``$DHCL_CACHE``, else ``$XDG_CACHE_HOME/dhcl_ops``, else ``~/.cache/dhcl_ops``; where that
     can't be written (a read-only home), a private folder of this user below the system's temporary
-    one.
+    one. Code is loaded from here, so :mod:`dhcl_ops._trust` judges every level of the path.
     """
+    from dhcl_ops import _trust
+
     if os.environ.get("DHCL_CACHE"):
         wanted = [Path(os.environ["DHCL_CACHE"])]
     else:
@@ -313,10 +315,7 @@ def cache_root() -> Path:
     problems = []
     for folder in wanted:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if folder.stat().st_uid != os.getuid():
-                # Code is loaded from here: a folder someone else made is not to be trusted.
-                raise PermissionError(f"{folder} belongs to another user")
+            _trust.make_folder(folder)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
@@ -356,9 +355,13 @@ def _quiet_cpp_extension() -> Iterator[None]:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a record beside the library, whole or not at all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        json.dump(data, file, indent=1)
-    os.replace(name, path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(data, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,57 +374,197 @@ class Built:
     record: dict[str, Any]
 
 
+RETRY = "after mending it, retry with `python -m dhcl_ops --rebuild`"
+# What a build says that was stopped from outside; the same build may well work the next time.
+STOPPED = re.compile(
+    r"\bKilled\b|signal terminated program|due to signal|\bsignal \d+|interrupted by user"
+    r"|No space left on device|Disk quota exceeded|Read-only file system|Input/output error"
+    r"|Cannot allocate memory|out of memory|virtual memory exhausted|bad_alloc|Bus error"
+    r"|Stale file handle|Too many open files|Resource temporarily unavailable"
+)
+# What compilers and linkers say of sources that are wrong.
+WRONG = re.compile(r"\berror\b|undefined reference", re.IGNORECASE)
+
+
+def wait_limit() -> float:
+    """Seconds to wait for another process's build: ``$DHCL_BUILD_WAIT``, 900 if that is not set."""
+    text = os.environ.get("DHCL_BUILD_WAIT", "") or "900"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 1e6:
+        raise BuildError(
+            f"DHCL_BUILD_WAIT must be seconds from 0 to 1000000 (got {text!r})",
+            "set it to a number, or leave it out",
+        )
+    return seconds
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A record of this user's alone; empty where there is none that can be read."""
+    from dhcl_ops import _trust
+
+    try:
+        _trust.check_file(path)
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+class _Place:
+    """The folder of one key: the library, the record of how it came to be, and of failures."""
+
+    def __init__(self, plan: Plan) -> None:
+        from dhcl_ops import _trust
+
+        self.plan = plan
+        self.folder = cache_root() / f"{NAME}-{plan.key}"
+        self.folder.mkdir(exist_ok=True, mode=0o700)
+        _trust.check_folder(self.folder)
+        self.library = self.folder / f"{NAME}.so"
+        self.record = self.folder / "built.json"
+        self.failed = self.folder / "failed.json"
+        self.log = self.folder / "build.log"
+        self.holder = self.folder / "building.json"
+
+    def found(self) -> tuple[Built | None, str]:
+        """The library, if it is as it was built; else why it is not, empty if there is none."""
+        from dhcl_ops import _trust
+
+        if not os.path.lexists(self.library) or not os.path.lexists(self.record):
+            return None, ""
+        record = _read_json(self.record)
+        if "sha256" not in record:
+            return None, f"{self.record} is damaged"
+        try:
+            _trust.check_file(self.library)
+            whole = _checksum(self.library) == record["sha256"]
+        except OSError as error:
+            return None, str(error)
+        if not whole:
+            return None, f"{self.library} is not as it was built"
+        return Built(self.library, None, self.plan.cuda, record), ""
+
+    def clear(self) -> None:
+        """Take out all files, so that no part of a damaged build is taken for a good one."""
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def keep(self, seconds: float) -> Built:
+        """Write the record of a library that was just built."""
+        self.library.chmod(0o700)
+        record = {
+            "seconds": round(seconds, 1),
+            "sources": source_hash(),
+            "sha256": _checksum(self.library),
+            **self.plan.describe(),
+        }
+        write_json(self.record, record)
+        return Built(self.library, seconds, self.plan.cuda, record)
+
+
 def build(plan: Plan, announce: Any = lambda text: None) -> Built:
     """Build the library, or find it already built under the plan's key.
 
-    ``announce`` is called with one line when a compilation really starts. One process builds;
-    others wait for it and take its result. Raises :class:`BuildError` naming the log if it fails.
+    ``announce`` is called with one line when a compilation really starts, when a library that lies
+    there is damaged and is built again, and when another process builds and is waited for. One
+    process builds; others take its result. A library is taken only if its checksum is that of its
+    record. Raises :class:`BuildError`, which names the log where the sources do not compile.
     """
-    from filelock import FileLock
-
-    folder = cache_root() / f"{NAME}-{plan.key}"
-    record_path = folder / "built.json"
-    failed_path = folder / "failed.json"
-    log_path = folder / "build.log"
-    library = folder / f"{NAME}.so"
-
-    def existing() -> Built | None:
-        if record_path.is_file() and library.is_file():
-            return Built(library, None, plan.cuda, json.loads(record_path.read_text()))
-        return None
-
-    found = existing()
-    if found:
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    # A lock of the operating system: it goes when its holder dies, however it dies.
-    with FileLock(folder.with_suffix(".lock")):
-        found = existing()
+    try:
+        place = _Place(plan)
+        found, _ = place.found()
         if found:
             return found
-        if failed_path.is_file():
-            raise BuildError(
-                f"the build failed before, see {log_path}",
-                "after mending it, retry with `python -m dhcl_ops --rebuild`",
-            )
-        announce(f"building the C++{' and CUDA' if plan.cuda else ''} kernels, once, into {folder}")
-        # torch's own lock file outlives a killed build and would make us wait for ever. We hold the
-        # lock that counts, so what is left there is stale.
-        (folder / "lock").unlink(missing_ok=True)
-        started = time.monotonic()
+        with _lock_of(place, announce):
+            return _build_locked(place, announce)
+    except OSError as error:
+        raise BuildError(
+            f"no library can be kept in the cache: {error}",
+            "mend that, or name another folder in DHCL_CACHE",
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock_of(place: _Place, announce: Any) -> Iterator[None]:
+    """One builder at a time. Who has to wait says for whom, and does so for a bounded time."""
+    import filelock
+
+    # A lock of the operating system: it goes when its holder dies, however it dies.
+    lock = filelock.FileLock(place.folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        limit = wait_limit()
+        holder = _read_json(place.holder)
+        who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
+        since = f"since {holder['since']}" if "since" in holder else "since an unknown time"
+        announce(f"waiting up to {limit:g} s for {who}, which builds into {place.folder} {since}")
         try:
-            _compile(plan, folder)
-        except Exception as error:
-            log_path.write_text(str(error))
-            write_json(failed_path, {"error": str(error)[:2000], **plan.describe()})
+            lock.acquire(timeout=limit)
+        except filelock.Timeout:
             raise BuildError(
-                f"the kernels did not compile, see {log_path}",
-                "after mending it, retry with `python -m dhcl_ops --rebuild`",
-            ) from error
-        seconds = time.monotonic() - started
-        record = {"seconds": round(seconds, 1), "sources": source_hash(), **plan.describe()}
-        write_json(record_path, record)
-        return Built(library, seconds, plan.cuda, record)
+                f"{who} has been building into {place.folder} {since}, waited {limit:g} s for it",
+                "wait for it or end it; DHCL_BUILD_WAIT sets how long to wait, DHCL_CACHE another "
+                "folder",
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build_locked(place: _Place, announce: Any) -> Built:
+    """What :func:`build` does once no other process builds."""
+    found, damage = place.found()
+    if found:
+        return found
+    if "error" in _read_json(place.failed):
+        raise BuildError(f"the build failed before, see {place.log}", RETRY)
+    if damage:
+        announce(f"{damage}: it is built again")
+    place.clear()
+    kind = "C++ and CUDA" if place.plan.cuda else "C++"
+    announce(f"building the {kind} kernels, once, into {place.folder}")
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    write_json(place.holder, {"pid": os.getpid(), "host": platform.node(), "since": now})
+    started = time.monotonic()
+    try:
+        _compile(place.plan, place.folder)
+    except Exception as error:
+        raise _failure(place, error) from error
+    finally:
+        place.holder.unlink(missing_ok=True)
+    return place.keep(time.monotonic() - started)
+
+
+def _failure(place: _Place, error: Exception) -> BuildError:
+    """What to raise for a build that failed; remembered only if the sources are to blame."""
+    text = str(error)
+    with contextlib.suppress(OSError):
+        place.log.write_text(text)
+    stopped = STOPPED.search(text)
+    if stopped or not WRONG.search(text.removeprefix("Error building extension")):
+        how = f" ({stopped[0]})" if stopped else ""
+        return BuildError(
+            f"the compiler was stopped{how}, see {place.log}", "the next start tries again"
+        )
+    with contextlib.suppress(OSError):
+        write_json(place.failed, {"error": text[:2000], **place.plan.describe()})
+    return BuildError(f"the kernels did not compile, see {place.log}", RETRY)
 
 
 def _compile(plan: Plan, folder: Path) -> None:

@@ -78,8 +78,11 @@ def _prebuilt() -> tuple[Status | None, str]:
     if not PREBUILT.is_file():
         return None, "no prebuilt library in this installation"
     record_path = PREBUILT.with_suffix(".json")
-    record = json.loads(record_path.read_text()) if record_path.is_file() else {}
-    if record.get("sources") != _build.source_hash():
+    try:
+        record = json.loads(record_path.read_text())
+    except (OSError, ValueError):
+        record = {}
+    if not isinstance(record, dict) or record.get("sources") != _build.source_hash():
         return None, f"{PREBUILT} was made from other sources"
     problem = _load(PREBUILT)
     if problem:

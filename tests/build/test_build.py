@@ -251,6 +251,34 @@ def test_killed_half_way_and_retried(checkout, tmp_path):
     assert "building" in lines_of(err)[0]
 
 
+def test_killed_compiler_then_damaged_library(checkout, tmp_path):
+    """A compiler that is killed once is no failure for good; a library cut short is not loaded."""
+    marker, wrapper = tmp_path / "kill me", tmp_path / "compiler"
+    marker.touch()
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        # Not where torch or we ask for the version.
+        f'case "$*" in *.cpp*) [ -e "{marker}" ] && rm "{marker}" && kill -9 $$;; esac\n'
+        'exec c++ "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    cache = tmp_path / "cache"
+    env = environment(cache, CXX=wrapper, DHCL_CUDA="off")
+    report, err = probe(checkout, env)
+    assert report["how"] == "reference"
+    assert "the compiler was stopped" in lines_of(err)[-1]
+    assert "the next start tries again" in lines_of(err)[-1]
+    report, err = probe(checkout, env)
+    assert report["how"] == "built"
+    [library] = libraries(cache)
+    whole = library.stat().st_size
+    os.truncate(library, whole // 2)
+    report, err = probe(checkout, env)
+    assert report["how"] == "built"
+    assert "is not as it was built: it is built again" in lines_of(err)[0]
+    assert library.stat().st_size == whole
+
+
 def test_two_processes_at_once(checkout, tmp_path):
     env = environment(tmp_path)
     processes = [start(checkout, env) for _ in range(2)]
