@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["NpyRows", "only_writer", "write_atomic"]
+__all__ = ["NpyRows", "only_writer", "write_atomic", "write_together"]
 
 # Bytes of a write, so that an error comes soon after the disk is full.
 _PIECE = 1 << 20
@@ -44,6 +46,35 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_together(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
+    """Write files into a folder: a new folder is whole or not there, an old one keeps its others.
+
+    In a folder that is there, all are written to the disk under other names before the first one
+    gets its own, so that a full disk changes nothing; they are then renamed one by one, in the
+    order given.
+
+    Raises:
+        OSError: with the folder as it was, but for a crash between two renames.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    there = folder.is_dir()
+    home = folder if there else folder.parent
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=home))
+    try:
+        for name, data in files.items():
+            write_atomic(partial / name, data)
+        if there:
+            for name in files:
+                (partial / name).replace(folder / name)
+        else:
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

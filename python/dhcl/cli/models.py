@@ -74,6 +74,8 @@ class ExportArguments:
     """File to write the features to, .npz or .parquet."""
     onnx: Path | None = None
     """File to write the model to as ONNX: images (batch, 3, H, W), RGB in [0, 1], to features."""
+    pretrained: Path | None = None
+    """Folder to write the model to as on the Hugging Face hub: safetensors, config.json, a card."""
     weights: Path | None = None
     """File to write a plain state dict to, which can be loaded without dhcl."""
     which: Which = "last"
@@ -89,8 +91,11 @@ class ExportArguments:
 
 def export(given: ExportArguments) -> None:
     """Write what is asked for: weights, ONNX, features."""
-    if given.features is None and given.onnx is None and given.weights is None:
-        raise ConfigError("export: what must be said: --features FOLDER, --onnx or --weights FILE")
+    if not any((given.features, given.onnx, given.weights, given.pretrained)):
+        raise ConfigError(
+            "export: what must be said: --features FOLDER, --pretrained FOLDER, --onnx or "
+            "--weights FILE"
+        )
     if (given.features is None) != (given.out is None):
         raise ConfigError("features and out: a folder of images and a file go together")
     check_cameras(given.pattern, given.trained_cameras)
@@ -104,6 +109,10 @@ def export(given: ExportArguments) -> None:
         parts = Counter(name.split(".")[0] for name in shapes)
         listed = ", ".join(f"{count} of {part}" for part, count in parts.items())
         print(f"{given.weights}: {len(shapes)} tensors, {listed}")
+    if given.pretrained is not None:
+        model.save_pretrained(given.pretrained)
+        told = "with metrics" if model.metrics else "nothing was measured of it"
+        print(f"{given.pretrained}: the model for ReID.from_pretrained; its card: {told}")
     if given.onnx is not None:
         worst = export_onnx(model, given.onnx, camera=given.camera)
         height, width = model.image_size

@@ -22,6 +22,7 @@ from dhcl.files import write_atomic
 from dhcl.inference.reid import OnBad, ReID
 from dhcl.inference.writing import feature_writer
 from dhcl.models import MIN_IMAGES, CameraBatchNorm, ReIDModel
+from dhcl.models.tensors import safetensors_bytes
 from dhcl.words import first_line
 
 __all__ = ["export_features", "export_onnx", "export_weights", "plain_model"]
@@ -147,7 +148,7 @@ def _plain_norm(norm: CameraBatchNorm, camera: int | None) -> _BatchNorm:
 
 
 def export_weights(model: ReID, out: Path, *, camera: int | None = None) -> dict[str, torch.Size]:
-    """Write a plain state dict of floating tensors, for ``torch.load(out, weights_only=True)``.
+    """Write a plain state dict of floating tensors, as safetensors or by ``torch.save``.
 
     Names begin with ``backbone.``, ``neck.`` or ``pool.``. What follows ``backbone.`` is what
     torchvision or timm call it, so that it loads into their network; that of torchvision's residual
@@ -157,7 +158,7 @@ def export_weights(model: ReID, out: Path, *, camera: int | None = None) -> dict
 
     Args:
         model: whose weights.
-        out: file; whole, or not written at all.
+        out: file, of safetensors if its name ends so; whole, or not written at all.
         camera: as of :func:`plain_model`.
 
     Returns:
@@ -168,9 +169,12 @@ def export_weights(model: ReID, out: Path, *, camera: int | None = None) -> dict
         for name, tensor in plain_model(model.model, camera).state_dict().items()
         if tensor.is_floating_point()
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(out, buffer.getbuffer())
+    if out.suffix.lower() == ".safetensors":
+        write_atomic(out, safetensors_bytes(state))
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(out, buffer.getbuffer())
     return {name: tensor.shape for name, tensor in state.items()}
 
 

@@ -18,8 +18,17 @@ from tqdm import tqdm
 from dhcl.config import RUN_FILE, TrainConfig, read_run
 from dhcl.data import eval_loader, eval_transform, training_cameras
 from dhcl.data.lists import identifier
-from dhcl.errors import ConfigError, DataError
+from dhcl.errors import CheckpointError, ConfigError, DataError
+from dhcl.inference.card import model_card
 from dhcl.inference.features import unit_rows
+from dhcl.inference.hub import (
+    CONFIG_FILE,
+    Description,
+    find_folder,
+    is_model_folder,
+    read_folder,
+    write_folder,
+)
 from dhcl.inference.images import (
     Images,
     Source,
@@ -31,9 +40,10 @@ from dhcl.inference.images import (
 )
 from dhcl.inference.search import Found, search
 from dhcl.models import ReIDModel
-from dhcl.training.network import read_model
+from dhcl.training.network import read_model, restored
+from dhcl.training.record import measured
 from dhcl.words import show
-from dhcl_ops import Clustering, cluster
+from dhcl_ops import Clustering, __version__, cluster
 from dhcl_ops.defaults import ZHONG
 
 __all__ = ["Batch", "OnBad", "ReID"]
@@ -78,8 +88,10 @@ class ReID:
         run: Path,
         which: str = "last",
         device: str | torch.device = "cpu",
+        *,
+        told: Description | None = None,
     ) -> None:
-        self.config, self.run, self.which = config, run, which
+        self.config, self.run, self.which, self._told = config, run, which, told
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.dim, self.num_cameras = model.dim, model.num_cameras
@@ -96,8 +108,9 @@ class ReID:
         """Load the model of a run.
 
         Args:
-            run: its folder.
-            which: the last epoch's model, or the one that looked best by test mAP.
+            run: its folder, or one that :meth:`save_pretrained` wrote.
+            which: the last epoch's model, or the one that looked best by test mAP; a folder of
+                :meth:`save_pretrained` holds one model alone.
             device: ``auto`` takes a GPU where there is one; else any device of torch.
 
         Raises:
@@ -105,6 +118,8 @@ class ReID:
             CheckpointError: the checkpoint can't be read.
         """
         folder = Path(run).expanduser()
+        if not (folder / RUN_FILE).exists() and is_model_folder(folder):
+            return cls.from_pretrained(folder, device=device)
         config = read_run(folder)
         if which not in ("last", "best"):
             raise ConfigError(f"which: must be 'last' or 'best' (got {which!r})")
@@ -117,11 +132,120 @@ class ReID:
                 else f"it stopped before its first one; dhcl train --resume {show(folder)} goes on"
             )
             raise ConfigError(f"run: {show(folder)} has no checkpoint '{which}'; {advice}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device: torch sees no GPU (got {device})")
-        return cls(read_model(config.model, folder, which), config, folder, which, device)
+        place = _usable(device)
+        return cls(read_model(config.model, folder, which), config, folder, which, place)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> ReID:
+        """Load a model that :meth:`save_pretrained` wrote, from a folder or the Hugging Face hub.
+
+        A folder is read without a network, wherever it lies now; so is a repository that is in the
+        cache of huggingface_hub. The weights are safetensors: no code in them is run.
+
+        Args:
+            name: a folder; else the name of a repository, ``owner/name``.
+            device: as of :meth:`load`.
+            revision, cache_dir, local_files_only, token: as of
+                ``huggingface_hub.snapshot_download``.
+
+        Raises:
+            ConfigError: no such folder, or not one of a dhcl model.
+            CheckpointError: weights that can't be read, or are of another model than
+                ``config.json``.
+            UnavailableWeights: the repository is neither in the cache nor to be downloaded.
+        """
+        place = _usable(device)
+        folder = find_folder(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        state, told = read_folder(folder)
+        try:
+            model = restored(told.config.model, state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"model: the weights in {show(folder)} are not those that {CONFIG_FILE} describes "
+                f"({error})"
+            ) from error
+        reid = cls(model, told.config, folder, told.which, place, told=told)
+        if reid.id != told.fingerprint:
+            raise CheckpointError(
+                f"model: the weights in {show(folder)} are not those that {CONFIG_FILE} describes "
+                f"(fingerprint {reid.id[:12]}, expected {told.fingerprint[:12]}); save the model "
+                "anew"
+            )
+        return reid
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, name: str | None = None) -> Path:
+        """Write the model to a folder that can be moved, sent, or uploaded to the Hugging Face hub.
+
+        It holds ``model.safetensors``, ``config.json``, and a card ``README.md`` with what was
+        measured of the model. Nothing in them names a place on this machine. A new folder is whole
+        or not there; in one that is there, other files and a card of your own stay.
+
+        Args:
+            folder: where to.
+            name: of the model, in the card; by default the folder's.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: a file in place of the folder, or a model of another library in it.
+        """
+        out = Path(folder).expanduser()
+        model = self.model
+        about = {
+            "backbone": self.config.model.backbone,
+            "dim": self.dim,
+            "image_size": list(self.image_size),
+            "mean": list(model.mean),
+            "std": list(model.std),
+        }
+        told = Description(
+            config=self.config,
+            which=self.which,
+            fingerprint=self.id,
+            num_cameras=self.num_cameras,
+            cameras=self._camera_names(),
+            metrics=self.metrics,
+            version=__version__,
+            about=about,
+        )
+        write_folder(out, model.state_dict(), told, model_card(name or out.resolve().name, told))
+        return out
+
+    def _camera_table(self) -> dict[int | str, int]:
+        """Index of each of the training's cameras, as its paths name it."""
+        if self._told is None:
+            data = self.config.data
+            return training_cameras(data.data, data.root or Path(), data.pattern)
+        names = self._told.cameras
+        if names is None:
+            file = self.run / CONFIG_FILE
+            raise DataError(f"cameras: {show(file)} does not say those of the training")
+        return {name: index for index, name in enumerate(names) if name != -1}
+
+    def _camera_names(self) -> tuple[int | str, ...] | None:
+        """Names of the cameras with statistics of their own, by index; None if not known."""
+        try:
+            table = self._camera_table()
+        except DataError:
+            return None
+        names = {index: name for name, index in table.items() if index < self.num_cameras}
+        return tuple(names.get(index, -1) for index in range(self.num_cameras))
 
     def __repr__(self) -> str:
         return f"ReID({self.model.description}; {show(self.run)}, {self.which}, {self.id[:12]})"
@@ -141,6 +265,11 @@ class ReID:
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What the training measured of this very model, as in ``metrics.json``; may be empty."""
+        return measured(self.run, self.which) if self._told is None else dict(self._told.metrics)
+
     def camera_indices(self, names: Sequence[int | str]) -> list[int]:
         """Indices, as :meth:`features` takes them, of cameras as training paths name them.
 
@@ -150,12 +279,12 @@ class ReID:
         Raises:
             DataError: the cameras of the training are unknown.
         """
-        data = self.config.data
         try:
-            table = training_cameras(data.data, data.root or Path(), data.pattern)
+            table = self._camera_table()
         except DataError as error:
-            hint = f"; root in {show(self.run / RUN_FILE)} says where the training's images are"
-            raise DataError(f"{error}{hint}") from error
+            file = self.run / RUN_FILE
+            hint = f"; root in {show(file)} says where the training's images are"
+            raise DataError(f"{error}{hint if file.exists() else ''}") from error
         return [table.get(identifier(str(name)), -1) for name in names]
 
     # ---- features ----
@@ -390,6 +519,15 @@ class ReID:
         if len(wrong):
             raise ValueError(f"{name}: rows must be finite and not 0 (got row {int(wrong[0])})")
         return unit
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, where ``auto`` is a GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: torch sees no GPU (got {device})")
+    return torch.device(device)
 
 
 def _plain(values: Any) -> Any:

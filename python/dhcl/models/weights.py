@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dhcl.errors import UnavailableWeights
+from dhcl.models.tensors import is_safetensors, read_safetensors
 from dhcl.words import first_line
 
 __all__ = [
@@ -71,7 +72,7 @@ class LoadReport:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """The tensors in a .safetensors file or one that :func:`torch.save` wrote.
+    """The tensors in a .safetensors file, a folder that holds one, or a file of :func:`torch.save`.
 
     Tensors may lie under ``state_dict`` or ``model``, as in checkpoints of trainers. Files are read
     with ``weights_only=True``: code in them is not run.
@@ -81,16 +82,13 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         ValueError: a file of another kind, damaged, or without tensors.
     """
     path = Path(path)
+    if is_safetensors(path):
+        return read_safetensors(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights: no such file: {path}")
     content: Any
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"weights: {path} is damaged, not a PyTorch file, or holds more than tensors; "

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from dhcl.config import ModelOptions
 from dhcl.errors import ConfigError, UnavailableWeights
 from dhcl.models import ReIDModel, build_model
 from dhcl.training.checkpoint import load_checkpoint
 
-__all__ = ["make_model", "read_model", "without_weights"]
+__all__ = ["make_model", "read_model", "restored", "without_weights"]
 
 
 def make_model(options: ModelOptions, cameras: int, seed: int) -> ReIDModel:
@@ -51,7 +54,19 @@ def read_model(options: ModelOptions, run: Path, which: str = "last") -> ReIDMod
     file = run / "checkpoints" / f"{which}.pt"
     if not file.exists():
         raise ConfigError(f"run: there is no checkpoint {file}")
-    state = load_checkpoint(file)["model"]
+    return restored(options, load_checkpoint(file)["model"])
+
+
+def restored(options: ModelOptions, state: Mapping[str, torch.Tensor]) -> ReIDModel:
+    """The model of these options with these tensors, in training mode, on the CPU.
+
+    Args:
+        options: those of the model that the tensors are of.
+        state: all its tensors, by name.
+
+    Raises:
+        RuntimeError: tensors are missing, too many or of another shape.
+    """
     cameras = next((v for k, v in state.items() if k.endswith("camera_images")), ())
     model = make_model(without_weights(options), len(cameras), seed=0)
     model.load_state_dict(state)

@@ -21,7 +21,11 @@ from dhcl.config import (
 from dhcl.training.checkpoint import CheckpointError, Progress, load_checkpoint
 from dhcl.words import show
 
-__all__ = ["Record", "read_record"]
+__all__ = ["CHOSEN_BY", "Record", "measured", "read_record"]
+
+
+CHOSEN_BY = "test mAP: looked up, not a fair result"
+"""How the epoch of the model that looked best was chosen."""
 
 
 @dataclass
@@ -96,6 +100,27 @@ def read_record(run: Path) -> Record:
     _read_metrics(record)
     _read_checkpoint(record)
     return record
+
+
+def measured(run: Path, which: str) -> dict[str, Any]:
+    """What was measured of the very model in a checkpoint of a run; empty where nothing was.
+
+    Metrics of a run that has been trained further since are of another model.
+
+    Args:
+        run: its folder.
+        which: ``last`` or ``best``.
+    """
+    try:
+        state = load_checkpoint(run / "checkpoints" / f"{which}.pt")
+        if which == "best":
+            return {**state["metrics"], "chosen_by": CHOSEN_BY}
+        metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())["last"]
+        at = state["progress"]
+        done = at["epoch"] == metrics["epoch"] + 1 and not at["iteration"]
+    except (CheckpointError, OSError, ValueError, LookupError, TypeError):
+        return {}
+    return metrics if done else {}
 
 
 def _read_options(record: Record) -> None:

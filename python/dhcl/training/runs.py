@@ -25,6 +25,7 @@ from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import WITHIN_CAMERA, Evaluator, IdentityObserver
 from dhcl.training.network import make_model, read_model, without_weights
+from dhcl.training.record import CHOSEN_BY
 from dhcl.training.trackers import check_trackers
 from dhcl.training.trainer import Trainer, fingerprint
 
@@ -226,7 +227,7 @@ def _report(
     if best:
         if best["mAP"] <= last["mAP"]:
             best = results["last"]
-        results["best"] = {**best, "chosen_by": "test mAP: looked up, not a fair result"}
+        results["best"] = {**best, "chosen_by": CHOSEN_BY}
         rows[f"best, looked up by test mAP (epoch {best['epoch'] + 1})"] = best
     write_atomic(config.run / "metrics.json", json.dumps(results, indent=1).encode())
     if trainer.log:
