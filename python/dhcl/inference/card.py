@@ -71,6 +71,8 @@ def _measured(description: Description) -> str:
         rows[f"{description.which}, re-ranked"] = metrics["reranked"]
     text = f"On `{description.config.data.data}`, in percent, {metrics['queries']:,} queries:\n\n"
     text += table(rows)
+    if "protocol" in metrics:
+        text += f"\n\nProtocol: {metrics['protocol']}."
     if "chosen_by" in metrics:
         text += f"\n\nThe epoch was chosen by {metrics['chosen_by']}."
     return text

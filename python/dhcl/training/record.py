@@ -113,14 +113,15 @@ def measured(run: Path, which: str) -> dict[str, Any]:
     """
     try:
         state = load_checkpoint(run / "checkpoints" / f"{which}.pt")
+        stored: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+        protocol = {"protocol": stored["protocol"]} if "protocol" in stored else {}
         if which == "best":
-            return {**state["metrics"], "chosen_by": CHOSEN_BY}
-        metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())["last"]
-        at = state["progress"]
+            return {**state["metrics"], "chosen_by": CHOSEN_BY, **protocol}
+        at, metrics = state["progress"], stored["last"]
         done = at["epoch"] == metrics["epoch"] + 1 and not at["iteration"]
     except (CheckpointError, OSError, ValueError, LookupError, TypeError):
         return {}
-    return metrics if done else {}
+    return {**metrics, **protocol} if done else {}
 
 
 def _read_options(record: Record) -> None:

@@ -177,6 +177,15 @@ def test_metrics_of_another_model_are_not_told(model, run, tmp_path):
         assert "model-index" not in card
 
 
+def test_another_protocol_is_told(run, tmp_path):
+    """Where matches within the camera count, the figures mean something else."""
+    changed = shutil.copytree(run, tmp_path / "changed")
+    file = changed / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "protocol": "within the camera"}))
+    saved = ReID.load(changed, device="cpu").save_pretrained(tmp_path / "saved")
+    assert "Protocol: within the camera." in (saved / "README.md").read_text()
+
+
 def test_metrics_of_the_best_are_its_own(pictures, tmp_path):
     run = make_run(pictures, tmp_path / "run", epochs=2, eval_every=1)
     best = ReID.load(run, "best", device="cpu")
