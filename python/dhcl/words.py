@@ -7,12 +7,17 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["did_you_mean", "duration", "first_line", "first_ones", "plain", "show"]
+__all__ = ["counted", "did_you_mean", "duration", "first_line", "first_ones", "plain", "show"]
 
 
 def show(path: Path | str) -> str:
     """The path as text that can always be printed, whatever bytes its name holds."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def counted(count: int, what: str) -> str:
+    """``1 image``, ``2,000 images``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def did_you_mean(name: str, known: Iterable[str], *, before: str = "; ") -> str:

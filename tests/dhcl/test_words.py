@@ -2,7 +2,7 @@ import signal
 
 import pytest
 from dhcl import errors
-from dhcl.words import did_you_mean, first_line, first_ones, show
+from dhcl.words import counted, did_you_mean, first_line, first_ones, show
 
 
 def test_the_nearest_name_is_offered_whatever_its_case_and_punctuation():
@@ -18,6 +18,10 @@ def test_long_lists_end_with_how_many_are_left_out():
     assert first_ones(["a", "b", "c"], 2) == ["a", "b", "and 1 more"]
     assert first_ones([str(i) for i in range(2010)])[9:] == ["9", "and 2,000 more"]
     assert first_ones([]) == []
+
+
+def test_one_of_a_thing_is_singular():
+    assert [counted(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
 
 
 def test_the_first_line_of_an_error():

@@ -17,6 +17,7 @@ from dhcl.cli.shared import (
     hint_cameras,
     op_progress,
     options_checked,
+    print_other_kinds,
 )
 from dhcl.errors import ConfigError
 from dhcl_ops.defaults import SPCL, ZHONG
@@ -101,6 +102,7 @@ def _of_folder(given: ClusterArguments) -> _Rows:
     from dhcl.inference.reid import ReID
 
     model = ReID.load(given.run, given.which, given.reading.device)
+    print_other_kinds([given.features])
     paths = image_files(given.features)
     names = [path.relative_to(given.features).as_posix() for path in paths]
     cameras = None

@@ -16,6 +16,7 @@ from dhcl.cli.shared import (
     hint_cameras,
     op_progress,
     options_checked,
+    print_other_kinds,
 )
 from dhcl.errors import ConfigError
 from dhcl.words import show
@@ -61,6 +62,8 @@ def index(given: IndexArguments) -> None:
         raise ConfigError("add, sync and remove: choose one")
     from dhcl.inference.update import remove_images
 
+    if not given.remove:
+        print_other_kinds(given.gallery)
     with options_checked():
         if given.remove:
             done = remove_images(given.out, given.gallery)
@@ -145,6 +148,7 @@ def search(given: SearchArguments) -> None:
     from dhcl.inference.lookup import look_up, read_queries
 
     there = Index.open(given.index)
+    print_other_kinds(given.query)
     queries = read_queries(there, given.query)
     if given.other_cameras and all(each.camera == -1 for each in queries):
         raise ConfigError(

@@ -16,6 +16,7 @@ from dhcl.cli.shared import (
     hint_cameras,
     options_checked,
     print_left_out,
+    print_other_kinds,
 )
 from dhcl.errors import ConfigError
 
@@ -122,6 +123,7 @@ def export(given: ExportArguments) -> None:
         )
     if given.features is not None and given.out is not None:
         hint_cameras(model, given.pattern, given.trained_cameras)
+        print_other_kinds([given.features])
         with options_checked():
             rows, left_out = export_features(
                 model,

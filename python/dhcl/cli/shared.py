@@ -27,6 +27,7 @@ __all__ = [
     "op_progress",
     "options_checked",
     "print_left_out",
+    "print_other_kinds",
 ]
 
 Which = Literal["last", "best"]
@@ -84,6 +85,16 @@ def print_left_out(lines: Sequence[str]) -> None:
     if lines:
         head = f"left out, {len(lines):,} images that can't be read:"
         print("\n  ".join(map(show, [head, *first_ones(lines)])), file=sys.stderr)
+
+
+def print_other_kinds(places: Sequence[Path]) -> None:
+    """Count the files of folders that are of no kind that is read, to stderr."""
+    from dhcl.data.folders import look_below, other_kinds
+
+    for place in places:
+        if place.is_dir():
+            for line in other_kinds(look_below(place)[1]):
+                print(f"{show(place)}: {line}", file=sys.stderr)
 
 
 def check_cameras(pattern: str | None, trained_cameras: bool) -> None:

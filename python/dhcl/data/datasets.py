@@ -18,7 +18,9 @@ from dhcl.words import show
 __all__ = ["load_data", "training_cameras"]
 
 
-def load_data(name: str, root: str | Path, *, pattern: str | None = None) -> ReIDData:
+def load_data(
+    name: str, root: str | Path, *, pattern: str | None = None, training: bool = True
+) -> ReIDData:
     """Find a data set's files and read identities and cameras off their names or lists.
 
     No image is opened; :func:`dhcl.data.check_images` does that.
@@ -28,18 +30,22 @@ def load_data(name: str, root: str | Path, *, pattern: str | None = None) -> ReI
             version it finds and says which; ``msmt17_v1`` and ``msmt17_v2`` refuse the other.
             ``cuhk03-np`` takes the detected boxes where both kinds are there. ``vehicleid`` is the
             smallest test list, 800 vehicles. ``market1501`` serves any data in that layout.
-        root: the data set's folder, or one that holds it under its usual name.
+        root: the data set's folder, or one that holds it, alone or under its usual name.
         pattern: for ``folder`` only, a regular expression with a group named ``id``, or
             ``camera``, or both, searched in each path below the root, written with ``/``:
             ``(?P<camera>cam\\d+)/(?P<id>[^/]+)/``. What the groups hold may be any text. Whole
             numbers keep their value as identity, and -1 is junk; other texts are numbered after
             them in sorted order. Cameras are numbered from 0 in sorted order. Images that do not
             match are unknown (-1). Without a pattern nothing is known.
+        training: images to train on must be there; without, a published data set may have queries
+            and gallery alone, to evaluate on.
 
     A ``folder`` is searched through all levels, in sorted order, without hidden files. Folders
-    ``train`` (or ``bounding_box_train``), ``query`` and ``gallery`` (or ``bounding_box_test``)
-    directly in it are the splits if there are at least two of them; otherwise everything is to
-    train on.
+    ``train`` (or ``train_all``, ``bounding_box_train``, ``image_train``), ``query`` (or ``probe``,
+    ``image_query``) and ``gallery`` (or ``test``, ``bounding_box_test``, ``image_test``) directly
+    in it, or in the only folder in it that has such, are the splits if there are at least two of
+    them; ``test`` may hold ``query`` and ``gallery``. Otherwise everything is to train on. What is
+    left out is counted in the description: images in none of the splits, and files of other kinds.
 
     Raises:
         DataError: no such name (with the nearest), folders or files missing (with the tree that
@@ -55,14 +61,18 @@ def load_data(name: str, root: str | Path, *, pattern: str | None = None) -> ReI
     if pattern is not None:
         raise DataError(f"{key}: a pattern is for 'folder' only (got {pattern!r})")
     if key.startswith("msmt17"):
-        return load_msmt17(key, root)
-    if key.startswith("cuhk03"):
-        return load_cuhk03(key, root)
-    if key.startswith("vehicleid"):
-        return load_vehicleid(FAMILIES.get(key, (key,))[0], root)
-    home = find_layout(key, root)
-    notes = veri_lists(home) if key == "veri776" else []
-    return load_named(key, home, LAYOUTS[key].folders, notes)
+        data = load_msmt17(key, root, training)
+    elif key.startswith("cuhk03"):
+        data = load_cuhk03(key, root, training)
+    elif key.startswith("vehicleid"):
+        data = load_vehicleid(FAMILIES.get(key, (key,))[0], root, training)
+    else:
+        home = find_layout(key, root, training)
+        notes = veri_lists(home) if key == "veri776" else []
+        data = load_named(key, home, LAYOUTS[key].folders, notes)
+    if training and not len(data.train):
+        raise DataError(f"{key}: no images to train on in {show(data.root)}")
+    return data
 
 
 def training_cameras(name: str, root: str | Path, pattern: str | None) -> dict[int | str, int]:

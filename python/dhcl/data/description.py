@@ -8,7 +8,6 @@ import numpy as np
 
 from dhcl.data.layouts import LAYOUTS, SPLITS, Layout
 from dhcl.data.lists import ImageList, ReIDData
-from dhcl.errors import DataError
 from dhcl.words import show
 
 __all__ = ["reid_data"]
@@ -22,13 +21,8 @@ def reid_data(key: str, home: Path, splits: list[ImageList], notes: list[str]) -
         home: folder of the images.
         splits: training images, queries and gallery.
         notes: further lines of the description.
-
-    Raises:
-        DataError: a published data set without images to train on.
     """
     layout = LAYOUTS.get(key)
-    if layout and not len(splits[0]):
-        raise DataError(f"{key}: no images to train on in {show(home)}")
     text = _describe(layout, key, home, splits, notes)
     return ReIDData(key, home, splits[0], splits[1], splits[2], text)
 

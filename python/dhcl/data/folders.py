@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dhcl.data.description import reid_data
 from dhcl.data.lists import ReIDData, identifier, image_list
 from dhcl.errors import DataError
-from dhcl.words import show
+from dhcl.words import counted, first_ones, show
 
-__all__ = ["IMAGE_SUFFIXES", "files_below", "image_files", "load_folder", "path_reader"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "image_files",
+    "load_folder",
+    "look_below",
+    "other_kinds",
+    "path_reader",
+    "split_folders",
+]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# Names of folders that are the splits, if at least two of them are there.
+# Names of folders that are the splits, if at least two of them are there; the first ones count.
+# As in Market-1501 and VeRi-776, in lists of train, query (or probe) and test, and as layumi's
+# Person_reID_baseline_pytorch prepares data: its train_all is train and val together.
 _SPLIT_FOLDERS = (
-    ("train", "bounding_box_train"),
-    ("query",),
-    ("gallery", "bounding_box_test"),
+    ("train_all", "train", "bounding_box_train", "image_train"),
+    ("query", "probe", "image_query"),
+    ("gallery", "bounding_box_test", "image_test", "test"),
 )
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Images below a folder, sorted by path; hidden files and what macOS leaves are skipped."""
+def look_below(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Images below a folder, sorted by path, and how many other files by their suffix.
+
+    Hidden files and what macOS leaves are skipped.
+    """
     found: list[Path] = []
+    others: Counter[str] = Counter()
     seen: set[str] = set()
     for where, inside, names in os.walk(folder, followlinks=True):
         # A link to a folder above would lead round in circles.
@@ -36,12 +51,25 @@ def files_below(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         inside[:] = sorted(d for d in inside if not d.startswith(".") and d != "__MACOSX")
-        found += (
-            Path(where, name)
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        )
-    return sorted(found, key=Path.as_posix)
+        for name in names:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                found.append(Path(where, name))
+            else:
+                others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+    return sorted(found, key=Path.as_posix), others
+
+
+def other_kinds(others: Counter[str]) -> list[str]:
+    """A line that counts files of other kinds by suffix, if there are any."""
+    if not others:
+        return []
+    return [f"Left out: {counted(others.total(), 'file')} of other kinds ({_kinds(others)})."]
+
+
+def _kinds(others: Counter[str]) -> str:
+    return ", ".join(first_ones([f"{show(s)} {count:,}" for s, count in sorted(others.items())]))
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -54,12 +82,17 @@ def image_files(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing"
         raise DataError(f"images: must be a folder (got {what} at {show(folder)})")
-    files = files_below(folder)
+    files, others = look_below(folder)
     if not files:
-        raise DataError(
-            f"images: none in {show(folder)} (looked for {' '.join(IMAGE_SUFFIXES)} on all levels)"
-        )
+        raise DataError(_no_images("images: none", folder, others))
     return files
+
+
+def _no_images(what: str, folder: Path, others: Counter[str]) -> str:
+    """That there are none in a folder, what was looked for, and what there is instead."""
+    instead = f"; there are {_kinds(others)}" if others else ""
+    looked = f"looked for {' '.join(IMAGE_SUFFIXES)} on all levels"
+    return f"{what} in {show(folder)} ({looked}{instead})"
 
 
 def path_reader(pattern: str | None) -> Callable[[str], tuple[int | str, int | str]]:
@@ -85,20 +118,17 @@ def path_reader(pattern: str | None) -> Callable[[str], tuple[int | str, int | s
 
 def load_folder(root: Path, pattern: str | None) -> ReIDData:
     """The data set ``folder`` of :func:`dhcl.data.load_data`."""
-    folders = [
-        next((root / name for name in names if (root / name).is_dir()), None)
-        for names in _SPLIT_FOLDERS
-    ]
-    if sum(folder is not None for folder in folders) < 2:
-        folders = [root, None, None]
-    files = [files_below(folder) if folder else [] for folder in folders]
+    notes: list[str] = []
+    home, folders = _find_splits(root, notes)
+    looked = [look_below(folder) if folder else ([], Counter[str]()) for folder in folders]
+    files = [images for images, _ in looked]
+    others = sum((kinds for _, kinds in looked), Counter[str]())
     every = [path for split in files for path in split]
     if not every:
-        raise DataError(
-            f"folder: no images in {show(root)} (looked for {' '.join(IMAGE_SUFFIXES)} "
-            "on all levels)"
-        )
-    notes: list[str] = []
+        raise DataError(_no_images("folder: no images", root, others))
+    if home is not None:
+        _count_left_out(root, home, folders, set(every), notes)
+    notes += other_kinds(others)
     ids = cameras = [-1] * len(every)
     if pattern is not None:
         texts = _matched(pattern, root, every, notes)
@@ -109,6 +139,69 @@ def load_folder(root: Path, pattern: str | None) -> ReIDData:
         part = slice(start, start := start + len(split))
         splits.append(image_list(split, ids[part], cameras[part]))
     return reid_data("folder", root, splits, notes)
+
+
+def _find_splits(root: Path, notes: list[str]) -> tuple[Path | None, list[Path | None]]:
+    """The folder that holds the splits, and theirs; where there is none, all is to train on."""
+    folders = split_folders(root)
+    if folders:
+        return root, folders
+    inside = [
+        (each, found) for each in _subfolders(root).values() if (found := split_folders(each))
+    ]
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = " and ".join(show(each.name) + "/" for each, _ in inside)
+        notes.append(
+            f"{names} have splits each; all their images are to train on. To evaluate, name one "
+            "of them as the root."
+        )
+    return None, [root, None, None]
+
+
+def split_folders(home: Path) -> list[Path | None]:
+    """The folders of training images, queries and gallery in a folder; empty if it has no two."""
+    there = _subfolders(home)
+    folders = [
+        next((there[name] for name in names if name in there), None) for names in _SPLIT_FOLDERS
+    ]
+    if "test" in there and folders[2] == there["test"] and folders[1] is None:
+        below = split_folders(there["test"])
+        if below and below[1] and below[2]:
+            folders[1:] = below[1:]
+    return folders if sum(folder is not None for folder in folders) >= 2 else []
+
+
+def _subfolders(folder: Path) -> dict[str, Path]:
+    """Folders directly in a folder by their names in lower case, without hidden ones."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return {name.lower(): folder / name for name in names}
+
+
+def _count_left_out(
+    root: Path, home: Path, folders: list[Path | None], used: set[Path], notes: list[str]
+) -> None:
+    """Say which folders are the splits, where that is not plain, and count all other images."""
+    outside: Counter[str] = Counter()
+    for path in look_below(root)[0]:
+        if path in used:
+            continue
+        start = home if home in path.parents else root
+        inside = path.relative_to(start).parts
+        place = start / inside[0] if len(inside) > 1 else start
+        outside[f"{place.relative_to(root).as_posix()}/"] += 1
+    if home == root and not outside:
+        return
+    names = [f"{each.relative_to(root).as_posix()}/" for each in folders if each]
+    notes.append(f"The splits are {show(', '.join(names))}.")
+    if outside:
+        parts = [
+            f"{counted(count, 'image')} in {'the root itself' if place == './' else show(place)}"
+            for place, count in sorted(outside.items())
+        ]
+        notes.append(f"Left out: {', '.join(first_ones(parts))}.")
 
 
 def _matched(

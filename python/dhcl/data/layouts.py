@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dhcl.errors import DataError
-from dhcl.words import did_you_mean, plain, show
+from dhcl.words import did_you_mean, first_ones, plain, show
 
 __all__ = [
     "DATASETS",
@@ -26,6 +26,7 @@ __all__ = [
     "find_layout",
     "has_all",
     "missing_layout",
+    "needed",
     "resolve",
     "usual_places",
 ]
@@ -191,6 +192,11 @@ def has_all(folder: Path, entries: Iterable[str]) -> bool:
     return all(child(folder, entry) for entry in entries)
 
 
+def needed(layout: Layout, training: bool) -> list[str]:
+    """The entries of a layout's tree that must be there, with those to train on or without."""
+    return [e for e in layout.tree if training or "train" not in e.rstrip("/").rsplit("/", 1)[-1]]
+
+
 def usual_places(root: Path, homes: tuple[str, ...]) -> list[Path]:
     """The root, folders in it with a usual name, and such folders in those."""
     places, level = [root], [root]
@@ -201,29 +207,49 @@ def usual_places(root: Path, homes: tuple[str, ...]) -> list[Path]:
     return places
 
 
-def find_layout(key: str, root: Path) -> Path:
-    """The folder in which a layout's whole tree lies: the root, or one in it with a usual name.
+def find_layout(key: str, root: Path, training: bool = True) -> Path:
+    """The folder in which a layout's whole tree lies: the root, or one in it.
+
+    Folders in it have a usual name, or else are the only one with that tree whose name is not that
+    of another data set.
+
+    Args:
+        key: name of the layout.
+        root: where to look.
+        training: what is to train on must be there too.
 
     Raises:
         DataError: as :func:`missing_layout` puts it.
     """
     layout = LAYOUTS[key]
+    entries = needed(layout, training)
     for place in usual_places(root, layout.homes):
-        if has_all(place, layout.tree):
+        if has_all(place, entries):
             return place
-    raise missing_layout(key, root)
+    others = {home for each in LAYOUTS.values() for home in each.homes}
+    inside = [p for p in sorted(root.glob("*")) if p.is_dir() and p.name.lower() not in others]
+    found = [place for place in inside if has_all(place, entries)]
+    if len(found) > 1:
+        names = " and ".join(show(place.name) for place in found)
+        raise DataError(f"{key}: the root must be one data set (got {names} in {show(root)})")
+    if found:
+        return found[0]
+    raise missing_layout(key, root, training)
 
 
-def missing_layout(key: str, root: Path) -> DataError:
+def missing_layout(key: str, root: Path, training: bool = True) -> DataError:
     """An error that says what is missing where most of the tree is, and what the tree must be."""
     layout = LAYOUTS[key]
     best = max(
         usual_places(root, layout.homes), key=lambda p: sum(bool(child(p, e)) for e in layout.tree)
     )
-    absent = [entry for entry in layout.tree if child(best, entry) is None]
+    absent = [entry for entry in needed(layout, training) if child(best, entry) is None]
     width = max(map(len, layout.tree)) + 2
     tree = "\n".join(f"    {e:<{width}}{what}".rstrip() for e, what in layout.tree.items())
+    there = [p for p in sorted(root.glob("*")) if p.is_dir() and not p.name.startswith(".")]
+    folders = ", ".join(first_ones([f"{show(p.name)}/" for p in there])) or "no folders"
     return DataError(
         f"{key}: {', '.join(absent)} missing in {show(best)}\nExpected of {layout.title}, in that "
-        f"folder or in one named {' or '.join(layout.homes)} within:\n{tree}"
+        f"folder or in one named {' or '.join(layout.homes)} within:\n{tree}\n"
+        f"There are {folders}; --data folder reads other layouts of train, query and gallery."
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dhcl.data.description import reid_data
-from dhcl.data.folders import files_below
+from dhcl.data.folders import look_below, other_kinds
 from dhcl.data.layouts import (
     FAMILIES,
     LAYOUTS,
@@ -17,6 +18,7 @@ from dhcl.data.layouts import (
     find_layout,
     has_all,
     missing_layout,
+    needed,
     usual_places,
 )
 from dhcl.data.lists import ImageList, ReIDData, image_list
@@ -29,10 +31,16 @@ __all__ = ["load_cuhk03", "load_msmt17", "load_named", "load_vehicleid", "veri_l
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
 
 
-def _named_files(key: str, folder: Path) -> ImageList:
-    """Images whose names begin with identity and camera, as in Market-1501."""
+def _named_files(key: str, folder: Path | None, others: Counter[str]) -> ImageList:
+    """Images whose names begin with identity and camera, as in Market-1501.
+
+    Files of other kinds are added to ``others``. Of no folder there are none.
+    """
+    if folder is None:
+        return image_list([], [], [])
     numbers = LAYOUTS[key].camera_numbers
-    paths = files_below(folder)
+    paths, kinds = look_below(folder)
+    others += kinds
     matches = [_NAME.match(path.name) for path in paths]
     strange = [path for path, match in zip(paths, matches, strict=True) if match is None]
     if strange:
@@ -55,8 +63,9 @@ def load_named(
     key: str, home: Path, folders: tuple[str, ...], notes: Sequence[str] = ()
 ) -> ReIDData:
     """A data set whose file names tell identity and camera, a folder for each split."""
-    splits = [_named_files(key, child(home, folder) or home) for folder in folders]
-    return reid_data(key, home, splits, list(notes))
+    others: Counter[str] = Counter()
+    splits = [_named_files(key, child(home, folder), others) for folder in folders]
+    return reid_data(key, home, splits, [*notes, *other_kinds(others)])
 
 
 def veri_lists(home: Path) -> list[str]:
@@ -67,7 +76,7 @@ def veri_lists(home: Path) -> list[str]:
         folder = child(home, f"image_{split}")
         if listed and folder:
             names = {line.strip() for line in _lines(listed)}
-            extra = sum(path.name not in names for path in files_below(folder))
+            extra = sum(path.name not in names for path in look_below(folder)[0])
             if extra:
                 notes.append(f"{extra:,} images of image_{split} are not in {listed.name}.")
     return notes
@@ -95,14 +104,14 @@ def _listed(key: str, path: Path) -> list[tuple[str, int]]:
     return pairs
 
 
-def load_msmt17(key: str, root: Path) -> ReIDData:
+def load_msmt17(key: str, root: Path, training: bool) -> ReIDData:
     """MSMT17 of the version asked for, or of the one that is there."""
     homes = ("msmt17", "msmt17_v1", "msmt17_v2")
     market = LAYOUTS["market1501"].folders
     found: dict[str, Path] = {}
     for place in usual_places(root, homes):
         for version in FAMILIES["msmt17"]:
-            if has_all(place, LAYOUTS[version].tree):
+            if has_all(place, needed(LAYOUTS[version], training)):
                 found.setdefault(version, place)
         # Repacked in Market-1501's layout, only the folder's name tells the version.
         if place.name.lower() in FAMILIES["msmt17"] and has_all(place, market):
@@ -117,18 +126,20 @@ def load_msmt17(key: str, root: Path) -> ReIDData:
                 f"{key}: must be {LAYOUTS[key].title} (got {LAYOUTS[other].title} in "
                 f"{show(place)}); results on the two differ, since V2 has blurred faces"
             )
-        raise missing_layout(version, root)
+        raise missing_layout(version, root, training)
     home = found[version]
-    if not has_all(home, LAYOUTS[version].tree):
+    if not has_all(home, needed(LAYOUTS[version], training)):
         return load_named(version, home, market, ["Repacked in Market-1501's layout."])
     train, test = (child(home, folder) or home for folder in LAYOUTS[version].folders)
     splits = [_msmt17_list(version, home, f"list_{s}.txt", test) for s in ("query", "gallery")]
-    training = _msmt17_list(version, home, "list_train.txt", train)
     notes = []
-    if child(home, "list_val.txt"):
-        training = _joined(training, _msmt17_list(version, home, "list_val.txt", train))
-        notes.append("Training images are those of list_train.txt and list_val.txt.")
-    return reid_data(version, home, [training, *splits], notes)
+    learned = image_list([], [], [])
+    if has_all(home, LAYOUTS[version].tree):
+        learned = _msmt17_list(version, home, "list_train.txt", train)
+        if child(home, "list_val.txt"):
+            learned = _joined(learned, _msmt17_list(version, home, "list_val.txt", train))
+            notes.append("Training images are those of list_train.txt and list_val.txt.")
+    return reid_data(version, home, [learned, *splits], notes)
 
 
 def _msmt17_list(key: str, home: Path, name: str, folder: Path) -> ImageList:
@@ -151,7 +162,7 @@ def _joined(first: ImageList, second: ImageList) -> ImageList:
     )
 
 
-def load_cuhk03(key: str, root: Path) -> ReIDData:
+def load_cuhk03(key: str, root: Path, training: bool) -> ReIDData:
     """CUHK03-NP with the boxes asked for, or with those that are there."""
     kinds = FAMILIES.get(key, (key,))
     for kind in kinds:
@@ -160,19 +171,24 @@ def load_cuhk03(key: str, root: Path) -> ReIDData:
         for place in usual_places(root, LAYOUTS[kind].homes):
             # A folder of another name may hold either kind: it is taken for the one asked for.
             fits = place.name.lower() == boxes or (kind == key and place.name.lower() != other)
-            if fits and has_all(place, LAYOUTS[kind].tree):
+            if fits and has_all(place, needed(LAYOUTS[kind], training)):
                 both = kind != key and child(place.parent, other)
                 notes = [f"The {other} boxes are here too: cuhk03-np-{other}."] if both else []
                 return load_named(kind, place, LAYOUTS[kind].folders, notes)
-    raise missing_layout(kinds[0], root)
+            if has_all(place, needed(LAYOUTS[kind], training)) and place.name.lower() != other:
+                raise DataError(
+                    f"{key}: nothing tells the boxes in {show(place)}; name cuhk03-np-detected or "
+                    "cuhk03-np-labeled"
+                )
+    raise missing_layout(kinds[0], root, training)
 
 
-def load_vehicleid(key: str, root: Path) -> ReIDData:
+def load_vehicleid(key: str, root: Path, training: bool) -> ReIDData:
     """VehicleID, split by its lists; no camera is known."""
-    home = find_layout(key, root)
+    home = find_layout(key, root, training)
     images = child(home, "image") or home
-    lists = [entry for entry in LAYOUTS[key].tree if entry.endswith(".txt")]
-    train, test = (_listed(key, child(home, entry) or home / entry) for entry in lists)
+    lists = [child(home, entry) for entry in LAYOUTS[key].tree if entry.endswith(".txt")]
+    train, test = (_listed(key, path) if path else [] for path in lists)
     gallery: dict[int, tuple[str, int]] = {}
     for pair in test:
         gallery.setdefault(pair[1], pair)

@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 
-def find_data(options: DataOptions) -> ReIDData:
-    """Load the lists of a data set; no image is opened.
+def find_data(options: DataOptions, *, training: bool = True) -> ReIDData:
+    """Load the lists of a data set, with images to train on or without; no image is opened.
 
     Raises:
         ConfigError: the options name no root. DataError: as :func:`dhcl.data.load_data`.
@@ -47,7 +47,7 @@ def find_data(options: DataOptions) -> ReIDData:
     if options.root is None:
         raise ConfigError("root: where the images lie must be given (got None)")
     try:
-        return load_data(options.data, options.root, pattern=options.pattern)
+        return load_data(options.data, options.root, pattern=options.pattern, training=training)
     except DataError as error:
         if options.root.expanduser().exists():
             raise
@@ -55,9 +55,18 @@ def find_data(options: DataOptions) -> ReIDData:
         raise DataError(f"{error}{hint}") from error
 
 
-def open_data(options: DataOptions, engine: Engine, *, quiet: bool = False) -> ReIDData:
-    """Load the data set, say what it holds, and check every image."""
-    data = find_data(options)
+def open_data(
+    options: DataOptions, engine: Engine, *, quiet: bool = False, training: bool = True
+) -> ReIDData:
+    """Load the data set, say what it holds, and check every image.
+
+    Args:
+        options: say where it is.
+        engine: its first process looks at the images.
+        quiet: say nothing but of bad images.
+        training: there must be images to train on; without, there may be.
+    """
+    data = find_data(options, training=training)
     if not quiet:
         engine.say(data.description)
     found: list[Any] = [None]
@@ -77,7 +86,7 @@ def open_data(options: DataOptions, engine: Engine, *, quiet: bool = False) -> R
         found = [lists]
     broadcast_object_list(found)
     data = dataclasses.replace(data, **found[0])
-    if len(data.train) < 2:
+    if training and len(data.train) < 2:
         raise ConfigError(f"root: at least 2 images to train on are needed (got {len(data.train)})")
     return data
 
@@ -210,6 +219,21 @@ def _say_within_camera(engine: Engine, data: ReIDData) -> None:
         engine.say(f"evaluation within the camera: {WITHIN_CAMERA}")
 
 
+def _why_not_evaluated(options: DataOptions, data: ReIDData) -> str:
+    found = f"{len(data.query):,} queries and {len(data.gallery):,} images in a gallery"
+    if not len(data.query) or not len(data.gallery):
+        return (
+            f"to evaluate on, {options.root} must hold the folders query/ and gallery/ "
+            f"(got {found}; {len(data.train):,} images to train on)"
+        )
+    if not data.query.num_ids:
+        return (
+            f"the identities of the queries must be known (got {found}, and the pattern "
+            f"{options.pattern!r}); --pattern says where they stand, in a group named id"
+        )
+    return f"{options.root} has no queries with their identity in a gallery (got {found})"
+
+
 def _report(
     config: TrainConfig,
     engine: Engine,
@@ -251,15 +275,18 @@ def evaluate_run(
     """
     engine = Engine(config)
     model = read_model(config.model, run, which).to(engine.device)
-    data = open_data(config.data, engine)
+    data = open_data(config.data, engine, training=False)
     if not data.can_evaluate:
-        raise ConfigError(
-            f"root: {config.data.root} has no queries with their identity in a gallery"
-        )
+        raise ConfigError(f"root: {_why_not_evaluated(config.data, data)}")
     _say_within_camera(engine, data)
     if same_data is None:
         trained_on = load_checkpoint(run / "checkpoints" / "last.pt")["images"]
         same_data = fingerprint(data.train) == trained_on
+        if model.num_cameras and not len(data.train):
+            engine.say(
+                "hint: the training images are not here, by which cameras are known to be those of "
+                "the training; statistics of all cameras together are used"
+            )
     metrics = Evaluator(engine, data, model, same_cameras=same_data)(
         model, reranked=config.evaluation.rerank
     )

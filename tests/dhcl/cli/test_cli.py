@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -104,6 +105,59 @@ def test_commands_and_their_help(capsys):
 def test_eval_of_what_is_no_run(tmp_path, capsys):
     assert main(["eval", str(tmp_path)]) == 2
     assert "is not the folder of a run, it has no config.yaml" in capsys.readouterr().err
+
+
+def test_eval_needs_nothing_to_train_on(pictures, run, tmp_path, capsys):
+    assert main(["eval", str(run), "--workers", "0"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| last")]
+    for name, query, gallery in (
+        ("published", "query", "bounding_box_test"),
+        ("own", "probe", "test"),
+    ):
+        shutil.copytree(pictures / "query", tmp_path / name / query)
+        shutil.copytree(pictures / "bounding_box_test", tmp_path / name / gallery)
+    given = ["eval", str(run), "--workers", "0", "--root"]
+    assert main([*given, str(tmp_path / "published")]) == 0
+    said = capsys.readouterr().out
+    assert "statistics of all cameras together" in said
+    pattern = ["--data", "folder", "--pattern", r"(?P<id>\d+)_c(?P<camera>\d+)"]
+    assert main([*given, str(tmp_path / "own"), *pattern]) == 0
+    same = capsys.readouterr().out
+    rows = [[x for x in text.splitlines() if x.startswith("| last")] for text in (said, same)]
+    assert rows[0] == rows[1]
+    assert len(table) == len(rows[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("folders", "pattern", "message"),
+    [
+        (["."], True, "must hold the folders query/ and gallery/ (got 0 queries and 0 images"),
+        (["train", "gallery"], True, "must hold the folders query/ and gallery/"),
+        (["query", "gallery"], False, "--pattern says where they stand, in a group named id"),
+    ],
+)
+def test_eval_says_what_a_folder_needs(pictures, run, tmp_path, capsys, folders, pattern, message):
+    for folder in folders:
+        shutil.copytree(pictures / "query", tmp_path / "root" / folder)
+    given = ["eval", str(run), "--data", "folder", "--root", str(tmp_path / "root")]
+    known = ["--pattern", r"(?P<id>\d+)_c(?P<camera>\d+)"] if pattern else []
+    assert main([*given, *known, "--workers", "0"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_commands_count_files_of_other_kinds(pictures, run, tmp_path, capsys):
+    shutil.copytree(pictures / "query", tmp_path / "crops")
+    for name in ("a.gif", "b.avif"):
+        (tmp_path / "crops" / name).write_bytes(b"x")
+    crops = str(tmp_path / "crops")
+    for given in (
+        ["index", crops, "--run", str(run), "--out", str(tmp_path / "index")],
+        ["search", str(tmp_path / "index"), crops],
+        ["cluster", crops, "--run", str(run), "--out", str(tmp_path / "labels.csv")],
+        ["export", str(run), "--features", crops, "--out", str(tmp_path / "f.npz")],
+    ):
+        assert main([*given, "--workers", "0"]) == 0
+        assert "2 files of other kinds (.avif 1, .gif 1)" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_package_imports_and_says_what_to_install(tmp_path):

@@ -70,6 +70,59 @@ def test_missing_names_only_what_is_missing(tmp_path):
         load_data("market1501", tmp_path)
 
 
+def test_a_root_one_level_too_high_is_entered(tmp_path):
+    home = market(tmp_path / "market copy")
+    assert load_data("market1501", tmp_path).root == home
+    # Data of another name in the same layout is another data set.
+    market(tmp_path / "dukemtmc")
+    assert load_data("market1501", tmp_path).root == home
+    market(tmp_path / "second copy")
+    with pytest.raises(DataError, match=r"one data set \(got market copy and second copy in"):
+        load_data("market1501", tmp_path)
+
+
+def test_boxes_that_nothing_tells_apart_are_to_be_named(tmp_path):
+    home = market(tmp_path / "boxes")
+    with pytest.raises(DataError, match="name cuhk03-np-detected or cuhk03-np-labeled"):
+        load_data("cuhk03-np", home)
+    assert len(load_data("cuhk03-np-labeled", home).train) == 4
+
+
+def test_missing_folders_name_what_is_there(tmp_path):
+    market(tmp_path, folders=("train_all", "query", "gallery"))
+    with pytest.raises(DataError) as caught:
+        load_data("market1501", tmp_path)
+    assert "There are gallery/, query/, train_all/; --data folder reads" in str(caught.value)
+
+
+def only_to_evaluate(name, home):
+    if "msmt17" in name:
+        msmt(home, 2 if "v2" in name else 1)
+        for place in (*home.glob("list_train.txt"), *home.glob("list_val.txt")):
+            place.unlink()
+        shutil.rmtree(home / ("mask_train_v2" if "v2" in name else "train"))
+    elif "vehicleid" in name:
+        vehicleid(home)
+        (home / "train_test_split" / "train_list.txt").unlink()
+    else:
+        veri = ("image_train", "image_query", "image_test")
+        cameras = (3, 12) if name == "personx" else (1, 2)
+        market(home, cameras=cameras, folders=veri if name == "veri776" else None)
+        shutil.rmtree(home / ("image_train" if name == "veri776" else "bounding_box_train"))
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "folder"])
+def test_nothing_to_train_on_is_needed_to_evaluate(tmp_path, name):
+    home = tmp_path / ("labeled" if "labeled" in name else "detected" if "cuhk" in name else name)
+    only_to_evaluate(name, home)
+    with pytest.raises(DataError, match="missing in"):
+        load_data(name, home)
+    data = load_data(name, home, training=False)
+    assert data.can_evaluate
+    assert len(data.train) == 0
+    assert all(path.is_file() for path in data.query.paths + data.gallery.paths)
+
+
 def test_roots_that_are_no_folder(tmp_path):
     with pytest.raises(DataError, match="got nothing at"):
         load_data("market1501", tmp_path / "none")
