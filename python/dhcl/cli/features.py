@@ -44,6 +44,8 @@ class ClusterArguments:
     """Checkpoint to use: of the last epoch, or of the one that looked best by test mAP."""
     key: str | None = None
     """Name of the features in the file, where it is not one of the usual names."""
+    transposed: bool = False
+    """Whether the features in the file are (d, N): a column for each image, not a row."""
     k1: int | None = None
     """Neighbours of the Jaccard distance (30, or the run's)."""
     k2: int | None = None
@@ -53,7 +55,7 @@ class ClusterArguments:
     min_samples: int | None = None
     """Number of images within eps that make one the core of a cluster (4, or the run's)."""
     pattern: str | None = None
-    """Regular expression that finds the camera in the paths of a folder, as in training."""
+    """Regular expression that finds identity and camera in the paths of a folder."""
     trained_cameras: bool = False
     """Whether the pattern's cameras are those of the training, so that their statistics count."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
@@ -66,10 +68,12 @@ class _Rows:
     features: torch.Tensor
     names: list[str]
     column: Literal["path", "row"]
+    ids: torch.Tensor | None  # (N,) int64, -1 for unknown ones; None where none is known
     numbers: dict[str, Any]  # k1, k2, eps and min_samples where nothing else is said
 
 
 _NUMBERS = ("k1", "k2", "eps", "min_samples")
+_SCORES = {"ari": "ARI", "nmi": "NMI", "purity": "purity"}
 
 
 def cluster(given: ClusterArguments) -> None:
@@ -80,6 +84,7 @@ def cluster(given: ClusterArguments) -> None:
     rows = _of_folder(given) if given.features.is_dir() else _of_file(given)
     import dhcl_ops
     from dhcl.inference.saved import write_labels
+    from dhcl.metrics import agreement
 
     chosen = {name: getattr(given, name) for name in _NUMBERS}
     numbers = rows.numbers | {n: value for n, value in chosen.items() if value is not None}
@@ -93,37 +98,47 @@ def cluster(given: ClusterArguments) -> None:
         f"{given.out}: {len(rows.names):,} images, {found.num_clusters:,} clusters{about}, "
         f"{found.num_outliers:,} in none ({used})"
     )
+    scores = {} if rows.ids is None else agreement(rows.ids, found.labels)
+    if scores and rows.ids is not None:
+        listed = ", ".join(f"{_SCORES[name]} {value:.3f}" for name, value in scores.items())
+        count = int((rows.ids >= 0).sum())
+        print(f"agreement with the identities of {count:,} images: {listed}")
 
 
 def _of_folder(given: ClusterArguments) -> _Rows:
     if given.run is None:
         raise ConfigError("run: for a folder of images a run must be given (--run RUN)")
+    import numpy as np
+
     from dhcl.data import image_files, path_reader
+    from dhcl.inference.features import common_numbers
     from dhcl.inference.reid import ReID
 
     model = ReID.load(given.run, given.which, given.reading.device)
     print_other_kinds([given.features])
     paths = image_files(given.features)
     names = [path.relative_to(given.features).as_posix() for path in paths]
+    known = [path_reader(given.pattern)(name) for name in names]
     cameras = None
     if given.trained_cameras:
-        read = path_reader(given.pattern)
-        cameras = model.camera_indices([read(name)[1] for name in names])
+        cameras = model.camera_indices([camera for _, camera in known])
     hint_cameras(model, given.pattern, given.trained_cameras)
     features, kept = extracted(model, paths, cameras, given.reading)
     numbers = {name: getattr(model.config.labels, name) for name in _NUMBERS}
-    return _Rows(features, [names[i] for i in kept], "path", numbers)
+    [ids] = common_numbers(np.array([known[i][0] for i in kept], dtype=object))
+    return _Rows(features, [names[i] for i in kept], "path", ids, numbers)
 
 
 def _of_file(given: ClusterArguments) -> _Rows:
     if given.run is not None:
         raise ConfigError(f"run: is for a folder of images (got the file {given.features})")
-    from dhcl.inference.features import read_features
+    from dhcl.inference.features import common_numbers, read_features
 
-    saved = read_features(given.features, key=given.key)
+    saved = read_features(given.features, key=given.key, transposed=given.transposed)
     names = list(saved.paths or map(str, range(len(saved))))
     numbers = {name: getattr(SPCL, name) for name in _NUMBERS}
-    return _Rows(saved.unit(), names, "path" if saved.paths else "row", numbers)
+    ids = None if saved.ids is None else common_numbers(saved.ids)[0]
+    return _Rows(saved.unit(), names, "path" if saved.paths else "row", ids, numbers)
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,8 @@ class RerankArguments:
     """Share of the original distance in the re-ranked one, from 0 to 1."""
     key: str | None = None
     """Name of the features in the files, where it is not one of the usual names."""
+    transposed: bool = False
+    """Whether the features in the files are (d, N): a column for each image, not a row."""
 
 
 def rerank(given: RerankArguments) -> None:
@@ -155,7 +172,7 @@ def rerank(given: RerankArguments) -> None:
     import dhcl_ops
     from dhcl.inference.saved import write_lists
 
-    query, gallery = _pair(given.query, given.gallery, given.key)
+    query, gallery = _pair(given)
     with options_checked(), op_progress() as progress:
         lists = dhcl_ops.rerank(
             query.unit(),
@@ -173,12 +190,13 @@ def rerank(given: RerankArguments) -> None:
     )
 
 
-def _pair(query: Path, gallery: Path, key: str | None) -> tuple[Features, Features]:
+def _pair(given: RerankArguments | MetricsArguments) -> tuple[Features, Features]:
     from dhcl.inference.features import check_pair, read_features
 
+    layout: dict[str, Any] = {"key": given.key, "transposed": given.transposed}
     pair = (
-        read_features(query, role="query", key=key),
-        read_features(gallery, role="gallery", key=key),
+        read_features(given.query, role="query", **layout),
+        read_features(given.gallery, role="gallery", **layout),
     )
     check_pair(*pair)
     return pair
@@ -196,6 +214,10 @@ class MetricsArguments:
     """Whether to evaluate with k-reciprocal re-ranking too."""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Distance between features; euclidean takes rows of any length as they are."""
+    ap: Literal["hits", "trapezoid"] = "hits"
+    """Average precision: mean at the hits, or the area by trapezoids of older Matlab code."""
+    ranks: tuple[int, ...] = (1, 5, 10)
+    """Ranks k for which to print the share of queries with a right match among the first k."""
     k1: int = ZHONG.k1
     """Neighbours of the re-ranking."""
     k2: int = ZHONG.k2
@@ -204,6 +226,8 @@ class MetricsArguments:
     """Share of the original distance in the re-ranked one, from 0 to 1."""
     key: str | None = None
     """Name of the features in the files, where it is not one of the usual names."""
+    transposed: bool = False
+    """Whether the features in the files are (d, N): a column for each image, not a row."""
     json: bool = False
     """Whether to print JSON in place of a table."""
 
@@ -213,12 +237,18 @@ def metrics(given: MetricsArguments) -> None:
     from dhcl.inference.saved import evaluate_saved
     from dhcl.metrics import table
 
-    query, gallery = _pair(given.query, given.gallery, given.key)
+    query, gallery = _pair(given)
     names = ("k1", "k2", "lambda_value")
     reranking = {name: getattr(given, name) for name in names} if given.rerank else None
     with options_checked(), op_progress() as progress:
         rows, kept = evaluate_saved(
-            query, gallery, metric=given.metric, reranking=reranking, progress=progress
+            query,
+            gallery,
+            metric=given.metric,
+            ap=given.ap,
+            ranks=given.ranks,
+            reranking=reranking,
+            progress=progress,
         )
     if given.json:
         print(json.dumps(rows, indent=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -39,6 +39,10 @@ class EvalArguments:
     """Checkpoint to use: of the last epoch, or of the one that looked best by test mAP."""
     rerank: bool = False
     """Whether to evaluate with k-reciprocal re-ranking too."""
+    ap: Literal["hits", "trapezoid"] = "hits"
+    """Average precision: mean at the hits, or the area by trapezoids of older Matlab code."""
+    ranks: tuple[int, ...] = (1, 5, 10)
+    """Ranks k for which to print the share of queries with a right match among the first k."""
     workers: int = 4
     """Number of processes that load images; 0 is the main one."""
 
@@ -60,7 +64,14 @@ def evaluate(given: EvalArguments) -> None:
     config = with_changes(config, changes)
     config.validate()
     # Images that were named are the run's own if they are those it was trained on.
-    evaluate_run(config, given.run, which=given.which, same_data=True if own else None)
+    evaluate_run(
+        config,
+        given.run,
+        which=given.which,
+        same_data=True if own else None,
+        ranks=given.ranks,
+        ap=given.ap,
+    )
 
 
 @dataclass(frozen=True)

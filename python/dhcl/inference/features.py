@@ -96,7 +96,9 @@ def unit_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values / lengths.float()[:, None], wrong
 
 
-def read_features(path: str | Path, *, role: Role = "", key: str | None = None) -> Features:
+def read_features(
+    path: str | Path, *, role: Role = "", key: str | None = None, transposed: bool = False
+) -> Features:
     """Read features and what lies beside them.
 
     A ``.npy`` file or a tensor in a ``.pt`` file is features alone. In other files features are
@@ -109,6 +111,7 @@ def read_features(path: str | Path, *, role: Role = "", key: str | None = None) 
         path: a file with one of :data:`FEATURE_SUFFIXES`.
         role: ``query`` or ``gallery``, for a file that holds both.
         key: name of the features where none of these fits.
+        transposed: the file has them as (d, N), a column for each image.
 
     Raises:
         FeatureError: no such file, another kind or a damaged one, no features in it (the names it
@@ -122,13 +125,13 @@ def read_features(path: str | Path, *, role: Role = "", key: str | None = None) 
             f"features: must be one of {' '.join(FEATURE_SUFFIXES)} (got {path.name})"
         )
     content = _content(path)
-    name, values = _matrix(path, content, role, key)
-    rows = len(values)
+    name, values = _matrix(path, content, role, key, transposed)
+    shape = tuple(values.shape)
     return Features(
         values=values,
-        ids=_column(path, content, "ids", role, rows),
-        cameras=_column(path, content, "cameras", role, rows),
-        paths=_paths(path, content, role, rows),
+        ids=_column(path, content, "ids", role, shape),
+        cameras=_column(path, content, "cameras", role, shape),
+        paths=_paths(path, content, role, shape),
         model=_model(content),
         file=path,
         keys=tuple(content) if name else (),
@@ -259,7 +262,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _matrix(
-    path: Path, content: Mapping[str, Any], role: Role, key: str | None
+    path: Path, content: Mapping[str, Any], role: Role, key: str | None, transposed: bool
 ) -> tuple[str, torch.Tensor]:
     if key is not None and key not in content:
         raise FeatureError(f"features: there is no {key!r} in {path} ({_named(content)})")
@@ -283,7 +286,8 @@ def _matrix(
         raise FeatureError(
             f"features: {called} must be (N, d), a row per image (got shape {array.shape})"
         )
-    values = torch.from_numpy(np.array(array, dtype=np.float32))
+    array = array.T if transposed else array
+    values = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
     wrong = (~values.isfinite()).any(1).nonzero()
     if len(wrong):
         raise FeatureError(
@@ -300,17 +304,17 @@ def _named(content: Mapping[str, Any]) -> str:
 
 
 def _column(
-    path: Path, content: Mapping[str, Any], what: str, role: Role, rows: int
+    path: Path, content: Mapping[str, Any], what: str, role: Role, shape: tuple[int, ...]
 ) -> NDArray[Any] | None:
-    """Whole numbers or texts, one per row."""
+    """Whole numbers or texts, one per row of the features, which have this shape."""
     name = _find(content, what, role)
     if name is None:
         return None
     array = _array(content[name])
-    if array.size != max(array.shape, default=0) or array.size != rows:
+    if array.size != max(array.shape, default=0) or array.size != shape[0]:
         raise FeatureError(
-            f"features: {name!r} in {path} must be {rows} values, one per row of the features "
-            f"(got shape {array.shape})"
+            f"features: {name!r} in {path} must be {shape[0]} values, one per row of the features "
+            f"(got shape {array.shape}){_other_axis(array.size, shape)}"
         )
     column = _identifiers(array.reshape(-1))
     if column is None:
@@ -351,15 +355,27 @@ def _plain(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _paths(path: Path, content: Mapping[str, Any], role: Role, rows: int) -> tuple[str, ...] | None:
+def _other_axis(count: int, shape: tuple[int, ...]) -> str:
+    """What to say where there are as many values as the features have columns."""
+    if count != shape[1]:
+        return ""
+    return (
+        f"; the features are {shape[0]} x {shape[1]}: if each column is an image, --transposed "
+        "says so"
+    )
+
+
+def _paths(
+    path: Path, content: Mapping[str, Any], role: Role, shape: tuple[int, ...]
+) -> tuple[str, ...] | None:
     name = _find(content, "paths", role)
     if name is None:
         return None
     array = _array(content[name]).reshape(-1)
-    if len(array) != rows:
+    if len(array) != shape[0]:
         raise FeatureError(
-            f"features: {name!r} in {path} must be {rows} paths, one per row of the features "
-            f"(got {len(array)})"
+            f"features: {name!r} in {path} must be {shape[0]} paths, one per row of the features "
+            f"(got {len(array)}){_other_axis(len(array), shape)}"
         )
     texts = (str(_plain(each)) for each in array)
     return tuple(text.rstrip() if path.suffix == ".mat" else text for text in texts)

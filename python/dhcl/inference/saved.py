@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from dhcl.errors import ConfigError
 from dhcl.files import write_atomic
 from dhcl.inference.features import Features, common_numbers
-from dhcl.metrics import RANKS, by_name, cameras_apart
+from dhcl.metrics import RANKS, by_name, cameras_apart, check_ranks
 from dhcl.words import show
 from dhcl_ops import RankedLists, evaluate_ranking, rerank
 
@@ -61,6 +61,8 @@ def evaluate_saved(
     gallery: Features,
     *,
     metric: Literal["cosine", "euclidean"] = "cosine",
+    ap: Literal["hits", "trapezoid"] = "hits",
+    ranks: Sequence[int] = RANKS,
     reranking: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, Any]], str]:
@@ -69,6 +71,8 @@ def evaluate_saved(
     Args:
         query, gallery: of one width, with identities.
         metric: ``cosine`` takes rows at length 1, ``euclidean`` as they are.
+        ap: as of :func:`dhcl_ops.evaluate_ranking`.
+        ranks: the k of which CMC(k) is given.
         reranking: ``k1``, ``k2`` and ``lambda_value`` of :func:`dhcl_ops.rerank`; None evaluates
             without it alone.
         progress: as of :func:`dhcl_ops.evaluate_ranking`.
@@ -79,9 +83,10 @@ def evaluate_saved(
         that says why, else an empty one.
 
     Raises:
-        ConfigError: no identities, or cameras on one side alone.
+        ConfigError: no identities, cameras on one side alone, or a rank below 1.
         FeatureError: rows of zeros. ValueError: as of the ops.
     """
+    check_ranks(ranks)
     labels = _both("ids", query, gallery, needed=True)
     cameras = _both("cameras", query, gallery)
     why = _kept_own_cameras(cameras)
@@ -89,11 +94,12 @@ def evaluate_saved(
         labels += cameras_apart(*cameras)
     cosine = metric == "cosine"
     pair = (query.unit(), gallery.unit()) if cosine else (query.values, gallery.values)
-    plain = evaluate_ranking(pair, *labels, max_rank=max(RANKS), progress=progress)
-    rows = {"features": by_name(plain)}
+    options: dict[str, Any] = {"ap": ap, "max_rank": max(ranks)}
+    plain = evaluate_ranking(pair, *labels, **options, progress=progress)
+    rows = {"features": by_name(plain, ranks)}
     if reranking is not None:
         distances = rerank(query.unit(), gallery.unit(), progress=progress, **reranking)
-        rows["re-ranked"] = by_name(evaluate_ranking(distances, *labels, max_rank=max(RANKS)))
+        rows["re-ranked"] = by_name(evaluate_ranking(distances, *labels, **options), ranks)
     return rows, why
 
 

@@ -5,17 +5,14 @@ The only module of training that looks at identities.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from sklearn.metrics import (
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-)
 
 from dhcl.data import EvalImages, ReIDData
-from dhcl.metrics import RANKS, by_name, cameras_apart
+from dhcl.metrics import RANKS, agreement, by_name, cameras_apart
 from dhcl.models import ReIDModel
 from dhcl.training.engine import Engine
 from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
@@ -41,11 +38,21 @@ class Evaluator:
         model: tells how images are normalised.
         same_cameras: the cameras are those the model was trained on. Otherwise statistics per
             camera, where the model has them, are not used; ranking always goes by the cameras.
+        ranks: the k of which CMC(k) is given.
+        ap: as of :func:`dhcl_ops.evaluate_ranking`.
     """
 
     def __init__(
-        self, engine: Engine, data: ReIDData, model: ReIDModel, *, same_cameras: bool = True
+        self,
+        engine: Engine,
+        data: ReIDData,
+        model: ReIDModel,
+        *,
+        same_cameras: bool = True,
+        ranks: Sequence[int] = RANKS,
+        ap: Literal["hits", "trapezoid"] = "hits",
     ) -> None:
+        self._ranks, self._ap = ranks, ap
         self._engine, self._compared = engine, data.compared()
         self._sets: list[EvalImages] = []
         for images in (data.query, data.gallery):
@@ -76,10 +83,11 @@ class Evaluator:
         """Those of :meth:`__call__`, from features."""
         if not self._engine.is_main:
             return {}
-        metrics: dict[str, Any] = by_name(self._rank((query, gallery)))
+        metrics: dict[str, Any] = by_name(self._rank((query, gallery)), self._ranks)
         if reranked:
             try:
-                metrics["reranked"] = by_name(self._rank(rerank(query, gallery)))
+                ranking = self._rank(rerank(query, gallery))
+                metrics["reranked"] = by_name(ranking, self._ranks)
             except MemoryError as error:
                 self._engine.say(f"warning: no re-ranking, {error}")
         return metrics
@@ -88,7 +96,7 @@ class Evaluator:
         query, gallery = self._compared
         cameras = cameras_apart(query.cameras, gallery.cameras)
         ids = torch.from_numpy(query.ids), torch.from_numpy(gallery.ids)
-        return evaluate_ranking(what, *ids, *cameras, max_rank=max(RANKS))
+        return evaluate_ranking(what, *ids, *cameras, ap=self._ap, max_rank=max(self._ranks))
 
 
 class IdentityObserver:
@@ -103,17 +111,8 @@ class IdentityObserver:
 
         Un-clustered images count as clusters of one; images without a known identity do not count.
         """
-        known = self._ids >= 0
-        if not known.any():
-            return {}
-        found = labels.numpy().copy()
-        alone = found < 0
-        found[alone] = found.max() + 1 + np.arange(alone.sum())
-        ids, found = self._ids[known], found[known]
-        return {
-            "ari": float(adjusted_rand_score(ids, found)),
-            "nmi": float(normalized_mutual_info_score(ids, found)),
-        }
+        scores = agreement(self._ids, labels)
+        return {name: scores[name] for name in ("ari", "nmi") if name in scores}
 
     def ranking(self, trainer: Trainer) -> dict[str, float]:
         """Metrics of the model as it is; empty without identities to test on."""

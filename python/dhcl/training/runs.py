@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,7 +21,7 @@ from dhcl.config import (
 )
 from dhcl.data import DataError, ReIDData, check_images, load_data
 from dhcl.files import write_atomic
-from dhcl.metrics import table
+from dhcl.metrics import RANKS, check_ranks, table
 from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import WITHIN_CAMERA, Evaluator, IdentityObserver
@@ -262,7 +263,13 @@ def _report(
 
 
 def evaluate_run(
-    config: TrainConfig, run: Path, *, which: str = "last", same_data: bool | None = True
+    config: TrainConfig,
+    run: Path,
+    *,
+    which: str = "last",
+    same_data: bool | None = True,
+    ranks: Sequence[int] = RANKS,
+    ap: Literal["hits", "trapezoid"] = "hits",
 ) -> dict[str, Any]:
     """Evaluate a model of a run, on its own data or other.
 
@@ -272,7 +279,10 @@ def evaluate_run(
         which: ``last`` or ``best`` (by test mAP along the way).
         same_data: whether the cameras are those of the training; None finds out, by the names and
             cameras of the training images.
+        ranks: the k of which CMC(k) is given.
+        ap: as of :func:`dhcl_ops.evaluate_ranking`.
     """
+    check_ranks(ranks)
     engine = Engine(config)
     model = read_model(config.model, run, which).to(engine.device)
     data = open_data(config.data, engine, training=False)
@@ -287,9 +297,8 @@ def evaluate_run(
                 "hint: the training images are not here, by which cameras are known to be those of "
                 "the training; statistics of all cameras together are used"
             )
-    metrics = Evaluator(engine, data, model, same_cameras=same_data)(
-        model, reranked=config.evaluation.rerank
-    )
+    evaluate = Evaluator(engine, data, model, same_cameras=same_data, ranks=ranks, ap=ap)
+    metrics = evaluate(model, reranked=config.evaluation.rerank)
     if engine.is_main:
         rows = {which: metrics}
         if "reranked" in metrics:

@@ -39,6 +39,14 @@ def test_train_then_eval(pictures, tmp_path, capsys):
         r"(?P<id>\d+)_c(?P<camera>\d)",
     ]
     assert main(["eval", str(tmp_path / "run"), "--workers", "0", *other]) == 0
+    capsys.readouterr()
+    given = ["eval", str(tmp_path / "run"), "--workers", "0"]
+    assert main([*given, "--ranks", "1", "20", "--ap", "trapezoid"]) == 0
+    head, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert head.split("|")[2:5] == ["    mAP ", "  rank1 ", " rank20 "]
+    assert f" {100 * stored['last']['rank1']:.1f} " in row
+    assert main([*given, "--ranks", "0"]) == 2
+    assert "ranks: must be numbers from 1 (got 0)" in capsys.readouterr().err
 
 
 def test_resume_takes_what_decides_nothing_only(pictures, tmp_path, capsys):

@@ -390,3 +390,99 @@ def test_cluster_of_saved_features(people, capsys):
     assert "run: is for a folder" in capsys.readouterr().err
     assert main(["cluster", str(people), "--out", str(out)]) == 2
     assert "--run RUN" in capsys.readouterr().err
+
+
+def test_metrics_at_other_ranks_and_with_the_older_average_precision(people, capsys):
+    import json
+
+    from dhcl_ops import evaluate_ranking
+
+    sides = [read_features(people / f"{n}.npz") for n in ("query", "gallery")]
+    # Noise, so that the two kinds of average precision differ.
+    noise = torch.randn(100, 32, generator=torch.Generator().manual_seed(0))
+    for name, side, more in zip(("q", "g"), sides, noise.split([20, 80]), strict=True):
+        values = (side.values + 2 * more).numpy()
+        np.savez(people / f"{name}.npz", features=values, ids=side.ids, cameras=side.cameras)
+    given = ["metrics", "--query", str(people / "q.npz"), "--gallery", str(people / "g.npz")]
+    other = ["--ranks", "1", "20", "--ap", "trapezoid"]
+    assert main([*given, *other, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["features"]
+    query, gallery = (read_features(people / f"{n}.npz") for n in "qg")
+    expected = evaluate_ranking(
+        (query.unit(), gallery.unit()),
+        *(query.ids, gallery.ids, query.cameras, gallery.cameras),
+        ap="trapezoid",
+    )
+    assert {*found} == {"mAP", "rank1", "rank20", "mINP", "queries"}
+    assert found["mAP"] == expected.mAP
+    assert found["rank20"] == expected.cmc[19]
+    assert main([*given, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)["features"]
+    assert plain["mAP"] != found["mAP"]
+    assert {"rank5", "rank10"} < {*plain}
+    assert main([*given, *other, "--rerank"]) == 0
+    assert "|  rank1 | rank20 |" in capsys.readouterr().out
+    assert main([*given, "--ranks", "0"]) == 2
+    assert "dhcl: ranks: must be numbers from 1 (got 0)" in capsys.readouterr().err
+
+
+def test_cluster_says_how_well_it_agrees_with_identities_in_the_file(people, capsys):
+    gallery = read_features(people / "gallery.npz")
+    out = ["--out", str(people / "labels.csv"), "--k1", "8", "--k2", "3"]
+    assert main(["cluster", str(people / "gallery.npz"), *out]) == 0
+    line = "agreement with the identities of 80 images: ARI 1.000, NMI 1.000, purity 1.000\n"
+    assert line in capsys.readouterr().out
+    texts = np.where(gallery.ids == 3, "", np.char.add("p", gallery.ids.astype(str)))
+    np.savez(people / "text.npz", features=gallery.values, ids=texts)
+    assert main(["cluster", str(people / "text.npz"), *out]) == 0
+    assert line.replace("80", "72") in capsys.readouterr().out
+    np.savez(people / "none.npz", features=gallery.values)
+    np.savez(people / "unknown.npz", features=gallery.values, ids=np.full(80, -1))
+    for name in ("none", "unknown"):
+        assert main(["cluster", str(people / f"{name}.npz"), *out]) == 0
+        assert "agreement" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [".npz", ".mat", ".pt"])
+def test_features_that_are_a_column_for_each_image(kind, tmp_path):
+    file = write(tmp_path / f"f{kind}", features=np.ascontiguousarray(ROWS.T))
+    found = read_features(file, transposed=True)
+    assert torch.equal(found.values, torch.from_numpy(ROWS))
+    assert found.values.is_contiguous()
+    assert found.ids.tolist() == IDS
+    with pytest.raises(FeatureError, match=r"4 x 6: if each column is an image, --transposed"):
+        read_features(file)
+    only = {"features": np.ascontiguousarray(ROWS.T), "ids": np.arange(4), "paths": np.array(PATHS)}
+    with pytest.raises(FeatureError, match=r"must be 4 paths.*--transposed"):
+        read_features(write(tmp_path / f"g{kind}", **only))
+    with pytest.raises(FeatureError, match=r"must be 6 values, one per row.*\(got shape[^;]*$"):
+        read_features(write(tmp_path / f"h{kind}", ids=np.arange(5)))
+
+
+def test_commands_take_columns_for_images(people, capsys):
+    for name in ("query", "gallery"):
+        with np.load(people / f"{name}.npz") as file:
+            content = dict(file)
+        from scipy.io import savemat
+
+        savemat(people / f"{name}.mat", content | {"features": content["features"].T})
+    sides = [("--query", "query"), ("--gallery", "gallery")]
+
+    def given(kind):
+        return [word for flag, name in sides for word in (flag, str(people / f"{name}{kind}"))]
+
+    assert main(["metrics", *given(".npz"), "--json"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["metrics", *given(".mat"), "--json", "--transposed"]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["metrics", *given(".mat"), "--json"]) == 2
+    assert "--transposed" in capsys.readouterr().err
+    for kind, more in ((".npz", []), (".mat", ["--transposed"])):
+        out = str(people / f"lists{kind}.npz")
+        assert main(["rerank", *given(kind), *more, "--topk", "8", "--out", out]) == 0
+        labels = ["--out", str(people / f"labels{kind}.csv"), "--k1", "8", "--k2", "3"]
+        assert main(["cluster", str(people / f"gallery{kind}"), *more, *labels]) == 0
+    texts = [(people / f"labels{kind}.csv").read_text() for kind in (".npz", ".mat")]
+    assert texts[0] == texts[1]
+    lists = [np.load(people / f"lists{kind}.npz")["indices"] for kind in (".npz", ".mat")]
+    assert np.array_equal(*lists)

@@ -17,7 +17,7 @@ from dhcl.training.results import collect
 from dhcl.training.runs import evaluate_run, open_data, train
 from dhcl.training.trainer import PATIENCE, WEIGHT_DECAY, Diverged, NoClusters, Trainer
 
-from dhcl_ops import hybrid_contrastive_loss, momentum_update_
+from dhcl_ops import evaluate_ranking, hybrid_contrastive_loss, momentum_update_
 from tests.checks import same_bits
 from tests.dhcl.toy import options, write_images
 
@@ -375,3 +375,19 @@ def test_matches_within_the_camera_do_not_count_where_there_are_others(tmp_path)
         ids[-1] = ids[-1] if known else -1
         gallery = dataclasses.replace(same.gallery, cameras=cameras, ids=ids)
         assert dataclasses.replace(same, gallery=gallery).across_cameras == known
+
+
+def test_an_evaluation_at_other_ranks_and_with_the_older_average_precision(pictures, tmp_path):
+    config = options(pictures, tmp_path / "run")
+    engine = Engine(config)
+    data = load_data("market1501", pictures)
+    model = make_model(config.model, data.train.num_cameras, 0)
+    random = torch.Generator().manual_seed(0)
+    pair = [torch.randn(len(side), 8, generator=random) for side in (data.query, data.gallery)]
+    pair = [torch.nn.functional.normalize(side) for side in pair]
+    found = Evaluator(engine, data, model, ranks=(2, 20), ap="trapezoid").metrics(*pair)
+    ids = data.query.ids, data.gallery.ids, data.query.cameras, data.gallery.cameras
+    expected = evaluate_ranking(tuple(pair), *map(torch.from_numpy, ids), ap="trapezoid")
+    assert [*found] == ["mAP", "rank2", "rank20", "mINP", "queries"]
+    assert (found["mAP"], found["rank2"]) == (expected.mAP, expected.cmc[1])
+    assert found["mAP"] != Evaluator(engine, data, model).metrics(*pair)["mAP"]
