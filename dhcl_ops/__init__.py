@@ -11,6 +11,7 @@ from dhcl_ops.camera_neighbours import camera_neighbours
 from dhcl_ops.clustering import Clustering, SelfPaced, cluster, self_paced_labels
 from dhcl_ops.contrastive import ContrastiveStats, debiased_contrastive_loss
 from dhcl_ops.dbscan import dbscan
+from dhcl_ops.graphed import GraphedStep
 from dhcl_ops.hybrid import (
     DHCLLoss,
     HybridStats,
@@ -28,6 +29,7 @@ __all__ = [
     "Clustering",
     "ContrastiveStats",
     "DHCLLoss",
+    "GraphedStep",
     "HybridStats",
     "MemoryBank",
     "Neighbours",

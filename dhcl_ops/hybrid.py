@@ -314,6 +314,11 @@ class DHCLLoss(nn.Module):
         if loose_labels is not None:
             self._suspects = suspected_false_negatives(memory, loose_labels)
 
+    @property
+    def suspects(self) -> Suspects | None:
+        """What :meth:`set_suspects` made of the labels."""
+        return self._suspects
+
     def forward(
         self,
         features: torch.Tensor,

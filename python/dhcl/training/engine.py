@@ -95,6 +95,14 @@ class Engine:
         """Whether this process prints and writes."""
         return self.rank == 0
 
+    @property
+    def replays(self) -> bool:
+        """Whether the loss and the update of the memory are replayed from CUDA graphs.
+
+        Several processes exchange features between them, which a graph here does not.
+        """
+        return self.device.type == "cuda" and self.world_size == 1
+
     def say(self, text: str) -> None:
         """Print, once."""
         if self.is_main:

@@ -43,8 +43,8 @@ from dhcl.training.labels import PseudoLabels, pseudo_labels
 from dhcl.training.logs import RunLog
 from dhcl.training.steps import StepValues
 from dhcl.training.trackers import Trackers
-from dhcl.words import duration
-from dhcl_ops import DHCLLoss, MemoryBank, prototypes
+from dhcl.words import duration, first_line
+from dhcl_ops import DHCLLoss, GraphedStep, HybridStats, MemoryBank, prototypes
 
 __all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "learning_rate"]
 
@@ -142,6 +142,8 @@ class Trainer:
         self.labels = torch.full((len(images),), -1)  # cluster of each image, -1 for outliers
         self.loose: torch.Tensor | None = None  # clusters at the larger eps, for suspects
         self.loss: DHCLLoss  # of the epoch, from when its memory is filled
+        self._graphed: GraphedStep | None = None  # of the loss as it is
+        self._replays = engine.replays
         self._values = StepValues(engine.device)
         self._looked_at_features = False
         self._requests = [False, False]  # to stop, and to write a checkpoint
@@ -213,6 +215,7 @@ class Trainer:
     def remember(self, features: torch.Tensor, found: PseudoLabels) -> None:
         """Fill the memory and give each image its row: of its own, or of its cluster."""
         at, device = self.at, self.engine.device
+        self._graphed = None  # it is of the labels before
         self.labels, self.loose, at.threshold = found.labels, found.loose, found.threshold
         labels = found.labels.to(device)
         clusters, outliers = int(labels.max()) + 1, int((labels < 0).sum())
@@ -249,11 +252,14 @@ class Trainer:
             features = self._parallel(images, cameras)
             rows = self.rows[indices]
             self._look_at_features(features)
-            loss, stats = self.loss(features, self.bank, rows, return_stats=True)
+            loss, stats = self._loss_of(features, rows)
             self._note(loss, stats)
             accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
+        if self._graphed is not None:
+            self._graphed.update_()
+            return
         # In the order of the ranks, so that every process makes the same memory.
         features, rows = accelerator.gather((features.detach(), rows))
         self.bank.update_(features, rows)
@@ -414,6 +420,27 @@ class Trainer:
             )
         self.engine.say(f"warning: {where}; each is a class of its own now. Try {hint}.")
 
+    def _loss_of(
+        self, features: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, HybridStats]:
+        """The loss of a batch and its statistics, replayed from a CUDA graph where there is one.
+
+        The graphs are captured at the first step of an epoch, whose loss they hold.
+        """
+        if self._graphed is None and self._replays:
+            try:
+                self._graphed = GraphedStep(self.loss, self.bank, features, rows)
+            except RuntimeError as error:
+                self._replays = False
+                self.engine.say(
+                    "warning: the loss can't be captured in a CUDA graph "
+                    f"({first_line(error)}); training goes on, and takes more of the host"
+                )
+        if self._graphed is None:
+            value, stats = self.loss(features, self.bank, rows, return_stats=True)
+            return value, stats
+        return self._graphed(features, rows), self._graphed.stats
+
     def _look_at_features(self, features: torch.Tensor) -> None:
         """Stop if they are not finite, which the loss takes for a mistake of its caller.
 
@@ -426,7 +453,7 @@ class Trainer:
             self._look_at_values()  # an earlier step may be the one
             self._diverged("features are", self.at.iteration)
 
-    def _note(self, loss: torch.Tensor, stats: Any) -> None:
+    def _note(self, loss: torch.Tensor, stats: HybridStats) -> None:
         """Keep this step's values for the epoch's averages, and look at them from time to time."""
         parts = [loss, stats.prototype_loss, stats.instance_loss]
         parts += [s and s.clamped_fraction for s in (stats.prototypes, stats.instances)]

@@ -6,11 +6,15 @@ import math
 import dhcl.training.trainer
 import pytest
 import torch
+from dhcl.config import with_changes
 from dhcl.training.checkpoint import load_checkpoint
+from dhcl.training.engine import Engine
+from dhcl.training.runs import train
 from dhcl.training.steps import StepValues
-from dhcl.training.trainer import Diverged
+from dhcl.training.trainer import Diverged, GraphedStep, Trainer
 
 import dhcl_ops.contrastive
+from tests.conftest import needs_cuda
 from tests.dhcl.toy import options
 from tests.dhcl.training.test_trainer import make_trainer
 from tests.unread import UnreadDevice, backward
@@ -140,3 +144,104 @@ def test_a_loss_that_is_not_finite_is_named_before_a_checkpoint(
     assert (at["epoch"], at["iteration"]) == (1, 4 if checkpoint_minutes else 0)
     assert all(value.isfinite().all() for value in state["model"].values())
     assert all(map(math.isfinite, at["totals"]))
+
+
+# ---- replayed steps -----------------------------------------------------------------------------
+
+
+def left_by(config):
+    """Model, memory, optimiser and log of a run, without times."""
+    state = load_checkpoint(config.run / "checkpoints" / "last.pt")
+    lines = (config.run / "log.jsonl").read_text().splitlines()
+    log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    optimizer = state["optimizer"]["state"].values()
+    moments = [value for each in optimizer for value in each.values()]
+    return [*state["model"].values(), *state["bank"].values(), *moments], log
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_of_replayed_steps_has_the_bits_of_a_plain_one(
+    recipe, pictures, tmp_path, monkeypatch
+):
+    """Without a GPU what is replayed is called, from the graphs' own inputs."""
+    changes = {"epochs": 2, "warmup_epochs": 1, **RECIPES[recipe]}
+    plain = options(pictures, tmp_path / "plain", **changes)
+    train(plain, quiet=True)
+    monkeypatch.setattr(Engine, "replays", True)
+    built = []
+    monkeypatch.setattr(
+        "dhcl.training.trainer.GraphedStep", lambda *a: built.append(a[2].shape) or GraphedStep(*a)
+    )
+    replayed = options(pictures, tmp_path / "replayed", **changes)
+    train(replayed, quiet=True)
+    assert len(built) == 2  # one an epoch, as labels and settings are the epoch's
+    (expected, log), (got, replayed_log) = left_by(plain), left_by(replayed)
+    assert log == replayed_log
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_replayed_run_goes_on_in_mid_epoch_to_the_same_bits(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "replays", True)
+    changes = {"epochs": 2, "iterations": 6, "checkpoint_minutes": 1e-9}
+    whole = options(pictures, tmp_path / "whole", **changes)
+    train(whole, quiet=True)
+    config = options(pictures, tmp_path / "run", **changes)
+    step = Trainer.step
+
+    def stopping(self, *batch):
+        if (self.at.epoch, self.at.iteration) == (1, 3):
+            raise KeyboardInterrupt
+        step(self, *batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, quiet=True)
+    assert load_checkpoint(config.run / "checkpoints" / "last.pt")["progress"]["iteration"] == 3
+    train(with_changes(config, {"out": config.run}), quiet=True, resume=True)
+    (expected, log), (got, resumed_log) = left_by(whole), left_by(config)
+    assert log == resumed_log
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_without_a_capture_training_goes_on_and_says_so_once(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    def refused(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing\nat some line")
+
+    config = options(pictures, tmp_path / "plain", epochs=2)
+    train(config, quiet=True)
+    expected, _ = left_by(config)
+    monkeypatch.setattr(Engine, "replays", True)
+    monkeypatch.setattr("dhcl.training.trainer.GraphedStep", refused)
+    config = options(pictures, tmp_path / "refused", epochs=2)
+    capsys.readouterr()
+    train(config, quiet=True)
+    said = capsys.readouterr().out
+    assert said.count("can't be captured in a CUDA graph (operation not permitted") == 1
+    assert "at some line" not in said
+    got, _ = left_by(config)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@needs_cuda
+def test_a_run_on_a_gpu_has_the_same_bits_with_and_without_graphs(pictures, tmp_path, monkeypatch):
+    left = []
+    for name, replays in (("graphs", True), ("plain", False)):
+        monkeypatch.setattr(Engine, "replays", replays)
+        config = options(pictures, tmp_path / name, "dhcl-hnm", device="auto", epochs=2, workers=1)
+        train(config, quiet=True)
+        left.append(left_by(config))
+    assert left[0][1] == left[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(left[0][0], left[1][0], strict=True))
+
+
+@needs_cuda
+def test_the_loss_of_a_run_on_a_gpu_is_captured(pictures, tmp_path, capsys):
+    config = options(pictures, tmp_path / "run", device="auto", epochs=1, workers=1)
+    trainer = make_trainer(config)
+    trainer.fit()
+    trainer.log.close()
+    assert trainer._graphed is not None
+    assert "can't be captured" not in capsys.readouterr().out
