@@ -19,6 +19,14 @@ from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops._contrastive_kernels import Roles, Settings, Sums, grouped
 from dhcl_ops._ops import define
 from dhcl_ops._precision import ieee_products
+from dhcl_ops._products import (
+    TERMS,
+    fp32_sums,
+    pays_to_split,
+    pieces_of,
+    split_operand,
+    split_product,
+)
 
 # The name that errors begin with.
 OP = "debiased_contrastive_loss"
@@ -70,12 +78,23 @@ class SecondPass(NamedTuple):
 # ---- products of chunks -------------------------------------------------------------------------
 
 
+def _columns(asked: int, per_column: int, proxies: torch.Tensor) -> int:
+    """Proxies in a chunk: as asked, or as many as the workspace has room for."""
+    columns = asked
+    if columns <= 0:
+        kind = "cuda" if proxies.is_cuda else "cpu"
+        least, most = _CHUNK[kind]
+        columns = min(max(WORKSPACE[kind] // max(per_column, 1), least), most)
+        columns -= columns % 16
+    return max(min(columns, len(proxies)), 1)
+
+
 class Operands:
     """The two factors of the products, chunk by chunk, in the format they are multiplied in.
 
     Products are fp32 (fp64 for fp64 operands) and come multiplied by ``scale``; 16-bit operands are
     multiplied as they are on CUDA, with fp32 sums, and as fp32 on the CPU. ``fast`` rounds fp32
-    operands to fp16 on CUDA.
+    operands to fp16 on CUDA; ``split`` makes fp32 products of fp16 pieces.
     """
 
     def __init__(
@@ -86,6 +105,7 @@ class Operands:
         fast: bool,
         columns: int,
         weighted: bool = False,
+        split: bool = False,
     ) -> None:
         double = torch.float64 in (features.dtype, proxies.dtype)
         self.sums = torch.float64 if double else torch.float32
@@ -99,6 +119,7 @@ class Operands:
                 self.format = torch.float16
                 self.scale = _OPERAND_SCALE
         self.narrow = self.format != self.sums
+        self.split = split
         self.weight_scale = WEIGHT_SCALE if self.format == torch.float16 else 1.0
         rows, width = features.shape
         if self.scale != 1.0:
@@ -112,13 +133,8 @@ class Operands:
         per_column = rows * size
         per_column += rows * narrow_size if weighted else 0
         per_column += width * narrow_size if self.converts else 0
-        if columns <= 0:
-            kind = "cuda" if features.is_cuda else "cpu"
-            least, most = _CHUNK[kind]
-            columns = min(max(WORKSPACE[kind] // max(per_column, 1), least), most)
-            columns -= columns % 16
-        self.columns = max(min(columns, len(proxies)), 1)
-        if self.narrow:
+        self.columns = _columns(columns, per_column, proxies)
+        if self.narrow or split:
             self._products = None
         else:
             self._products = torch.empty(rows * self.columns, dtype=self.sums, device=device)
@@ -140,7 +156,9 @@ class Operands:
                 else:
                     converted.copy_(chunk)
                 chunk = converted
-            if self._products is None:
+            if self.split:
+                products = split_product(self.left, chunk.t())
+            elif self._products is None:
                 products = torch.mm(self.left, chunk.t(), out_dtype=self.sums)
             else:
                 shape = (len(self.left), len(chunk))
@@ -170,6 +188,76 @@ class Operands:
         return sums.mul_(factors[:, None]).addmm_(weights, chunk)
 
 
+class SplitOperands:
+    """The same with fp32 products made of fp16 pieces (:class:`dhcl_ops._products.SplitProducts`).
+
+    A chunk is (n, t d), the pieces that the products' t terms take, of which the first, one or two,
+    are all there are and the high one comes last. Its rows are in units of their own, so a weight
+    is taken in the largest of these over its row's, and split too; it loses 2^-40 of the largest.
+    """
+
+    def __init__(
+        self, features: torch.Tensor, proxies: torch.Tensor, columns: int, *, weighted: bool
+    ) -> None:
+        pieces = pieces_of(features.dtype), pieces_of(proxies.dtype)
+        left, self.terms = TERMS[pieces]
+        self.pieces = pieces[1]
+        self.sums, self.scale, self.weight_scale = torch.float32, 1.0, WEIGHT_SCALE
+        self.proxies = proxies
+        self.left, self.row_units = split_operand(features, pieces[0], left)
+        rows, width = features.shape
+        # Products in fp32, their weights in two pieces, the chunk's pieces and units.
+        per_column = (8 if weighted else 4) * rows + 2 * width * len(self.terms) + 4
+        self.columns = _columns(columns, per_column, proxies)
+        self.units = self.row_units
+        self._weights = features.new_empty(
+            rows * self.columns if weighted else 0, dtype=torch.float32
+        )
+
+    def chunks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """First column, products (B, n), and the chunk's pieces."""
+        for start in range(0, len(self.proxies), self.columns):
+            rows = self.proxies[start : start + self.columns]
+            chunk, self.units = split_operand(rows, self.pieces, self.terms)
+            products = fp32_sums(self.left, chunk.t())
+            yield start, products.mul_(self.units).mul_(self.row_units[:, None]), chunk
+
+    def weights(self, columns: int) -> torch.Tensor:
+        """The buffer of gradient weights (B, columns)."""
+        rows = len(self.left)
+        return self._weights[: rows * columns].view(rows, columns)
+
+    def read_out(
+        self,
+        sums: torch.Tensor | None,
+        factors: torch.Tensor,
+        weights: torch.Tensor,
+        chunk: torch.Tensor,
+    ) -> torch.Tensor:
+        """Running sums (B, d) times their rows' factors, plus weights @ the chunk's proxies."""
+        width = chunk.shape[1] // len(self.terms)
+        largest = self.units.max()
+        rest = weights.mul_(self.units / largest)
+        high = rest.to(torch.float16)
+        low = (rest - high.float()).to(torch.float16)
+        parts = fp32_sums(high, chunk[:, : self.pieces * width]).split(width, dim=1)
+        part = parts[0] if self.pieces == 1 else parts[0] + parts[1]
+        part = part + fp32_sums(low, chunk[:, (self.pieces - 1) * width : self.pieces * width])
+        part = part * largest
+        return part if sums is None else torch.addcmul(part, sums, factors[:, None], out=sums)
+
+
+def _operands(
+    features: torch.Tensor, proxies: torch.Tensor, streaming: Streaming
+) -> Operands | SplitOperands:
+    """fp32 products are made of pieces where that pays; 16-bit ones are made as they are."""
+    same = features.dtype == proxies.dtype and features.dtype != torch.float32
+    if pays_to_split(features, proxies) and not (same or streaming.fast):
+        return SplitOperands(features, proxies, streaming.columns, weighted=streaming.one_pass)
+    one_pass, fast, columns = streaming
+    return Operands(features, proxies, fast=fast, columns=columns, weighted=one_pass)
+
+
 # ---- the loss -----------------------------------------------------------------------------------
 
 
@@ -183,9 +271,7 @@ def stream_loss(
     """The loss of each row and, with ``one_pass``, its gradient with respect to the feature."""
     with ieee_products(), torch.autocast(features.device.type, enabled=False):
         one_pass = streaming.one_pass
-        operands = Operands(
-            features, proxies, fast=streaming.fast, columns=streaming.columns, weighted=one_pass
-        )
+        operands = _operands(features, proxies, streaming)
         sums = kernels.new_sums(len(features), _slots(roles, settings), features.device)
         weights = factors = read_out = None
         if one_pass:
@@ -266,8 +352,11 @@ def stream_gradients(
     with ieee_products(), torch.autocast(features.device.type, enabled=False):
         double = torch.float64 in (features.dtype, proxies.dtype)
         left = features.to(torch.float64 if double else torch.float32)
-        operands = Operands(left, proxies, fast=False, columns=options.columns)
+        # These products are fp32 whatever the formats of the operands.
+        split = pays_to_split(features, proxies)
+        operands = Operands(left, proxies, fast=False, columns=options.columns, split=split)
         temperature = options.temperature
+        multiply = split_product if split else torch.mm
         by_feature = torch.zeros_like(left) if options.for_features else left.new_empty(0)
         by_proxy = torch.empty_like(proxies) if options.for_proxies else proxies.new_empty(0)
         for start, products, chunk in operands.chunks():
@@ -276,9 +365,12 @@ def stream_gradients(
                 start, 1.0 / temperature, options.beta, options.aggregation,
             )  # fmt: skip
             if options.for_features:
-                by_feature.addmm_(products, chunk)
+                if split:
+                    by_feature.add_(split_product(products, chunk))
+                else:
+                    by_feature.addmm_(products, chunk)
             if options.for_proxies:
-                part = torch.mm(products.t(), left).div_(temperature)
+                part = multiply(products.t(), left).div_(temperature)
                 by_proxy[start : start + len(chunk)] = part
         return by_feature.div_(temperature).to(features.dtype), by_proxy
 

@@ -58,6 +58,14 @@ def upper_norms(op: str, name: str, rows: torch.Tensor) -> torch.Tensor:
     return upper
 
 
+def fp32_sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product of fp16 matrices with fp32 sums."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    # The products of two fp16 numbers are exact in fp32.
+    return torch.mm(left.float(), right.float())
+
+
 class Products:
     """Tiles of queries @ features.T, and a bound per query on their distance from the scores.
 
@@ -123,10 +131,7 @@ class Products:
         """Products (m, n) times scale^2, in fp32."""
         left, right = self.queries[rows], self.features[cols].t()
         if self.half:
-            if left.is_cuda:
-                return torch.mm(left, right, out_dtype=torch.float32)
-            # The products of two fp16 numbers are exact in fp32.
-            return torch.mm(left.float(), right.float())
+            return fp32_sums(left, right)
         if out is None:
             return torch.mm(left, right)
         target = out[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1])
@@ -135,15 +140,16 @@ class Products:
 
 # ---- fp32 products of fp16 numbers --------------------------------------------------------------
 
-# Fewest rows, and multiplications in all, from which splitting the operands pays for itself.
+# Fewest rows, and multiplications in all, from which splitting the operands pays for itself; the
+# same in csrc/contrastive_split.h.
 _SPLIT_ROWS = 128
 _SPLIT_WORK = 1 << 30
-# A row's largest element is scaled to just below this, a quarter of the largest fp16 number.
+# A row's largest element is scaled to just below 2^14, a quarter of the largest fp16 number.
 _SPLIT_EXPONENT = 14
 # Which piece of the left and which of the right factor each term multiplies, the small ones first,
 # by how many pieces they have.
 _HIGH, _LOW = 0, 1
-_TERMS = {
+TERMS = {
     (2, 2): ((_HIGH, _LOW, _HIGH), (_LOW, _HIGH, _HIGH)),
     (2, 1): ((_LOW, _HIGH), (_HIGH, _HIGH)),
     (1, 2): ((_HIGH, _HIGH), (_LOW, _HIGH)),
@@ -154,8 +160,8 @@ _TERMS = {
 def pays_to_split(queries: torch.Tensor, features: torch.Tensor) -> bool:
     """Whether this product is made sooner by :class:`SplitProducts` than as it is."""
     work = len(queries) * features.numel()
-    fp32 = queries.dtype == features.dtype == torch.float32
-    return queries.is_cuda and fp32 and len(queries) >= _SPLIT_ROWS and work >= _SPLIT_WORK
+    wide = torch.float64 in (queries.dtype, features.dtype)
+    return queries.is_cuda and not wide and len(queries) >= _SPLIT_ROWS and work >= _SPLIT_WORK
 
 
 def pieces_of(dtype: torch.dtype) -> int:
@@ -183,14 +189,30 @@ def split_rows(rows: torch.Tensor, pieces: int = 2) -> Split:
     term is half of fp16's smallest number.
     """
     largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
-    # The exponents of what is not finite mean nothing, and its pieces are not finite either.
-    exponents = largest.frexp().exponent.clamp(-100, 126 - _SPLIT_EXPONENT) - _SPLIT_EXPONENT
+    # The number's own bits say its exponent. What is not finite leaves pieces that are not either.
+    exponents = (largest.view(torch.int32) >> 23) - 126
+    exponents = exponents.clamp(-100, 128) - _SPLIT_EXPONENT
     rest = rows * power_of_two(-exponents)[:, None]
     found = []
     for _ in range(pieces):
         found.append(rest.to(torch.float16))
         rest = rest - found[-1].float()
     return Split(tuple(found), power_of_two(exponents))
+
+
+def split_operand(
+    rows: torch.Tensor, pieces: int, terms: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pieces that t terms take of rows (n, d), side by side (n, t d), and the units (n,)."""
+    operand = rows.new_empty(len(rows), len(terms), rows.shape[1], dtype=torch.float16)
+    units = rows.new_empty(len(rows), dtype=torch.float32)
+    for start in range(0, len(rows), 8192):
+        block = slice(start, start + 8192)
+        split = split_rows(rows[block].float(), pieces)
+        units[block] = split.units
+        for place, term in enumerate(terms):
+            operand[block, place] = split.pieces[term]
+    return operand.flatten(1), units
 
 
 class SplitProducts:
@@ -216,31 +238,16 @@ class SplitProducts:
         query_pieces: int = 2,
         feature_pieces: int = 2,
     ) -> None:
-        left, right = _TERMS[query_pieces, feature_pieces]
-        self.queries, self.query_units = self._operand(queries, query_pieces, left)
-        self.features, self.feature_units = self._operand(features, feature_pieces, right)
-
-    @staticmethod
-    def _operand(
-        rows: torch.Tensor, pieces: int, terms: tuple[int, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pieces (n, terms, d) side by side as rows (n, terms * d), and the units (n,)."""
-        operand = rows.new_empty(len(rows), len(terms), rows.shape[1], dtype=torch.float16)
-        units = rows.new_empty(len(rows), dtype=torch.float32)
-        for start in range(0, len(rows), 8192):
-            block = slice(start, start + 8192)
-            split = split_rows(rows[block], pieces)
-            units[block] = split.units
-            for place, term in enumerate(terms):
-                operand[block, place] = split.pieces[term]
-        return operand.flatten(1), units
+        left, right = TERMS[query_pieces, feature_pieces]
+        self.queries, self.query_units = split_operand(queries, query_pieces, left)
+        self.features, self.feature_units = split_operand(features, feature_pieces, right)
 
     def tile(self, rows: slice) -> torch.Tensor:
         """Products (m, N) of some queries with all features, in fp32."""
-        left, right = self.queries[rows], self.features.t()
-        if left.is_cuda:
-            products = torch.mm(left, right, out_dtype=torch.float32)
-        else:
-            # The products of two fp16 numbers are exact in fp32.
-            products = torch.mm(left.float(), right.float())
+        products = fp32_sums(self.queries[rows], self.features.t())
         return products.mul_(self.feature_units).mul_(self.query_units[rows, None])
+
+
+def split_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left (m, k) @ right (k, n) by :class:`SplitProducts`, with its bound."""
+    return SplitProducts(left, right.t()).tile(slice(0, len(left)))

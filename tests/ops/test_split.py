@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from dhcl_ops import _products, evaluate_ranking
+from dhcl_ops import _contrastive_stream as streaming
+from dhcl_ops import _ops, _products, debiased_contrastive_loss, evaluate_ranking
 from dhcl_ops import ranking as ranking_module
 from dhcl_ops._products import SplitProducts, pieces_of, split_rows
 
 UNIT = 2.0**-23
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def gamma(terms):
@@ -181,3 +183,103 @@ def test_one_number_orders_ranks_of_any_size():
     assert ordered.ranks.tolist() == [5, 2**31, 1, 3, 7]
     assert ordered.hits.tolist() == [1, 2, 1, 2, 3]
     assert ordered.counts.tolist() == [2, 0, 3]
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def loss_in(b, k, d, dtypes, *, lengths=False):
+    """Features of norm 1 and proxies, with ``lengths`` of very different ones, in these dtypes."""
+    generator = torch.Generator().manual_seed(d)
+    proxies = normalize(torch.randn(k, d, generator=generator))
+    labels = torch.randint(k, (b,), generator=generator)
+    noise = torch.randn(b, d, generator=generator)
+    features = normalize(proxies[labels] + 0.7 * noise / d**0.5)
+    if lengths:
+        proxies = proxies * 2.0 ** torch.randint(-12, 3, (k, 1), generator=generator)
+        features = features * 2.0 ** torch.randint(-8, 2, (b, 1), generator=generator)
+    return features.to(dtypes[0]), proxies.to(dtypes[1]), labels
+
+
+def loss_and_gradients(features, proxies, labels, *, learned=False, **options):
+    features, proxies = (
+        t.clone().requires_grad_(r) for t, r in ((features, True), (proxies, learned))
+    )
+    losses = debiased_contrastive_loss(features, proxies, labels, reduction="none", **options)
+    losses.sum().backward()
+    return [losses.detach(), *(t.grad for t in (features, proxies) if t.grad is not None)]
+
+
+def on_split_products(monkeypatch):
+    """The loss's loop in PyTorch, on the CPU, with the products that CUDA makes of pieces."""
+    monkeypatch.setattr(streaming, "contrastive", _ops.OPS["contrastive"].reference)
+    backward = _ops.OPS["contrastive_backward"].reference
+    monkeypatch.setattr(streaming, "contrastive_backward", backward)
+    monkeypatch.setattr(streaming, "pays_to_split", lambda features, proxies: True)
+
+
+OPTIONS = {
+    "one pass": {"kappa": 0.4, "beta": 0.3},
+    "both gradients": {"learned": True},
+    "second pass": {"learned": True, "beta": 0.3, "hardness_gradient": "through"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*norm 1")
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("d", [3, 129, 2048])
+def test_the_loss_from_split_products_is_as_exact_as_from_fp32(monkeypatch, kind, lengths, d):
+    f32 = torch.float32
+    features, proxies, labels = loss_in(24, 150, d, (f32, f32), lengths=lengths)
+    options = {"chunk_size": 64, **OPTIONS[kind]}
+    truth = loss_and_gradients(features.double(), proxies.double(), labels, **options)
+    plain = loss_and_gradients(features, proxies, labels, **options)
+    on_split_products(monkeypatch)
+    found = loss_and_gradients(features, proxies, labels, **options)
+    for got, fp32, true in zip(found, plain, truth, strict=True):
+        assert got.dtype == torch.float32
+        scale = true.abs().max().item()
+        worst = (fp32.double() - true).abs().max().item()
+        assert (got.double() - true).abs().max().item() <= 3 * worst + 1e-6 * scale
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES])
+def test_the_loss_of_mixed_formats(monkeypatch, dtypes):
+    """16-bit operands have one piece, so that two products, or one, are as good as three."""
+    features, proxies, labels = loss_in(24, 150, 200, dtypes)
+    truth = loss_and_gradients(features.double(), proxies.double(), labels)
+    on_split_products(monkeypatch)
+    found = loss_and_gradients(features, proxies, labels, chunk_size=64)
+    assert (found[0].double() - truth[0]).abs().max() <= 2e-5
+    # The gradient is rounded to the features' format.
+    rounding = torch.finfo(dtypes[0]).eps
+    scale = truth[1].abs().max()
+    assert (found[1].double() - truth[1]).abs().max() <= (rounding + 1e-5) * scale
+
+
+def test_what_is_not_split(monkeypatch):
+    """Equal 16-bit formats are multiplied as they are, fp64 as fp64, and speed goes before."""
+    monkeypatch.setattr(streaming, "pays_to_split", lambda features, proxies: True)
+    rows = torch.zeros(3, 4)
+    how = streaming.Streaming(True, False, 0)
+    assert isinstance(streaming._operands(rows, rows, how), streaming.SplitOperands)
+    half = rows.half()
+    for pair, fast in ((half, half), False), ((rows, rows), True), ((half, rows), True):
+        made = streaming._operands(*pair, how._replace(fast=fast))
+        assert isinstance(made, streaming.Operands)
+    monkeypatch.undo()
+    assert isinstance(streaming._operands(rows, rows, how), streaming.Operands)
+
+
+def test_weights_of_short_rows_lose_no_more_than_said():
+    """A long proxy in a chunk takes digits from the weights of short ones: 2^-40 of its own."""
+    features, proxies = torch.eye(2, 4), torch.ones(3, 4)
+    proxies[0] *= 2.0**20
+    operands = streaming.SplitOperands(features, proxies, 0, weighted=True)
+    _, _, chunk = next(operands.chunks())
+    weights = operands.weights(3)
+    weights.copy_(torch.tensor([[0.0, 1.0, 3e-5], [1.0, 0.25, 1 / 3]]) * operands.weight_scale)
+    truth = weights.double() @ proxies.double() / operands.weight_scale
+    found = operands.read_out(None, torch.ones(2), weights, chunk).double() / operands.weight_scale
+    assert ((found - truth).abs() <= 2.0**-22 * truth + 3 * 2.0**-40 * 2.0**21).all()
