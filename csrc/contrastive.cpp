@@ -10,6 +10,9 @@
 #include "common/torch_glue.h"
 #include "contrastive_cpu.h"
 #include "contrastive_stream.h"
+#ifdef DHCL_CUDA
+#include "contrastive_split.h"
+#endif
 
 namespace dhcl {
 namespace {
@@ -288,6 +291,22 @@ void stream_chunks(const Operands<Device>& operands, const Formats& formats, int
   }
 }
 
+// The same for all proxies; gives what was read out of them (B, d), nothing unless weighted.
+template <typename Device>
+MaybeTensor stream_proxies(const Tensor& features, const Tensor& proxies, const Formats& formats,
+                           int64_t columns, bool weighted, const ContrastiveStreamParams& p) {
+  const IeeeProducts guard;
+#ifdef DHCL_CUDA
+  if constexpr (Device::kCuda)
+    if (formats.split) return SplitStream(features, proxies, columns, weighted).run(p);
+#endif
+  const Operands<Device> operands(features, proxies, formats, columns, weighted);
+  std::optional<ReadOut<Device>> read_out;
+  if (weighted) read_out.emplace(features, formats, operands.columns());
+  stream_chunks(operands, formats, proxies.size(0), p, read_out ? &*read_out : nullptr);
+  return read_out ? MaybeTensor(read_out->sums()) : std::nullopt;
+}
+
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
     const Tensor& features, const Tensor& proxies, const Tensor& labels,
@@ -302,13 +321,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
   check(proxies.size(0) > 0, op, ": at least one proxy is needed");
   check(!one_pass || !proxy_labels, op, ": one pass needs a column per label");
   const Formats formats = formats_of<Device>(features, proxies, fast);
-  const Operands<Device> operands(features, proxies, formats, columns, one_pass);
   const Roles roles(op, labels, proxy_labels, row_groups, column_groups, excluded, features.size(0),
                     proxies.size(0));
   const RowSums sums =
       new_sums<Device>(features, static_cast<Aggregation>(aggregation), proxy_labels);
-  std::optional<ReadOut<Device>> read_out;
-  if (one_pass) read_out.emplace(features, formats, operands.columns());
   ContrastiveStreamParams p{};
   p.state = sums.state.mutable_data_ptr<double>();
   p.counts = sums.counts.mutable_data_ptr<int64_t>();
@@ -319,15 +335,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
   p.scale = 1.0 / temperature / (formats.scale * formats.scale);
   p.beta = beta;
   p.weight_scale = formats.weight_scale;
-  {
-    const IeeeProducts guard;
-    stream_chunks(operands, formats, proxies.size(0), p, read_out ? &*read_out : nullptr);
-  }
+  const MaybeTensor read_out =
+      stream_proxies<Device>(features, proxies, formats, columns, one_pass, p);
   if constexpr (!Device::kCuda) refuse(sums.state, sums.counts, kappa, prior, proxies);
   auto [losses, rows] = contrastive_finish<Device>(sums.state, sums.counts, sums.positives, kappa,
                                                    prior, aggregation, temperature, beta, through);
-  const Tensor gradient = read_out ? read_out->gradient(rows, proxies, labels, temperature)
-                                   : torch::stable::new_empty(features, {0, features.size(1)});
+  const Tensor gradient =
+      read_out ? gradient_of<Device>(*read_out, formats, rows, proxies, labels, temperature)
+               : torch::stable::new_empty(features, {0, features.size(1)});
   return {losses, gradient, sums.state, sums.counts, rows};
 }
 

@@ -74,10 +74,25 @@ __device__ void exclude_listed(const ContrastiveRoles& roles, int64_t row, int64
   __syncthreads();
 }
 
+// What turns a row's products into logits.
+template <typename T>
+struct Scale {
+  T row;
+  const float* columns;
+  __device__ __forceinline__ Scale(const ContrastiveStreamParams& p, int64_t i)
+      : row(static_cast<T>(p.scale)), columns(p.column_units) {
+    if (columns != nullptr) row *= static_cast<T>(p.row_units[i]);
+  }
+  __device__ __forceinline__ T operator[](int64_t j) const {
+    return columns == nullptr ? row : row * static_cast<T>(columns[j]);
+  }
+};
+
 // A row's positives in ascending order of columns, found by one warp.
 template <typename T>
 __device__ void list_positives(const ContrastiveStreamParams& p, int64_t row, int64_t label,
                                const T* x) {
+  const Scale<T> scale(p, row);
   if (threadIdx.x >= kWarp) return;
   const int lane = threadIdx.x;
   int64_t filled = p.counts[row * kCountColumns + kPositives];
@@ -89,8 +104,7 @@ __device__ void list_positives(const ContrastiveStreamParams& p, int64_t row, in
     DHCL_DEVICE_ASSERT(!found || slot < p.num_slots,
                        "contrastive: a row has more positives than %lld\n",
                        static_cast<long long>(p.num_slots));
-    if (found)
-      p.positives[row * p.num_slots + slot] = static_cast<double>(x[j] * static_cast<T>(p.scale));
+    if (found) p.positives[row * p.num_slots + slot] = static_cast<double>(x[j] * scale[j]);
     filled += __popc(ballot);
   }
 }
@@ -130,11 +144,11 @@ __device__ __forceinline__ Seen<T> scan_roles(const ContrastiveStreamParams& p, 
                                               int64_t label, T* x) {
   const bool grouped = p.roles.row_groups != nullptr && p.roles.row_groups[row] >= 0;
   const int64_t group = grouped ? p.roles.row_groups[row] : 0;
-  const T scale = static_cast<T>(p.scale);
+  const Scale<T> scale(p, row);
   Seen<T> seen;
   for (int64_t j = threadIdx.x; j < p.num_cols; j += kThreads) {
     const int64_t column = p.start + j;
-    T s = x[j] * scale;
+    T s = x[j] * scale[j];
     if (is_positive(p.roles, label, column)) {
       seen.add_positive(static_cast<double>(s));
       s = none<T>();
@@ -169,6 +183,20 @@ __device__ __forceinline__ void add_positives(const Seen<T>& seen, double* state
   }
 }
 
+// The largest unit of the chunk's proxies, for every thread.
+template <typename T>
+__device__ __forceinline__ T largest_unit(const ContrastiveStreamParams& p, T* values,
+                                          int64_t* indices) {
+  T largest = 0;
+  for (int64_t j = threadIdx.x; j < p.num_cols; j += kThreads) {
+    const T unit = static_cast<T>(p.column_units[j]);
+    largest = unit > largest ? unit : largest;
+  }
+  int64_t unused = 0;
+  block_max(largest, unused, values, indices);
+  return largest;
+}
+
 // A chunk's sums over a row's negatives, relative to the row's largest logit so far.
 struct NegativeSums {
   double mass, norm, squares;
@@ -178,13 +206,15 @@ struct NegativeSums {
 template <typename T, typename W>
 __device__ __forceinline__ NegativeSums weigh_negatives(const ContrastiveStreamParams& p,
                                                         int64_t row, const T* x, double shift,
-                                                        double* doubles) {
+                                                        T unit, double* doubles) {
   const int64_t n = p.num_cols;
   const T base = static_cast<T>(shift);
   const T sharp = static_cast<T>(1.0 + p.beta);
   const T beta = static_cast<T>(p.beta);
   W* weights = p.weights == nullptr ? nullptr : static_cast<W*>(p.weights) + row * n;
+  W* low = p.low_weights == nullptr ? nullptr : static_cast<W*>(p.low_weights) + row * n;
   const T weight_scale = static_cast<T>(p.weight_scale);
+  const T inverse = T{1} / unit;
   T mass = 0;
   T norm = 0;
   T squares = 0;
@@ -194,7 +224,11 @@ __device__ __forceinline__ NegativeSums weigh_negatives(const ContrastiveStreamP
     mass += e;
     squares += e * e;
     if (p.beta > 0.0) norm += exp_of(beta * distance);
-    if (weights != nullptr) weights[j] = from_accumulator<W>(e * weight_scale);
+    if (weights == nullptr) continue;
+    T weight = e * weight_scale;
+    if (low != nullptr) weight *= static_cast<T>(p.column_units[j]) * inverse;
+    weights[j] = from_accumulator<W>(weight);
+    if (low != nullptr) low[j] = from_accumulator<W>(weight - static_cast<T>(to_float(weights[j])));
   }
   NegativeSums sums;
   sums.mass = block_sum(static_cast<double>(mass), doubles);
@@ -237,8 +271,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const double top = static_cast<double>(seen.top);
   const double largest = top > before ? top : before;
   const double shift = largest > none<double>() ? largest : 0.0;
-  const NegativeSums sums = weigh_negatives<T, W>(p, row, x, shift, doubles);
+  const T unit = p.low_weights == nullptr ? T{1} : largest_unit(p, values, indices);
+  const NegativeSums sums = weigh_negatives<T, W>(p, row, x, shift, unit, doubles);
   if (threadIdx.x != 0) return;
+  if (p.low_weights != nullptr) p.largest_units[row] = static_cast<float>(unit);
   const double factor = exp((1.0 + p.beta) * (before - shift));
   counts[kPositives] += positives;
   counts[kNegatives] += negatives;
@@ -303,6 +339,79 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (gamma != T{0}) slope += gamma * exp_of(beta * (s - base));
     }
     x[j] = slope;
+  }
+}
+
+constexpr int kSplitThreads = 128;
+
+// A block for each row, read twice, the second time from the cache near it: 4 d bytes against the
+// 2 t d written.
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kSplitThreads)
+    contrastive_split_kernel(ContrastiveSplitParams p) {
+  __shared__ float tops[kSplitThreads / kWarp];
+  const int64_t row = blockIdx.x;
+  const T* x = static_cast<const T*>(p.rows) + row * p.dim;
+  __half* out = static_cast<__half*>(p.operand) + row * p.terms * p.dim;
+  float top = 0.0f;
+  for (int64_t col = 4 * threadIdx.x; col < p.dim; col += 4 * kSplitThreads) {
+    T quad[4];
+    load4<kAligned>(x, col, p.dim, quad);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) top = fmaxf(top, fabsf(to_float(quad[c])));
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, offset));
+  if (lane_id() == 0) tops[warp_id()] = top;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kSplitThreads / kWarp; ++w) top = fmaxf(top, tops[w]);
+  // The number's own bits say its exponent, which is kept to what fp32 has reciprocals of.
+  const int exponent = min(max((__float_as_int(top) >> 23) - 126, -100), 128) - 14;
+  const float scale = __int_as_float((127 - exponent) << 23);
+  for (int64_t col = 4 * threadIdx.x; col < p.dim; col += 4 * kSplitThreads) {
+    T quad[4];
+    __half high[4], low[4];
+    load4<kAligned>(x, col, p.dim, quad);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float scaled = to_float(quad[c]) * scale;
+      high[c] = __float2half_rn(scaled);
+      low[c] = __float2half_rn(scaled - __half2float(high[c]));
+    }
+    for (int t = 0; t < p.terms; ++t) {
+      if (p.low_terms >> t & 1u)
+        store4<kAligned>(out + t * p.dim, col, p.dim, low);
+      else
+        store4<kAligned>(out + t * p.dim, col, p.dim, high);
+    }
+  }
+  if (threadIdx.x == 0) p.units[row] = __int_as_float((127 + exponent) << 23);
+}
+
+template <typename T>
+void split_as(const ContrastiveSplitParams& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.num_rows));
+  if (p.dim % 4 == 0)
+    DHCL_LAUNCH((contrastive_split_kernel<T, true>), grid, dim3(kSplitThreads), 0, stream, p);
+  else
+    DHCL_LAUNCH((contrastive_split_kernel<T, false>), grid, dim3(kSplitThreads), 0, stream, p);
+}
+
+__global__ void contrastive_fold_pieces_kernel(ContrastiveFoldPiecesParams p) {
+  const int64_t row = blockIdx.x;
+  float* sums = p.sums + row * p.dim;
+  const float* part = p.part + row * p.pieces * p.dim;
+  const float* low_part = p.low_part + row * p.dim;
+  const float factor = p.factors[row];
+  const float unit = p.units[row];
+  for (int64_t j = threadIdx.x; j < p.dim; j += kThreads) {
+    float sum = part[j];
+    if (p.pieces == 2) sum += part[p.dim + j];
+    sum = (sum + low_part[j]) * unit;
+    if (!p.fresh) sum += sums[j] * factor;
+    sums[j] = sum;
   }
 }
 
@@ -375,6 +484,25 @@ void launch_contrastive_stream(const ContrastiveStreamParams& p, void* stream) {
     default:
       return stream_as<float, float>(p, s);
   }
+}
+
+void launch_contrastive_split(const ContrastiveSplitParams& p, void* stream) {
+  if (p.num_rows == 0 || p.dim == 0) return;
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (p.dtype) {
+    case ContrastiveDtype::kFloat16:
+      return split_as<__half>(p, s);
+    case ContrastiveDtype::kBFloat16:
+      return split_as<__nv_bfloat16>(p, s);
+    default:
+      return split_as<float>(p, s);
+  }
+}
+
+void launch_contrastive_fold_pieces(const ContrastiveFoldPiecesParams& p, void* stream) {
+  if (p.num_rows == 0 || p.dim == 0) return;
+  DHCL_LAUNCH(contrastive_fold_pieces_kernel, dim3(static_cast<unsigned>(p.num_rows)),
+              dim3(kThreads), 0, static_cast<cudaStream_t>(stream), p);
 }
 
 void launch_contrastive_fold(const ContrastiveFoldParams& p, void* stream) {

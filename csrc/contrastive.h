@@ -58,6 +58,22 @@ struct ContrastiveRoles {
   int64_t num_excluded;          // E
 };
 
+// fp32 rows as sums of fp16 numbers, of which products are made where fp32 ones would be slow. Row
+// i is units[i] * (high + low): units[i] is the power of two that brings its largest element into
+// [2^13, 2^14), high is what fp16 makes of it and low, in fp16, of what that left. A product's
+// terms take one piece each, which lie side by side, so that one matrix product sums them all. The
+// bound is in dhcl_ops/_products.py, which is the same in PyTorch.
+struct ContrastiveSplitParams {
+  void* operand;           // [n, t * d] fp16 <- the pieces that the terms take
+  float* units;            // [n] <- the rows' units
+  const void* rows;        // [n, d]
+  int64_t num_rows;        // n
+  int64_t dim;             // d
+  int32_t terms;           // t
+  uint32_t low_terms;      // bit i: term i takes the low piece
+  ContrastiveDtype dtype;  // of rows: any but double
+};
+
 struct ContrastiveStreamParams {
   double* state;      // [B, 6]
   int64_t* counts;    // [B, 3]
@@ -65,6 +81,12 @@ struct ContrastiveStreamParams {
   void* products;     // [B, n] similarities, float or double; overwritten
   void* weights;      // [B, n] or null <- weight_scale e^((1+beta)(s-m)), 0 if not negative
   void* factors;      // [B] or null <- e^((1+beta)(m_before - m)), in the products' dtype
+  // Of products made of pieces, or null. Weight j is then taken in the largest column unit over its
+  // own, since the proxies that it will be multiplied with are in units of their own.
+  const float* row_units;     // [B] products are in row_units[i] * column_units[j]
+  const float* column_units;  // [n]
+  void* low_weights;          // [B, n] or null <- what rounding took from the weights
+  float* largest_units;       // [B] or null <- the largest column unit
   ContrastiveRoles roles;
   int64_t num_rows;   // B
   int64_t num_cols;   // n
@@ -85,6 +107,20 @@ struct ContrastiveFoldParams {
   int64_t num_rows;        // B
   int64_t dim;             // d
   ContrastiveDtype dtype;  // of all three: float or double
+};
+
+// The same where the chunk was read out in pieces: part by the weights' high piece, with each of
+// the proxies' pieces, and low_part by their low one.
+struct ContrastiveFoldPiecesParams {
+  float* sums;            // [B, d] <- factors * sums + units * (part + low_part)
+  const float* part;      // [B, pieces * d]
+  const float* low_part;  // [B, d]
+  const float* factors;   // [B]
+  const float* units;     // [B]
+  int64_t num_rows;       // B
+  int64_t dim;            // d
+  int32_t pieces;         // 1 or 2
+  bool fresh;             // the first chunk: sums begin here
 };
 
 struct ContrastiveGradientParams {
@@ -201,6 +237,8 @@ DHCL_HOST_DEVICE inline double contrastive_pull(double s, const double* row, int
 
 // The stream is a cudaStream_t; no launcher synchronises with the host.
 void launch_contrastive_stream(const ContrastiveStreamParams& p, void* stream);
+void launch_contrastive_split(const ContrastiveSplitParams& p, void* stream);
+void launch_contrastive_fold_pieces(const ContrastiveFoldPiecesParams& p, void* stream);
 void launch_contrastive_fold(const ContrastiveFoldParams& p, void* stream);
 void launch_contrastive_gradient(const ContrastiveGradientParams& p, void* stream);
 void launch_contrastive_finish(const ContrastiveFinishParams& p, void* stream);

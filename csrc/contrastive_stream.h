@@ -45,6 +45,11 @@ int64_t size_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
+// As in dhcl_ops/_products.py: fewest rows, and multiplications in all, from which fp32 products
+// are made of fp16 pieces on CUDA.
+constexpr int64_t kSplitRows = 128;
+constexpr int64_t kSplitWork = int64_t{1} << 30;
+
 // In which formats a loss is computed: products and sums are fp32, or fp64 where an operand is; on
 // CUDA 16-bit operands are multiplied as they are, and fp32 ones as fp16 if speed is asked for.
 struct Formats {
@@ -52,6 +57,7 @@ struct Formats {
   ScalarType operands = ScalarType::Float;
   double scale = 1.0;         // of both operands
   double weight_scale = 1.0;  // of the gradient weights
+  bool split = false;         // fp32 products are made of fp16 pieces
 };
 
 template <typename Device>
@@ -67,7 +73,10 @@ Formats formats_of(const Tensor& features, const Tensor& proxies, bool fast) {
     formats.operands = ScalarType::Half;
     formats.scale = kOperandScale;
   }
-  if (formats.operands == ScalarType::Half) formats.weight_scale = kWeightScale;
+  const int64_t rows = features.size(0);
+  formats.split = Device::kCuda && formats.operands == ScalarType::Float && rows >= kSplitRows &&
+                  rows * proxies.size(0) * proxies.size(1) >= kSplitWork;
+  if (formats.operands == ScalarType::Half || formats.split) formats.weight_scale = kWeightScale;
   return formats;
 }
 
@@ -85,6 +94,18 @@ class ChunkBuffer {
   Tensor flat_;
 };
 
+// Proxies in a chunk: as asked, or as many as the workspace has room for.
+template <typename Device>
+int64_t columns_in_chunk(int64_t asked, int64_t per_column, int64_t num_proxies) {
+  int64_t columns = asked;
+  if (columns <= 0) {
+    columns = kWorkspace<Device> / std::max<int64_t>(per_column, 1);
+    columns = std::min(std::max(columns, kFewest<Device>), kMost<Device>);
+    columns -= columns % 16;
+  }
+  return std::max<int64_t>(std::min(columns, num_proxies), 1);
+}
+
 // The factors of the products: features once, proxies chunk by chunk, in the operands' format.
 template <typename Device>
 class Operands {
@@ -96,16 +117,11 @@ class Operands {
         left_(left_of(features, formats)),
         converts_(proxies.scalar_type() != formats.operands || formats.scale != 1.0) {
     const int64_t rows = features.size(0);
-    if (columns <= 0) {
-      const int64_t narrow = size_of(formats.operands);
-      int64_t per_column = rows * size_of(formats.sums);
-      if (weighted) per_column += rows * narrow;
-      if (converts_) per_column += features.size(1) * narrow;
-      columns = kWorkspace<Device> / std::max<int64_t>(per_column, 1);
-      columns = std::min(std::max(columns, kFewest<Device>), kMost<Device>);
-      columns -= columns % 16;
-    }
-    columns_ = std::max<int64_t>(std::min(columns, proxies.size(0)), 1);
+    const int64_t narrow = size_of(formats.operands);
+    int64_t per_column = rows * size_of(formats.sums);
+    if (weighted) per_column += rows * narrow;
+    if (converts_) per_column += features.size(1) * narrow;
+    columns_ = columns_in_chunk<Device>(columns, per_column, proxies.size(0));
     if (converts_)
       converted_ = torch::stable::new_empty(proxies, {columns_, proxies.size(1)}, formats.operands);
   }
@@ -177,27 +193,7 @@ class ReadOut {
     if (!narrow) multiply_add<Device>(weights, chunk, sums_);
   }
 
-  Tensor gradient(const Tensor& rows, const Tensor& proxies, const Tensor& labels,
-                  double temperature) const {
-    // Of proxies in any other layout the positives alone are copied.
-    const bool direct = proxies.is_contiguous();
-    const Tensor own = direct ? proxies : gather_rows(proxies, labels);
-    const Tensor columns = torch::stable::contiguous(labels);
-    ContrastiveGradientParams p{};
-    p.gradient = sums_.mutable_data_ptr();
-    p.rows = rows.const_data_ptr<double>();
-    p.proxies = own.const_data_ptr();
-    p.labels = direct ? int64_data(columns) : nullptr;
-    p.num_rows = sums_.size(0);
-    p.num_proxies = own.size(0);
-    p.dim = sums_.size(1);
-    p.unit = formats_.weight_scale * formats_.scale * temperature;
-    p.temperature = temperature;
-    p.dtype = dtype_of("contrastive", "sums", sums_);
-    p.proxy_dtype = dtype_of("contrastive", "proxies", own);
-    Device::template run<run_gradient, launch_contrastive_gradient>(sums_, p);
-    return sums_;
-  }
+  const Tensor& sums() const { return sums_; }
 
  private:
   Formats formats_;
@@ -205,6 +201,30 @@ class ReadOut {
   Tensor factors_, sums_;
   bool first_ = true;
 };
+
+// Makes the features' gradient of what was read out, in its place.
+template <typename Device>
+Tensor gradient_of(const Tensor& sums, const Formats& formats, const Tensor& rows,
+                   const Tensor& proxies, const Tensor& labels, double temperature) {
+  // Of proxies in any other layout the positives alone are copied.
+  const bool direct = proxies.is_contiguous();
+  const Tensor own = direct ? proxies : gather_rows(proxies, labels);
+  const Tensor columns = torch::stable::contiguous(labels);
+  ContrastiveGradientParams p{};
+  p.gradient = sums.mutable_data_ptr();
+  p.rows = rows.const_data_ptr<double>();
+  p.proxies = own.const_data_ptr();
+  p.labels = direct ? int64_data(columns) : nullptr;
+  p.num_rows = sums.size(0);
+  p.num_proxies = own.size(0);
+  p.dim = sums.size(1);
+  p.unit = formats.weight_scale * formats.scale * temperature;
+  p.temperature = temperature;
+  p.dtype = dtype_of("contrastive", "sums", sums);
+  p.proxy_dtype = dtype_of("contrastive", "proxies", own);
+  Device::template run<run_gradient, launch_contrastive_gradient>(sums, p);
+  return sums;
+}
 
 }  // namespace
 }  // namespace dhcl

@@ -148,12 +148,12 @@ _SPLIT_WORK = 1 << 30
 _SPLIT_EXPONENT = 14
 # Which piece of the left and which of the right factor each term multiplies, the small ones first,
 # by how many pieces they have.
-_HIGH, _LOW = 0, 1
+HIGH, LOW = 0, 1
 TERMS = {
-    (2, 2): ((_HIGH, _LOW, _HIGH), (_LOW, _HIGH, _HIGH)),
-    (2, 1): ((_LOW, _HIGH), (_HIGH, _HIGH)),
-    (1, 2): ((_HIGH, _HIGH), (_LOW, _HIGH)),
-    (1, 1): ((_HIGH,), (_HIGH,)),
+    (2, 2): ((HIGH, LOW, HIGH), (LOW, HIGH, HIGH)),
+    (2, 1): ((LOW, HIGH), (HIGH, HIGH)),
+    (1, 2): ((HIGH, HIGH), (LOW, HIGH)),
+    (1, 1): ((HIGH,), (HIGH,)),
 }
 
 
@@ -186,7 +186,7 @@ def split_rows(rows: torch.Tensor, pieces: int = 2) -> Split:
 
     With X the largest element of a row, 2^13 <= X / unit < 2^14, and an element x is off by at most
     2^-23 |x| + 2^-38 X: each piece has 11 bits and the second one a sign of its own; the absolute
-    term is half of fp16's smallest number.
+    term is half of fp16's smallest number. (X below 2^-100 counts as that.)
     """
     largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
     # The number's own bits say its exponent. What is not finite leaves pieces that are not either.

@@ -31,7 +31,7 @@ dhcl::ContrastiveRoles roles_of(const py::tuple& t) {
 void stream(const py::object& state, const py::object& counts, const py::object& positives,
             const py::array& products, const py::object& weights, const py::object& factors,
             const py::tuple& roles, int64_t start, double scale, double beta, double weight_scale,
-            int dtype, int weight_dtype, bool fresh) {
+            int dtype, int weight_dtype, bool fresh, const py::tuple& pieces) {
   dhcl::ContrastiveStreamParams p{};
   p.state = data<double>(state);
   p.counts = data<int64_t>(counts);
@@ -39,6 +39,10 @@ void stream(const py::object& state, const py::object& counts, const py::object&
   p.products = data<void>(products);
   p.weights = data<void>(weights);
   p.factors = data<void>(factors);
+  p.row_units = data<float>(pieces[0]);
+  p.column_units = data<float>(pieces[1]);
+  p.low_weights = data<void>(pieces[2]);
+  p.largest_units = data<float>(pieces[3]);
   p.roles = roles_of(roles);
   p.num_rows = products.shape(0);
   p.num_cols = products.shape(1);
@@ -93,6 +97,35 @@ void slopes(const py::array& products, const py::array& rows, const py::array& s
   dhcl::launch_contrastive_slopes(p, nullptr);
 }
 
+void split(const py::array& operand, const py::array& units, const py::array& rows, int terms,
+           unsigned low_terms, int dtype) {
+  dhcl::ContrastiveSplitParams p{};
+  p.operand = data<void>(operand);
+  p.units = data<float>(units);
+  p.rows = data<void>(rows);
+  p.num_rows = rows.shape(0);
+  p.dim = rows.shape(1);
+  p.terms = terms;
+  p.low_terms = low_terms;
+  p.dtype = static_cast<ContrastiveDtype>(dtype);
+  dhcl::launch_contrastive_split(p, nullptr);
+}
+
+void fold_pieces(const py::array& sums, const py::array& part, const py::array& low_part,
+                 const py::array& factors, const py::array& units, bool fresh) {
+  dhcl::ContrastiveFoldPiecesParams p{};
+  p.sums = data<float>(sums);
+  p.part = data<float>(part);
+  p.low_part = data<float>(low_part);
+  p.factors = data<float>(factors);
+  p.units = data<float>(units);
+  p.num_rows = sums.shape(0);
+  p.dim = sums.shape(1);
+  p.pieces = sums.shape(1) == 0 ? 1 : static_cast<int>(part.shape(1) / sums.shape(1));
+  p.fresh = fresh;
+  dhcl::launch_contrastive_fold_pieces(p, nullptr);
+}
+
 void fold(const py::array& sums, const py::object& part, const py::array& factors, int dtype) {
   dhcl::ContrastiveFoldParams p{};
   p.sums = data<void>(sums);
@@ -127,6 +160,8 @@ void gradient(const py::array& sums, const py::array& rows, const py::array& pro
 PYBIND11_MODULE(contrastive_host, m) {
   m.def("set_schedule", &cuda_host::set_schedule);
   m.def("stream", &stream);
+  m.def("split", &split);
+  m.def("fold_pieces", &fold_pieces);
   m.def("fold", &fold);
   m.def("gradient", &gradient);
   m.def("finish", &finish);

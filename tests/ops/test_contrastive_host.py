@@ -5,7 +5,8 @@ import torch
 
 from dhcl_ops import _contrastive_kernels, _contrastive_stream, _ops, debiased_contrastive_loss
 from dhcl_ops._contrastive_kernels import ALPHA, MASS, MEAN, SLOPE
-from dhcl_ops._contrastive_stream import WEIGHT_SCALE
+from dhcl_ops._contrastive_stream import WEIGHT_SCALE, SplitOperands
+from dhcl_ops._products import LOW, TERMS, fp32_sums, split_operand
 from tests.checks import call, clones, same_bits
 from tests.ops.test_contrastive import assert_kernels_agree, case, kernel_inputs, leaf
 
@@ -27,14 +28,25 @@ class Glue:
     def __init__(self, host):
         self.host = host
 
-    def contrastive_stream_(self, *args, fresh=False):
+    def contrastive_stream_(self, *args, fresh=False, pieces=(None,) * 4):
         state, counts, positives, products, weights, factors, *roles = args[:11]
         weight_dtype = products.dtype if weights is None else weights.dtype
         self.host.stream(
             *map(array, (state, counts, positives, products, weights, factors)),
             tuple(map(array, roles)), *args[11:],
             DTYPES.index(products.dtype), DTYPES.index(weight_dtype), fresh,
+            tuple(map(array, pieces)),
         )  # fmt: skip
+
+    def split(self, rows, pieces, terms):
+        """As :func:`dhcl_ops._products.split_operand`."""
+        operand = torch.full((len(rows), len(terms) * rows.shape[1]), 7.0, dtype=torch.float16)
+        units = torch.full((len(rows),), 7.0)
+        low = sum(1 << place for place, term in enumerate(terms) if term == LOW)
+        self.host.split(
+            *map(array, (operand, units, rows)), len(terms), low, DTYPES.index(rows.dtype)
+        )
+        return operand, units
 
     def contrastive_finish(self, state, counts, positives, kappa, *options):
         loss = torch.full((len(state),), 7.0, dtype=torch.float64)
@@ -196,6 +208,131 @@ def test_the_whole_loss_on_these_kernels(host, monkeypatch, mode, gradient):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+# ---- products made of pieces ---------------------------------------------------------------------
+
+
+def rows_of_all_sizes(n, d, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, d, generator=generator)
+    rows *= 2.0 ** torch.randint(-9, 3, (n, 1), generator=generator)
+    if dtype == torch.float32:
+        rows[0] *= 1e-41  # less than fp32's normal numbers
+        rows[1] *= 2.0**126 / rows[1].abs().max().clamp(min=1.0)
+    rows[2] = 0
+    return rows.to(dtype)
+
+
+@pytest.mark.parametrize("d", [1, 4, 130, 600])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("terms", [TERMS[2, 2][1], TERMS[2, 1][1], TERMS[1, 1][0]])
+def test_pieces_have_the_bits_of_their_reference(kernels, d, dtype, terms):
+    rows = rows_of_all_sizes(5, d, dtype)
+    operand, units = Glue(kernels).split(rows, 2, terms)
+    expected, expected_units = split_operand(rows, 2, terms)
+    assert same_bits(units, expected_units)
+    assert same_bits(operand, expected)
+
+
+def test_pieces_of_what_is_not_finite_are_not_finite(host):
+    rows = torch.ones(3, 9)
+    rows[0, 4], rows[1, 2] = torch.inf, torch.nan
+    operand, _ = Glue(host).split(rows, 2, (0, 1))
+    assert operand.isfinite().all(1).tolist() == [False, False, True]
+
+
+def powers(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return 2.0 ** torch.randint(-9, 9, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_products_in_units_of_their_own(kernels, mode):
+    inputs = kernel_inputs("contrastive_stream_", torch.float32, mode, 0.3, b=2, k=600)
+    inputs[-1] = WEIGHT_SCALE
+    plain, ours = clones(inputs), clones(inputs)
+    rows, columns = powers(2, 0), powers(600, 1)
+    ours[3].div_(rows[:, None]).div_(columns)
+    ours[4] = torch.full((2, 600), 7.0, dtype=torch.float16)
+    low, largest = torch.full_like(ours[4], 7.0), torch.zeros(2)
+    Glue(kernels).contrastive_stream_(*ours, pieces=(rows, columns, low, largest))
+    Glue(kernels).contrastive_stream_(*plain)
+    for place in (0, 1, 2, 3, 5):
+        assert ours[place] is None or same_bits(ours[place], plain[place])
+    assert largest.tolist() == [columns.max()] * 2
+    weights = plain[4] * (columns / columns.max())
+    assert weights.max() > 1e-3
+    high = weights.half()
+    assert same_bits(ours[4], high)
+    assert same_bits(low, (weights - high.float()).half())
+
+
+def test_products_in_units_without_weights(host):
+    inputs = kernel_inputs("contrastive_stream_", torch.float32, 1, 0.3, b=2, k=70)
+    inputs[4] = inputs[5] = None
+    plain, ours = clones(inputs), clones(inputs)
+    rows, columns = powers(2, 0), powers(70, 1)
+    ours[3].div_(rows[:, None]).div_(columns)
+    Glue(host).contrastive_stream_(*ours, pieces=(rows, columns, None, None))
+    Glue(host).contrastive_stream_(*plain)
+    assert all(same_bits(ours[i], plain[i]) for i in (0, 1))
+
+
+@pytest.mark.parametrize("d", [1, 600])
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_was_read_out_in_pieces(kernels, d, pieces, fresh):
+    sums, low, factors = read_out(d, torch.float32)
+    parts = [read_out(d, torch.float32, seed=seed)[0] for seed in range(3, 3 + pieces)]
+    units = powers(3, 2)
+    expected = (sum(parts[1:], parts[0]) + low) * units[:, None]
+    if fresh:
+        sums.fill_(torch.nan)
+    else:
+        expected = expected + sums * factors[:, None]
+    kernels.fold_pieces(*map(array, (sums, torch.cat(parts, 1), low, factors, units)), fresh)
+    assert same_bits(sums, expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+                                    (torch.float32, torch.float16)])  # fmt: skip
+def test_the_loop_over_pieces_has_the_bits_of_its_pytorch_form(host, monkeypatch, dtypes):
+    """The kernels in the order in which csrc/contrastive_split.h calls them."""
+    f, c, labels, *_ = case(5, 37, 10)
+    f, c = f.to(dtypes[0]), (c * powers(37, 4)[:, None]).to(dtypes[1])
+    glue = Glue(host)
+    roles = _contrastive_kernels.Roles(labels, None, None, None, None)
+    settings = (1 / 0.05, 0.2, WEIGHT_SCALE)
+    operands = SplitOperands(f, c, 16, weighted=True)
+    theirs = _contrastive_kernels.new_sums(5, None, f.device)
+    expected, factors = None, torch.empty(5)
+    for start, products, chunk in operands.chunks():
+        weights = operands.weights(len(chunk))
+        glue.contrastive_stream_(*theirs, products, weights, factors, *roles, start, *settings)
+        expected = operands.read_out(expected, factors, weights, chunk)
+
+    pieces = tuple(1 if dtype != torch.float32 else 2 for dtype in dtypes)
+    left_terms, right_terms = TERMS[pieces]
+    left, row_units = glue.split(f, pieces[0], left_terms)
+    ours = _contrastive_kernels.new_sums(5, None, f.device)
+    sums, largest = torch.empty(5, 10), torch.empty(5)
+    for start in range(0, 37, 16):
+        chunk, units = glue.split(c[start : start + 16].contiguous(), pieces[1], right_terms)
+        products = fp32_sums(left, chunk.t())
+        high, low = (torch.empty(5, len(chunk), dtype=torch.float16) for _ in range(2))
+        glue.contrastive_stream_(
+            *ours, products, high, factors, *roles, start, *settings,
+            fresh=start == 0, pieces=(row_units, units, low, largest),
+        )  # fmt: skip
+        last = (pieces[1] - 1) * 10
+        part = fp32_sums(high, chunk[:, : last + 10])
+        low_part = fp32_sums(low, chunk[:, last : last + 10])
+        host.fold_pieces(*map(array, (sums, part, low_part, factors, largest)), start == 0)
+    assert same_bits(ours.state, theirs.state)
+    assert same_bits(ours.counts, theirs.counts)
+    # torch's addcmul rounds once on some processors.
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_what_the_kernels_assert(host):
     glue = Glue(host)
     inputs = kernel_inputs("contrastive_finish", torch.float32, 1, 0.3)
@@ -242,6 +379,9 @@ def test_empty_launches(host):
     for shape in ((0, 5), (3, 0)):
         sums, factors = torch.zeros(shape), torch.ones(shape[0])
         host.fold(array(sums), None, array(factors), 0)
+        host.fold_pieces(*map(array, (sums, sums, sums, factors, factors)), True)
+        operand = torch.zeros(shape[0], 2 * shape[1], dtype=torch.float16)
+        host.split(*map(array, (operand, factors, sums)), 2, 1, 0)
         no_rows = torch.zeros(shape[0], 9, dtype=torch.float64)
         labels = torch.zeros(shape[0], dtype=torch.int64)
         host.gradient(*map(array, (sums, no_rows, sums, labels)), 1.0, 0.05, 0, 0)
