@@ -104,6 +104,15 @@ def debiased_contrastive_loss(
     most 24 MiB on the CPU and 256 MiB on CUDA unless 256 (4096) proxies need more, and with a
     gradient a (B, d) fp32 buffer. Sums are fp32 or wider; the same bits every time.
 
+    fp32 products are fp32 whatever the process allows for others (TF32). On CUDA large ones, from
+    128 rows and 2^30 multiplications, are made of three fp16 products (two or one where an operand
+    has 16 bits) of operands split into high and low pieces: a similarity f.c is then off by at most
+    2^-21 |f| |c| beside the rounding of its fp32 sum; and the gradient's weighted sum of proxies by
+    2^-21 of its terms and K 2^-39 of their largest element. Of a chunk, 6 bytes for each element
+    of a proxy go to the pieces; a gradient takes three more (B, d) buffers. A second pass, for
+    gradients of proxies, several positives and ``"through"``, splits its products too, and takes
+    12 bytes for each element of a chunk's products and proxies.
+
     Args:
         features: (B, d) float32, float16, bfloat16 or float64, rows of norm 1.
         proxies: (K, d) class prototypes or bank rows, any of these dtypes, K >= 1.
@@ -124,8 +133,9 @@ def debiased_contrastive_loss(
             differentiates them, as the authors' code does.
         reduction: ``"mean"`` (0 for B = 0), ``"sum"`` or ``"none"``.
         return_stats: also return :class:`ContrastiveStats`.
-        precision: ``"fast"`` rounds fp32 operands on CUDA to fp16, scaled by a power of two:
-            logits are then off by up to about 1e-3 at temperature 0.05. Elsewhere it is "exact".
+        precision: ``"exact"``, or ``"fast"``, which rounds fp32 operands on CUDA to fp16, scaled by
+            a power of two: logits are then off by up to about 1e-3 at temperature 0.05. Elsewhere
+            it is "exact".
         chunk_size: proxies per chunk, by default chosen for the workspace.
 
     Returns:

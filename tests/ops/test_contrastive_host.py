@@ -222,9 +222,9 @@ def rows_of_all_sizes(n, d, dtype, seed=0):
     return rows.to(dtype)
 
 
-@pytest.mark.parametrize("d", [1, 4, 130, 600])
+@pytest.mark.parametrize("d", [1, 130, 600])
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("terms", [TERMS[2, 2][1], TERMS[2, 1][1], TERMS[1, 1][0]])
+@pytest.mark.parametrize("terms", [TERMS[2, 2][1], TERMS[1, 1][0]])
 def test_pieces_have_the_bits_of_their_reference(kernels, d, dtype, terms):
     rows = rows_of_all_sizes(5, d, dtype)
     operand, units = Glue(kernels).split(rows, 2, terms)
