@@ -80,14 +80,18 @@ def joined(parts: Sequence[tuple[torch.Tensor, ...]], like: torch.Tensor) -> tup
 
 
 def sparse_tensor(
-    offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+    offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, width: int | None = None
 ) -> torch.Tensor:
-    """A square sparse CSR tensor, without torch's notices that these are young and unchecked."""
+    """A sparse CSR tensor, square without a width, without torch's notices that these are young."""
     size = len(offsets) - 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse (CSR|invariant).*")
         return torch.sparse_csr_tensor(
-            offsets, columns, values, (size, size), check_invariants=False
+            offsets,
+            columns,
+            values,
+            (size, size if width is None else width),
+            check_invariants=False,
         )
 
 

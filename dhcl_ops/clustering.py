@@ -156,7 +156,7 @@ class Clustering:
     loose_labels: Any = None
 
 
-class _Stages:
+class Stages:
     """Seconds between calls, by name."""
 
     def __init__(self, device: torch.device) -> None:
@@ -224,10 +224,10 @@ def cluster(
     features, ranks = _arrays.as_tensors(op, features=features, ranks=ranks)
     if threshold is not None and not self_paced:
         raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
-    radii = _radii(op, eps, eps_gap, self_paced, loose)
+    radii = radii_of(op, eps, eps_gap, self_paced, loose)
     min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     rows = _checks.unit_rows(op, "features", features)
-    timer = _Stages(rows.device)
+    timer = Stages(rows.device)
     encoded = encode(op, rows, k1, k2, convention, ranks, progress, timer)
     for radius in radii:
         if radius is not None:
@@ -263,7 +263,7 @@ def cluster(
     )
 
 
-class _Radii(NamedTuple):
+class Radii(NamedTuple):
     """The eps at which DBSCAN runs over one graph, ascending; None for those not asked for."""
 
     tight: float | None
@@ -276,13 +276,13 @@ class _Radii(NamedTuple):
         return self.eps if self.loose is None else self.loose
 
 
-def _radii(op: str, eps: float, gap: float, self_paced: bool, loose: bool) -> _Radii:
+def radii_of(op: str, eps: float, gap: float, self_paced: bool, loose: bool) -> Radii:
     eps = check_eps(op, eps)
     if not (self_paced or loose):
-        return _Radii(None, eps, None)
+        return Radii(None, eps, None)
     gap = _checks.number(op, "eps_gap", gap, 0.0, rule="finite and >= 0")
     if self_paced and not (eps - gap > 0.0 and eps + gap < 1.0):
         raise ValueError(f"{op}: eps -/+ eps_gap must be in (0, 1) (got {eps} -/+ {gap})")
     if eps + gap >= 1.0:
         raise ValueError(f"{op}: eps + eps_gap must be in (0, 1) (got {eps} + {gap})")
-    return _Radii(eps - gap if self_paced else None, eps, eps + gap)
+    return Radii(eps - gap if self_paced else None, eps, eps + gap)

@@ -166,9 +166,12 @@ class _Search:
         certify: bool,
         progress: Progress | None,
         least: torch.Tensor | None = None,
+        floor: torch.Tensor | None = None,
     ) -> None:
         self.queries, self.features, self.products = queries, features, products
         self.least = least
+        # Scores (Q,) float32 below which a caller needs no neighbours.
+        self.floor = floor
         self.self_search, self.certify, self.progress = self_search, certify, progress
         self.others = k - 1 if self_search else k
         self.available = len(features) - 1 if self_search else len(features)
@@ -302,10 +305,14 @@ class _Search:
         # The k-th largest product less the bound is a floor of the k-th score: a product more than
         # twice the bound below it is out.
         reach = top[:, self.others - 1].double() * unscale - 2 * bound
+        if self.floor is not None:
+            reach = reach.maximum(self.floor[rows].double() - bound)
         within = top.double() * unscale >= reach.unsqueeze(1)
         width = max(int(within.sum(1).max()), self.others)
         candidates = candidates.masked_fill(~within, -1)[:, :width]
         scores = self.write(rows, candidates)
+        if self.floor is not None:
+            scores = scores.maximum(self.floor[rows].double())
         if self.certify and lowest is not None:
             self.certified[rows] = scores > lowest.double() * unscale + bound
 
@@ -327,8 +334,10 @@ class _Search:
         step = max(min((1 << 24) // max(n, 1), 256), 1)
         for start in range(0, total, step):
             rows = uncertain[start : start + step]
-            floor = self.similarities[rows, -1].double() - self.products.bound[rows]
-            floor = (floor * self.products.scale**2).to(torch.float32)
+            floor = self.similarities[rows, -1].double()
+            if self.floor is not None:
+                floor = floor.maximum(self.floor[rows].double())
+            floor = ((floor - self.products.bound[rows]) * self.products.scale**2).to(torch.float32)
             floor = torch.nextafter(floor, torch.full_like(floor, -torch.inf)).unsqueeze(1)
             found = []
             for col in range(0, n, self.tile_cols):
@@ -341,7 +350,8 @@ class _Search:
                 pairs = pairs[rows[pairs[:, 0]] != pairs[:, 1]]
             row, order = pairs[:, 0].sort(stable=True)
             position = torch.arange(len(row), device=self.device) - torch.searchsorted(row, row)
-            candidates = pairs.new_full((len(rows), int(position.max()) + 1), -1)
+            longest = int(position.max()) + 1 if len(position) else 0
+            candidates = pairs.new_full((len(rows), max(longest, self.others)), -1)
             candidates[row, position] = pairs[order, 1]
             self.write(rows, candidates)
             self.report("uncertified rows", min(start + step, total), total)
@@ -485,3 +495,51 @@ def knn_and_least(
     if not features.is_cuda and k > 1:
         least = features.new_full((len(features),), torch.inf)
     return _knn(features, k, None, "torch", "exact", progress, least), least
+
+
+def meet(
+    queries: torch.Tensor,
+    features: torch.Tensor,
+    k: int,
+    floors: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[Neighbours, Neighbours]:
+    """The nearest features of each query, and the nearest queries of each feature, at once.
+
+    Each product serves both sides. Rows are float32 and contiguous. ``floors`` (Q,) and (N,)
+    float32 are scores below which neighbours are not needed; of those at or above it the first k
+    are there, as :func:`knn` would give them, and behind them anything: similarities of -inf where
+    a place is empty.
+    """
+    op = "knn"
+    with full_precision(queries.device):
+        norms = upper_norms(op, "queries", queries), upper_norms(op, "features", features)
+        sides = []
+        for place, (own, others) in enumerate(((queries, features), (features, queries))):
+            half = queries.is_cuda
+            products = Products(own, others, norms[place], norms[1 - place], half=half)
+            search = _Search(
+                own, others, products, min(k, len(others)), self_search=False, certify=True,
+                progress=None, floor=floors[place],
+            )  # fmt: skip
+            sides.append((search, _new_state(len(own), search.capacity(), search.device)))
+        (one, state), (other, other_state) = sides
+        if one.others > 0 and other.others > 0:
+            out = None
+            if not one.products.half:
+                out = torch.empty(one.tile_rows * one.tile_cols, device=one.device)
+            for start in range(0, len(queries), one.tile_rows):
+                rows = slice(start, min(start + one.tile_rows, len(queries)))
+                for col in range(0, len(features), one.tile_cols):
+                    cols = slice(col, min(col + one.tile_cols, len(features)))
+                    tile = one.products.tile(rows, cols, out)
+                    one.select(state, tile, start, col, one.keep, False, False)
+                    other.select(other_state, tile, start, col, other.keep, True, False)
+            for search, found in sides:
+                for start in range(0, len(search.queries), search.tile_rows):
+                    rows = slice(start, min(start + search.tile_rows, len(search.queries)))
+                    search.finish(rows, *search.largest(found[0][rows], found[1][rows]))
+        one_again, other_again = (torch.tensor(search.search_again()) for search, _ in sides)
+        return (
+            Neighbours(one.similarities, one.indices, one_again),
+            Neighbours(other.similarities, other.indices, other_again),
+        )

@@ -1,0 +1,296 @@
+"""Neighbours and pseudo-labels of rows that lie on several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dhcl_ops import _checks, _csr
+from dhcl_ops._csr import Rows
+from dhcl_ops._products import full_precision
+from dhcl_ops._progress import Progress
+from dhcl_ops._ties import warn_of_tie
+from dhcl_ops.clustering import Clustering, Radii, Stages, radii_of, self_paced_labels
+from dhcl_ops.defaults import SPCL
+from dhcl_ops.knn import Neighbours
+from dhcl_ops.reciprocal import Convention, list_width
+from dhcl_ops.sharded import graph
+from dhcl_ops.sharded.components import dbscan
+from dhcl_ops.sharded.neighbours import search
+from dhcl_ops.sharded.shards import PIECE_BYTES, Shards
+
+__all__ = ["cluster", "knn"]
+
+
+def _rows(op: str, features: torch.Tensor) -> torch.Tensor:
+    """This rank's rows for a search, in float32."""
+    _checks.tensor(op, "features", features)
+    _checks.rank(op, "features", features, 2)
+    _checks.dtype(op, "features", features, _checks.ALL_FLOATS)
+    return features.detach().to(torch.float32).contiguous()
+
+
+def _settings(features: Any, **settings: Any) -> dict[str, Any]:
+    """What ranks must agree on, the rows' width and kind of device among it."""
+    if isinstance(features, torch.Tensor):
+        settings["the features' width"] = tuple(features.shape[1:])
+        settings["the features' device"] = features.device.type
+    return settings
+
+
+@torch.no_grad()
+def knn(
+    features: torch.Tensor,
+    k: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+    traffic: dict[str, int] | None = None,
+) -> Neighbours:
+    """:func:`dhcl_ops.knn` of rows that lie on several ranks, to the bit.
+
+    Every rank calls it with its own rows; row numbers go on from rank to rank. Blocks of rows visit
+    other ranks, each pair of rows of two ranks meets once, and no rank ever holds more than its own
+    rows and two pieces of 64 MiB of others.
+
+    Args:
+        features: (n, d) this rank's rows, any number of them; dtypes as in :func:`dhcl_ops.knn`.
+        k: neighbours per row, the row itself included, in [0, N], N being the rows of all ranks.
+        group: process group; by default all processes.
+        progress: called as ``progress(stage, rows_done, rows_total)``.
+        traffic: a dictionary that takes the bytes this rank has sent to others, by stage.
+
+    Returns:
+        :class:`dhcl_ops.Neighbours` of this rank's rows: similarities (n, k), indices (n, k) int64
+        among all rows, and how many searches of a row in a block were repeated, on all ranks.
+
+    Raises:
+        TypeError, ValueError: as :func:`dhcl_ops.knn`, on all ranks, also where one rank's rows are
+            wrong; ranks that do not agree in an argument or in the version of torch.
+        RuntimeError: without an initialised process group.
+        PeerError: another rank was lost or did not answer in the group's time.
+    """
+    op = "sharded.knn"
+
+    def check() -> torch.Tensor:
+        _checks.integer(op, "k", k, 0)
+        return _rows(op, features)
+
+    shards = Shards(op, group, check, _settings(features, k=k), traffic)
+    if k > shards.total:
+        raise ValueError(
+            f"{op}: k must be at most the number of features (got k={k}, N={shards.total})"
+        )
+    with shards.stage("neighbours"):
+        return search(shards.own, k, shards, progress)
+
+
+def _encoded(
+    shards: Shards,
+    given: tuple[torch.Tensor | None, torch.Tensor] | None,
+    widths: tuple[int, int, int],
+    zhong: bool,
+    progress: Progress | None,
+    timer: Stages,
+) -> tuple[Rows, int]:
+    """Own weighted sets after the query expansion, and the uncertified rows of all ranks."""
+    k, half, k2 = widths
+    features = shards.own
+    uncertified = 0
+    similarities: torch.Tensor | None
+    if given is None:
+        with shards.stage("neighbours"):
+            found = search(features, k, shards, progress)
+        similarities, ranks = found.similarities, found.indices.int()
+        uncertified = int(found.uncertified)
+    else:
+        similarities, ranks = given
+    timer("neighbours")
+    scale = None
+    if zhong:
+        with shards.stage("largest distances"):
+            least = torch.finfo(torch.float32).tiny
+            scale = largest_squares(features, shards).clamp(min=least)
+        timer("largest distances")
+    with shards.stage("sets"):
+        back = graph.positions(ranks, shards)
+        sets = graph.expanded_sets(ranks, back, half, shards, progress)
+    with shards.stage("weights"):
+        weights = graph.feature_weights(features, ranks, similarities, sets, scale, shards)
+    timer("sets and weights")
+    with shards.stage("query expansion"):
+        rows = graph.expanded_weights(ranks, weights, k2, shards, progress)
+    timer("query expansion")
+    return rows, uncertified
+
+
+def largest_squares(features: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """Of each own row, the largest squared distance to any row of all ranks."""
+    width = features.shape[1]
+    least = features.new_full((len(features),), torch.inf)
+
+    def meet(mine: slice, others: torch.Tensor) -> torch.Tensor:
+        theirs = features.new_full((len(others),), torch.inf)
+        for begin in range(mine.start, mine.stop, 1024):
+            end = min(begin + 1024, mine.stop)
+            for start in range(0, len(others), 8192):
+                stop = min(start + 8192, len(others))
+                products = features[begin:end] @ others[start:stop].T
+                least[begin:end] = torch.minimum(least[begin:end], products.amin(1))
+                theirs[start:stop] = torch.minimum(theirs[start:stop], products.amin(0))
+        return theirs
+
+    with full_precision(features.device):
+        meet(slice(0, len(features)), features)
+        size = max(PIECE_BYTES // max(4 * width, 1), 1)
+        visits = shards.visits(
+            size,
+            lambda rank, begin, end: [(end - begin, width)],
+            lambda begin, end: [features[begin:end]],
+        )
+        for visit in visits:
+            (back,) = shards.swap(visit.owner, visit.host, meet(visit.mine, visit.tables[0]))
+            least[visit.away] = torch.minimum(least[visit.away], back)
+    return 2.0 - 2.0 * least
+
+
+def _given_lists(
+    op: str, ranks: Neighbours | torch.Tensor, width: int, shards: Shards
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Own lists that a caller gives, checked: similarities where there are any, and indices."""
+
+    def check() -> torch.Tensor:
+        similarities, indices = ranks[:2] if isinstance(ranks, tuple) else (None, ranks)
+        _checks.tensor(op, "ranks", indices)
+        _checks.rank(op, "ranks", indices, 2)
+        _checks.dtype(op, "ranks", indices, (torch.int64, torch.int32))
+        if len(indices) != shards.rows or indices.shape[1] < width:
+            raise ValueError(
+                f"{op}: ranks must have {shards.rows} rows and at least {width} columns "
+                f"(got shape {tuple(indices.shape)})"
+            )
+        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < shards.total):
+            raise ValueError(f"{op}: ranks must be in [0, {shards.total})")
+        if similarities is not None:
+            _checks.shape(
+                op, "ranks.similarities", similarities, tuple(indices.shape), "as its indices"
+            )
+        return indices
+
+    # Agreed on by all ranks, so that a wrong list on one of them is refused on all.
+    Shards(op, shards.group, check, {})
+    if isinstance(ranks, tuple):
+        similarities = ranks[0][:, :width].float().contiguous()
+        return similarities, ranks[1][:, :width].int().contiguous()
+    return None, ranks[:, :width].int().contiguous()
+
+
+@torch.no_grad()
+def cluster(
+    features: torch.Tensor,
+    *,
+    k1: int = SPCL.k1,
+    k2: int = SPCL.k2,
+    eps: float = SPCL.eps,
+    min_samples: int = SPCL.min_samples,
+    convention: Convention = "spcl",
+    ranks: Neighbours | torch.Tensor | None = None,
+    self_paced: bool = False,
+    loose: bool = False,
+    eps_gap: float = SPCL.eps_gap,
+    threshold: float | None = None,
+    group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+    traffic: dict[str, int] | None = None,
+) -> Clustering:
+    """:func:`dhcl_ops.cluster` of rows that lie on several ranks: the labels of one process.
+
+    Neighbours, graph and labels have the bits of one process, for any number of ranks and shares.
+    (``convention="zhong"`` divides by each row's largest distance, which is as exact as a matrix
+    product: there a pair at eps to rounding may fall on the other side.) Features are never
+    gathered. Of each row every rank holds at most its labels, and a pair of numbers for DBSCAN.
+
+    Args:
+        features: (n, d) this rank's rows of norm 1, any number of them.
+        ranks: neighbour lists (n, >= k) of own rows among all rows, best first, or what
+            :func:`knn` gave.
+        k1, k2, eps, min_samples, convention, self_paced, loose, eps_gap, threshold: as in
+            :func:`dhcl_ops.cluster`, equal on all ranks.
+        group, progress, traffic: as in :func:`knn`.
+
+    Returns:
+        :class:`dhcl_ops.Clustering`: labels (n,) and the graph's lines (n, N) of own rows; the
+        numbers of clusters and outliers, and sizes, of all ranks. Without the sizes
+        ``longest_column`` and ``index_work``, since no rank has an index of all rows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, PeerError: as :func:`knn` and
+            :func:`dhcl_ops.cluster`.
+    """
+    op = "sharded.cluster"
+    radii: Radii
+
+    settings = _settings(
+        features, k1=k1, k2=k2, eps=eps, min_samples=min_samples, convention=convention,
+        self_paced=self_paced, loose=loose, eps_gap=eps_gap, threshold=threshold,
+        ranks=ranks is not None,
+    )  # fmt: skip
+
+    def check() -> torch.Tensor:
+        nonlocal radii
+        radii = radii_of(op, eps, eps_gap, self_paced, loose)
+        rows = _checks.unit_rows(op, "features", features)
+        list_width(op, len(rows), k1, k2, convention)
+        _checks.integer(op, "min_samples", min_samples, 1)
+        if threshold is not None and not self_paced:
+            raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
+        return rows
+
+    shards = Shards(op, group, check, settings, traffic)
+    widths = list_width(op, shards.total, k1, k2, convention)
+    given = None if ranks is None else _given_lists(op, ranks, widths[0], shards)
+    timer = Stages(shards.device)
+    rows, uncertified = _encoded(shards, given, widths, convention == "zhong", progress, timer)
+    for radius in radii:
+        if radius is not None:
+            warn_of_tie(op, radius, k2)
+    with shards.stage("pairs"):
+        lines = graph.eps_graph(rows, radii.largest, shards, progress)
+    timer("pairs")
+    with shards.stage("clusters"):
+        several = [
+            dbscan(lines, radius, min_samples, shards) for radius in radii if radius is not None
+        ]
+        labels = several[1 if self_paced else 0]
+        loose_labels = None if radii.loose is None else several[-1]
+        if self_paced:
+            # Overlaps count rows of all ranks: the labels, of all that there is, are gathered.
+            labels, threshold = _self_paced(shards, labels, several, threshold)
+        totals = torch.tensor(
+            [[int((labels < 0).sum()), len(lines.values), len(rows.columns)]], device=shards.device
+        )
+        highest = labels.max()[None] if len(labels) else totals.new_full((1,), -1)
+        clusters = int(shards.gather(highest).max()) + 1
+        outliers, pairs, entries = shards.gather(totals).sum(0).tolist()
+    timer("clusters")
+    return Clustering(
+        labels=labels,
+        num_clusters=clusters,
+        num_outliers=outliers,
+        seconds=timer.seconds,
+        sizes={"pairs": pairs, "set_entries": entries, "uncertified_rows": uncertified},
+        threshold=threshold,
+        graph=_csr.sparse_tensor(*lines, shards.total),
+        loose_labels=loose_labels,
+    )
+
+
+def _self_paced(
+    shards: Shards, labels: torch.Tensor, several: list[torch.Tensor], threshold: float | None
+) -> tuple[torch.Tensor, float | None]:
+    every = shards.gather(torch.stack([labels, several[0], several[-1]], 1).int()).long()
+    middle, tight, loose = (column.contiguous() for column in every.unbind(1))
+    chosen = self_paced_labels(middle, tight, loose, threshold)
+    return chosen.labels[shards.begin : shards.end].clone(), chosen.threshold

@@ -1,0 +1,366 @@
+"""Rows of one table by owner, and the ways they travel: to owners, from owners, around a half ring.
+
+Every rank holds some consecutive rows of the table, in the order of the ranks; shares may be uneven
+or empty. What is sent is counted by stage, in bytes. Tensors travel as bytes, since not every
+backend of torch.distributed knows every dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dhcl_ops._version import __version__
+
+__all__ = ["PeerError", "Shards", "Visit"]
+
+# Bytes of visiting rows that a rank holds at once, beside the piece that is on its way.
+PIECE_BYTES = 64 << 20
+
+
+class PeerError(RuntimeError):
+    """Another rank was lost, or did not answer in the process group's time; names the stage."""
+
+
+class Visit(NamedTuple):
+    """A piece of another rank's rows on a visit."""
+
+    tables: list[torch.Tensor]  # the piece's rows of each table
+    first: int  # its first row in the whole table
+    mine: slice  # own rows that are to meet it
+    owner: int  # whose rows they are
+    host: int  # whom own rows are visiting meanwhile
+    away: slice  # which of own rows those are, empty if none
+
+
+class _Statement(NamedTuple):
+    """What a rank is about to do."""
+
+    settings: dict[str, Any]
+    rows: int
+    error: str | None
+
+
+class Shards:
+    """Which rank owns which rows of a table, seen from one rank.
+
+    Attributes:
+        own: this rank's rows, as its check returned them.
+        rank, world: this rank and their number, in the group.
+        starts: (world + 1) first row of every rank; the last is ``total``.
+        total: rows of the whole table.
+        traffic: bytes this rank has sent to others, by stage.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        group: dist.ProcessGroup | None,
+        check: Callable[[], torch.Tensor],
+        settings: dict[str, Any],
+        traffic: dict[str, int] | None = None,
+    ) -> None:
+        """Agree with the other ranks on what is to be done, before anything is.
+
+        Args:
+            op: whose name errors begin with.
+            group: the process group; None for all processes.
+            check: checks this rank's part and returns its rows; what it raises is raised on all.
+            settings: what must be equal on all ranks, by the argument's name.
+            traffic: takes the bytes sent by this rank, by stage.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                f"{op}: torch.distributed.init_process_group must have been called "
+                "(torchrun starts the processes)"
+            )
+        self.op, self.group = op, group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.traffic: dict[str, int] = {} if traffic is None else traffic
+        self._stage = "agreement"
+        failed: Exception | None = None
+        try:
+            self.own = check()
+        except (TypeError, ValueError) as error:
+            failed = error
+        mine = _Statement(
+            {"torch": torch.__version__, "dhcl_ops": __version__, "op": op, **settings},
+            len(self.own) if failed is None else 0,
+            str(failed) if failed is not None else None,
+        )
+        with self.stage("agreement"):
+            every: list[Any] = [None] * self.world
+            dist.all_gather_object(every, mine, group=self.group)
+        if failed is not None:
+            raise failed
+        self._compare(every)
+        self.device = self.own.device
+        self.starts = [0]
+        for statement in every:
+            self.starts.append(self.starts[-1] + statement.rows)
+        self.total = self.starts[-1]
+        if self.total > 2**31 - 1:
+            raise ValueError(f"{op}: at most 2147483647 rows in all (got {self.total})")
+
+    def _compare(self, every: list[_Statement]) -> None:
+        for rank, statement in enumerate(every):
+            if statement.error is not None:
+                raise ValueError(f"{self.op}: refused on rank {rank} ({statement.error})")
+            for name, value in every[0].settings.items():
+                other = statement.settings.get(name)
+                if other != value:
+                    raise ValueError(
+                        f"{self.op}: {name} must be equal on all ranks "
+                        f"(got {value!r} on rank 0 and {other!r} on rank {rank})"
+                    )
+
+    # -- whose a row is --
+
+    @property
+    def begin(self) -> int:
+        """The first own row."""
+        return self.starts[self.rank]
+
+    @property
+    def end(self) -> int:
+        """The row behind the last own one."""
+        return self.starts[self.rank + 1]
+
+    @property
+    def rows(self) -> int:
+        """How many rows this rank owns."""
+        return self.end - self.begin
+
+    def owners(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rank that owns each row."""
+        ends = torch.tensor(self.starts[1:], device=ids.device)
+        return torch.bucketize(ids.long(), ends, right=True)
+
+    def foreign(self, ids: torch.Tensor) -> torch.Tensor:
+        """The distinct rows among these which others own, ascending."""
+        ids = ids.unique()
+        return ids[(ids < self.begin) | (ids >= self.end)]
+
+    # -- stages --
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What is sent inside counts for this stage, and a lost peer is named with it."""
+        before, self._stage = self._stage, name
+        try:
+            yield
+        except PeerError:
+            raise
+        except (dist.DistBackendError, dist.DistNetworkError) as error:
+            raise self._lost(error) from error
+        except RuntimeError as error:
+            # Gloo raises bare RuntimeErrors; those of torch's other code are left as they are.
+            if "gloo" not in str(error).lower() and "peer" not in str(error).lower():
+                raise
+            raise self._lost(error) from error
+        finally:
+            self._stage = before
+
+    def _lost(self, error: Exception) -> PeerError:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return PeerError(
+            f"{self.op}: rank {self.rank} of {self.world} lost another rank in the stage "
+            f'"{self._stage}" ({first})'
+        )
+
+    def count(self, size: int) -> None:
+        """Note so many bytes as sent to others."""
+        self.traffic[self._stage] = self.traffic.get(self._stage, 0) + size
+
+    # -- all to all --
+
+    def _bytes(self, tensor: torch.Tensor) -> torch.Tensor:
+        size = tensor.element_size() * tensor.shape[1:].numel()
+        # A single element counts as contiguous with any stride, but only one of 1 can be viewed.
+        dense = tensor.contiguous()
+        flat = dense.as_strided((dense.numel(),), (1,), dense.storage_offset()).view(torch.uint8)
+        return flat.view(-1, size) if size else flat.view(len(tensor), 0)
+
+    def exchange(self, flat: torch.Tensor, give: list[int], take: list[int]) -> torch.Tensor:
+        """Send ``give[r]`` consecutive rows to each rank r, and get ``take[r]`` from it."""
+        got = flat.new_empty(sum(take), *flat.shape[1:])
+        if got.shape[1:].numel() == 0:
+            return got
+        send, receive = self._bytes(flat), self._bytes(got)
+        dist.all_to_all_single(receive, send, take, give, group=self.group)
+        self.count((sum(give) - give[self.rank]) * send.shape[1])
+        return got
+
+    def _counts(self, counts: torch.Tensor) -> tuple[list[int], list[int]]:
+        other = torch.empty_like(counts)
+        dist.all_to_all_single(other, counts, group=self.group)
+        self.count((self.world - 1) * 8)
+        return counts.tolist(), other.tolist()
+
+    def route(self, ids: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
+        """Send each entry to the owner of its row; entries of one sender keep their order."""
+        owner = self.owners(ids)
+        order = owner.argsort(stable=True)
+        give, take = self._counts(torch.bincount(owner, minlength=self.world))
+        return [self.exchange(column[order], give, take) for column in (ids, *columns)]
+
+    def fetch(self, ids: torch.Tensor, *tables: torch.Tensor) -> list[torch.Tensor]:
+        """These rows, ascending, of tables whose own rows every rank gives."""
+        give, take, asked = self._ask(ids)
+        return [self.exchange(table[asked], give, take) for table in tables]
+
+    def fetch_lines(
+        self, ids: torch.Tensor, offsets: torch.Tensor, *entries: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """These lines, ascending, of a matrix in CSR form: their lengths, and their entries."""
+        give, take, asked = self._ask(ids)
+        sizes = offsets.diff()[asked]
+        lengths = self.exchange(sizes, give, take)
+        owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        place = torch.arange(len(owner), device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
+        place += offsets[asked][owner]
+        out = [int(part.sum()) for part in sizes.split(give)]
+        into = [int(part.sum()) for part in lengths.split(take)]
+        return [lengths, *(self.exchange(entry[place], out, into) for entry in entries)]
+
+    def _ask(self, ids: torch.Tensor) -> tuple[list[int], list[int], torch.Tensor]:
+        """Tell every owner which of its rows are wanted: rows to give and take, and own places."""
+        counts = torch.bincount(self.owners(ids), minlength=self.world)
+        take, give = self._counts(counts)
+        asked = self.exchange(ids.int(), take, give).long() - self.begin
+        return give, take, asked
+
+    # -- all gather --
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, one after another; shares may differ in length."""
+        rows = torch.tensor([len(own)], device=own.device)
+        lengths = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(lengths, rows, group=self.group)
+        sizes = [int(length) for length in lengths]
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: len(own)] = own
+        every = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(every, padded, group=self.group)
+        self.count((self.world - 1) * (8 + padded.numel() * padded.element_size()))
+        return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])
+
+    # -- half ring --
+
+    def half(self, rank: int) -> int:
+        """Rows in the first half of a rank's share."""
+        return (self.starts[rank + 1] - self.starts[rank]) // 2
+
+    def pieces(self, rank: int, size: int) -> list[tuple[int, int]]:
+        """A rank's rows in pieces of at most ``size``, none of which lies in both its halves."""
+        rows, middle = self.starts[rank + 1] - self.starts[rank], self.half(rank)
+        cuts = [*range(0, middle, size), *range(middle, rows, size), rows]
+        return list(itertools.pairwise(cuts))
+
+    def visits(
+        self,
+        size: int,
+        outline: Callable[[int, int, int], list[Sequence[int]]],
+        give: Callable[[int, int], list[torch.Tensor]],
+    ) -> Iterator[Visit]:
+        """Pieces of other ranks' rows, so that each pair of rows of two ranks meets once.
+
+        In step s, rank r visits rank r - s, for s up to half the number of ranks. If that is even,
+        the last step would have two ranks meet at both: there the lower one's first half of the
+        rows receives, and its second half visits. The next piece is under way while one is here.
+
+        Args:
+            size: most rows of a piece, the same on every rank.
+            outline: of a piece (rank, begin, end), the shape of each table's part.
+            give: of a piece (begin, end) of own rows, the parts themselves.
+        """
+        plan = list(self._plan(size))
+        coming = self._start(plan[0], outline, give) if plan else None
+        for place, step in enumerate(plan):
+            assert coming is not None
+            tables, works, kept = coming
+            for work in works:
+                work.wait()
+            del kept
+            after = plan[place + 1] if place + 1 < len(plan) else None
+            coming = None if after is None else self._start(after, outline, give)
+            yield Visit(tables, step.first, step.mine, step.owner, step.host, step.away)
+
+    def _given(self, rank: int, step: int) -> int:
+        """The first of a rank's rows that goes on a visit in this step: all, or the second half."""
+        last = 2 * step == self.world
+        return self.half(rank) if last and rank < self.world // 2 else 0
+
+    def _plan(self, size: int) -> Iterator[_Step]:
+        for step in range(1, self.world // 2 + 1):
+            host, owner = (self.rank - step) % self.world, (self.rank + step) % self.world
+            meets_all = not (2 * step == self.world and self.rank < owner)
+            mine = slice(0, self.rows if meets_all else self.half(self.rank))
+            several = [
+                [piece for piece in self.pieces(rank, size) if piece[0] >= self._given(rank, step)]
+                for rank in range(self.world)
+            ]
+            away, here = several[self.rank], several[owner]
+            # As many swaps on every rank as the one with the most pieces needs.
+            for place in range(max(len(pieces) for pieces in several)):
+                out = away[place] if place < len(away) else (0, 0)
+                into = here[place] if place < len(here) else (0, 0)
+                first = self.starts[owner] + into[0]
+                yield _Step(mine, out, into, owner, host, first, slice(*out))
+
+    def _start(
+        self,
+        step: _Step,
+        outline: Callable[[int, int, int], list[Sequence[int]]],
+        give: Callable[[int, int], list[torch.Tensor]],
+    ) -> tuple[list[torch.Tensor], list[Any], list[torch.Tensor]]:
+        mine = give(*step.out)
+        shapes = outline(step.owner, *step.into)
+        tables = [table.new_empty(tuple(shape)) for table, shape in zip(mine, shapes, strict=True)]
+        send = [part for part in mine if part.numel()]
+        works = self._post(step.host, send, step.owner, [part for part in tables if part.numel()])
+        return tables, works, send
+
+    def _post(
+        self, to: int, send: list[torch.Tensor], of: int, receive: list[torch.Tensor]
+    ) -> list[Any]:
+        """Begin to send to one rank and to receive from another."""
+        sent = [self._bytes(part).reshape(-1) for part in send]
+        taken = [self._bytes(part).reshape(-1) for part in receive]
+        ops = [dist.P2POp(dist.isend, part, self._peer(to), self.group) for part in sent]
+        ops += [dist.P2POp(dist.irecv, part, self._peer(of), self.group) for part in taken]
+        self.count(sum(part.numel() for part in sent))
+        return list(dist.batch_isend_irecv(ops)) if ops else []
+
+    def _peer(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def swap(self, to: int, of: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Send tensors to one rank and take those of another, whose lengths may differ."""
+        lengths = torch.tensor([len(tensor) for tensor in tensors], device=self.device)
+        theirs = torch.empty_like(lengths)
+        for work in self._post(to, [lengths], of, [theirs]):
+            work.wait()
+        out = [
+            tensor.new_empty(length, *tensor.shape[1:])
+            for tensor, length in zip(tensors, theirs.tolist(), strict=True)
+        ]
+        send = [tensor.contiguous() for tensor in tensors if tensor.numel()]
+        for work in self._post(to, send, of, [part for part in out if part.numel()]):
+            work.wait()
+        return out
+
+
+class _Step(NamedTuple):
+    mine: slice
+    out: tuple[int, int]
+    into: tuple[int, int]
+    owner: int
+    host: int
+    first: int
+    away: slice
