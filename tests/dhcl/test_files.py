@@ -1,12 +1,15 @@
+import argparse
+import collections
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 import torch
-from dhcl.files import NpyRows, only_writer
+from dhcl.files import ForeignCode, NpyRows, load_tensors, only_writer
 
 HOLDER = """
 import sys, time
@@ -59,3 +62,34 @@ def test_rows_that_grow(tmp_path):
     other = NpyRows(tmp_path / "other.npy", 3)
     other.discard()
     assert not (tmp_path / "other.npy").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_containers_are_read_with_what_they_hold(tmp_path, zipped):
+    content = {
+        "default": collections.defaultdict(list, {"a": [1]}),
+        "deque": collections.deque([1, 2], maxlen=2),
+        "scalar": np.float64(2.5),
+        "text": np.array(["a", "b"]),
+        "options": argparse.Namespace(lr=0.5, out=Path("a/b")),
+    }
+    torch.save(content, tmp_path / "f.pt", _use_new_zipfile_serialization=zipped)
+    found = load_tensors(tmp_path / "f.pt")
+    assert found["default"] == {"a": [1]}
+    assert found["deque"] == [1, 2]
+    assert found["scalar"] == 2.5
+    assert found["text"].tolist() == ["a", "b"]
+    assert vars(found["options"]) == {"lr": 0.5, "out": PurePosixPath("a/b")}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_not_run(tmp_path, zipped):
+    class Harmful:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'run'}",))
+
+    save = {"_use_new_zipfile_serialization": zipped}
+    torch.save({"a": torch.ones(1), "b": Harmful()}, tmp_path / "f.pt", **save)
+    with pytest.raises(ForeignCode, match=r"posix\.system; code that a file names is not run"):
+        load_tensors(tmp_path / "f.pt")
+    assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dhcl.data.lists import identifier
 from dhcl.errors import FeatureError
+from dhcl.files import ForeignCode, load_tensors
 from dhcl.words import first_line
 
 __all__ = [
@@ -149,6 +150,8 @@ def _content(path: Path) -> dict[str, Any]:
         return read(path)
     except (FeatureError, MemoryError):
         raise
+    except ForeignCode as error:
+        raise FeatureError(f"features: {path} {error}") from error
     except Exception as error:  # each format has its own for a damaged file
         raise FeatureError(
             f"features: {path} can't be read as {kind} "
@@ -166,7 +169,7 @@ def _npz(path: Path) -> dict[str, Any]:
 
 
 def _pt(path: Path) -> dict[str, Any]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_tensors(path)
     if isinstance(content, torch.Tensor):
         return {"": content}
     if isinstance(content, Mapping):

@@ -15,7 +15,7 @@ from dhcl.models.backbones import Backbone, make_backbone
 from dhcl.models.conversion import camera_batch_norm, ghost_batch_norm
 from dhcl.models.neck import Pool, checked_pooling
 from dhcl.models.norms import using_cameras
-from dhcl.models.weights import LoadReport, load_into, read_state_dict, strip_prefixes
+from dhcl.models.weights import LoadReport, chosen_state, load_into, read_states, strip_prefixes
 
 __all__ = ["ReIDModel", "build_model"]
 
@@ -126,8 +126,10 @@ def build_model(
             ``vit_base`` (16 x 16 patches), or ``timm:<name>``.
         pretrained: load the ImageNet weights of the library; ``small`` has none and starts from
             random numbers all the same.
-        weights: a file to load instead (.pth, .pt, .safetensors), of the backbone or of a whole
-            model; what matched is logged, and kept in ``ReIDModel.weights``.
+        weights: a file to load instead (.pth, .pt, .safetensors), of the backbone, of a whole
+            model, or a checkpoint of another project: SpCL, Cluster Contrast, torchreid, fast-reid,
+            MoCo, DINO, Lightning and their like. What matched is logged, and kept in
+            ``ReIDModel.weights``.
         pooling: one of :data:`dhcl.models.POOLINGS`. By default ``gem``, for ``small``
             ``gem-halves``, for transformers with a class token ``token``, for others of timm
             ``avg``.
@@ -165,8 +167,8 @@ def build_model(
         ghost_batch_norm(model, samples_per_bn)
     if weights is not None:
         # After the norms are replaced: a file of a whole model has statistics per camera too.
-        state = parts.adapt(strip_prefixes(read_state_dict(weights)))
-        model.weights = load_into(model, state, os.fspath(weights))
+        part, state = chosen_state(read_states(weights), model.backbone)
+        model.weights = load_into(model, parts.adapt(state), os.fspath(weights), part)
         source = f"weights {os.fspath(weights)}"
     if model.weights is not None:
         level = logging.WARNING if model.weights.missing else logging.INFO

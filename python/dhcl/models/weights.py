@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dhcl.errors import UnavailableWeights
+from dhcl.files import ForeignCode, load_tensors
 from dhcl.models.tensors import is_safetensors, read_safetensors
 from dhcl.words import first_line
 
@@ -22,19 +23,23 @@ __all__ = [
     "LoadReport",
     "StateDict",
     "UnavailableWeights",
+    "chosen_state",
     "fetch_timm",
     "fetch_torch_hub",
     "load_into",
-    "read_state_dict",
+    "read_states",
     "resize_tokens",
+    "strip_prefixes",
 ]
 
 StateDict = dict[str, torch.Tensor]
 
-_WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "base.", "model.")
 # Heads of classifiers, which a re-ID model has no place for.
 _HEADS = ("fc.", "head.", "classifier.", "head_dist.")
+# Of two networks of one shape in a file: the average over the training is the one to use.
+_PREFERRED = {"ema", "teacher"}
+_SECOND = {"student", "encoder_k", "momentum_encoder", "target", "target_encoder"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,12 @@ class LoadReport:
     """Tensors of the file that have no place in the model."""
     reshaped: tuple[str, ...]
     """Tensors left out because their shape differs; in ``missing`` too."""
+    part: str = ""
+    """Where in the file the tensors are, if it holds more than them."""
 
     def __str__(self) -> str:
-        text = f"{self.file}: {len(self.matched)} of {self.total} tensors loaded"
+        place = f" ({self.part}*)" if self.part else ""
+        text = f"{self.file}{place}: {len(self.matched)} of {self.total} tensors loaded"
         for what, names in (
             ("other shape", self.reshaped),
             ("not in the file", tuple(n for n in self.missing if n not in self.reshaped)),
@@ -71,43 +79,51 @@ class LoadReport:
 # ---- files --------------------------------------------------------------------------------------
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """The tensors in a .safetensors file, a folder that holds one, or a file of :func:`torch.save`.
+def read_states(path: str | os.PathLike[str]) -> dict[str, StateDict]:
+    """All state dicts in a .safetensors file, a folder that holds one, or a file of ``torch.save``.
 
-    Tensors may lie under ``state_dict`` or ``model``, as in checkpoints of trainers. Files are read
-    with ``weights_only=True``: code in them is not run.
+    They may lie in others, under any names, as in checkpoints of trainers. Code in files is not
+    run; what scripts put beside tensors and what can do nothing is passed over.
+
+    Returns:
+        Tensors by name, by the names under which they lie, joined by dots: ``""`` for those of the
+        file itself, ``teacher`` for those under that.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file of another kind, damaged, or without tensors.
+        ValueError: a file of another kind, damaged, without tensors, or one that names code, with
+            what to do.
     """
     path = Path(path)
     if is_safetensors(path):
-        return read_safetensors(path)
+        return {"": read_safetensors(path)}
     if not path.is_file():
         raise FileNotFoundError(f"weights: no such file: {path}")
     content: Any
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights: {path} is damaged, not a PyTorch file, or holds more than tensors; "
-            f"expected a state dict saved by torch.save ({_kind(error)})"
-        ) from error
+        content = load_tensors(path)
+    except ForeignCode as error:
+        raise ValueError(f"weights: {path} {error}") from error
     except Exception as error:  # each of the formats has its own for a damaged file
         raise ValueError(
-            f"weights: {path} can't be read; expected a .safetensors file or a state dict saved "
-            f"by torch.save ({_kind(error)})"
+            f"weights: {path} can't be read; it is damaged, or neither a .safetensors file nor a "
+            f"state dict saved by torch.save ({_kind(error)})"
         ) from error
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
     if not isinstance(content, Mapping):
         raise ValueError(f"weights: {path} must hold a state dict (got {type(content).__name__})")
-    state = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if not state:
+    states = dict(_states(content))
+    if not states:
         raise ValueError(f"weights: {path} holds no tensors; keys: {list(content)[:5]}")
-    return state
+    return states
+
+
+def _states(content: Mapping[Any, Any], place: str = "", depth: int = 4) -> Iterator[Any]:
+    own = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if own:
+        yield place, own
+    for name, value in content.items():
+        if isinstance(value, Mapping) and depth:
+            yield from _states(value, f"{place}.{name}" if place else str(name), depth - 1)
 
 
 def _kind(error: BaseException) -> str:
@@ -116,12 +132,95 @@ def _kind(error: BaseException) -> str:
 
 def strip_prefixes(state: Mapping[str, torch.Tensor]) -> StateDict:
     """``state`` without the prefixes that wrappers leave on names."""
-    stripped = {}
+    return {_stripped(name): tensor for name, tensor in state.items()}
+
+
+def _stripped(name: str) -> str:
+    while prefix := next((p for p in _PREFIXES if name.startswith(p)), ""):
+        name = name[len(prefix) :]
+    return name
+
+
+# ---- which tensors of a file are the network's --------------------------------------------------
+
+
+def chosen_state(states: Mapping[str, StateDict], backbone: nn.Module) -> tuple[str, StateDict]:
+    """The tensors of a file that most of a network's are among, under the network's names.
+
+    Names may begin with anything (``module.encoder_q.``), and the stages of a network may be
+    numbered, as in an ``nn.Sequential`` of a ResNet's parts (``base.0.weight`` is ``conv1.weight``
+    in SpCL and Cluster Contrast). Of equals an average over the training is taken (``teacher``,
+    ``model_ema``), else the first.
+
+    Args:
+        states: as of :func:`read_states`.
+        backbone: the network.
+
+    Returns:
+        Where the tensors are in the file, and all tensors from there, without prefixes.
+    """
+    targets = {n: t.shape for n, t in backbone.state_dict().items()}
+    best: tuple[tuple[int, int], str, StateDict] | None = None
+    for place, state in states.items():
+        for prefix, renamed in _renamings(state, targets):
+            fits = sum(name in targets and t.shape == targets[name] for name, t in renamed.items())
+            part = f"{place}.{prefix}" if place else prefix
+            key = (fits, _preference(part))
+            if best is None or key > best[0]:
+                best = (key, part, renamed)
+    assert best is not None
+    return best[1:]
+
+
+def _preference(part: str) -> int:
+    words = set(part.split(".")) | set(part.replace(".", "_").split("_"))
+    return 1 if words & _PREFERRED else -1 if words & _SECOND else 0
+
+
+def _renamings(
+    state: StateDict, targets: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, StateDict]]:
+    """Ways to read a file's names, with the prefix that each takes as the network's."""
+    yield "", strip_prefixes(state)
+    yield "", dict(state)
+    inside = {name.partition(".")[2] for name in targets}
+    ends: Counter[str] = Counter()
+    numbered: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            prefix = "".join(f"{part}." for part in parts[:i])
+            if ".".join(parts[i:]) in targets:
+                ends[prefix] += 1
+            if parts[i].isdecimal() and ".".join(parts[i + 1 :]) in inside:
+                numbered[prefix] += 1
+    for prefix, _ in ends.most_common(4):
+        yield prefix, _without(prefix, state)
+    for prefix, _ in numbered.most_common(4):
+        yield prefix, _named_stages(_without(prefix, state), targets)
+
+
+def _without(prefix: str, state: StateDict) -> StateDict:
+    """Names without this prefix; neck and pool may lie beside what it is of."""
+    outer = prefix
+    while shorter := next((p for p in _PREFIXES if outer.endswith(p)), ""):
+        outer = outer[: -len(shorter)]
+    others = {n: t for n, t in state.items() if not n.startswith(prefix)}
+    renamed = {_stripped(name.removeprefix(outer)): tensor for name, tensor in others.items()}
+    return renamed | {n.removeprefix(prefix): t for n, t in state.items() if n not in others}
+
+
+def _named_stages(state: StateDict, targets: Mapping[str, torch.Size]) -> StateDict:
+    """Numbers at the beginning of names as the network's own stages, in their order."""
+    stages = list(dict.fromkeys(name.partition(".")[0] for name in targets))
+    first = (name.partition(".")[0] for name in state)
+    numbers = sorted({part for part in first if part.isdecimal()}, key=int)
+    table = dict(zip(numbers, stages, strict=False))
+    renamed = {}
     for name, tensor in state.items():
-        while prefix := next((p for p in _PREFIXES if name.startswith(p)), ""):
-            name = name[len(prefix) :]
-        stripped[name] = tensor
-    return stripped
+        part, dot, rest = name.partition(".")
+        renamed[f"{table.get(part, part)}{dot}{rest}"] = tensor
+    return renamed
 
 
 def resize_tokens(state: StateDict, net: nn.Module) -> StateDict:
@@ -147,7 +246,7 @@ def resize_tokens(state: StateDict, net: nn.Module) -> StateDict:
     return converted
 
 
-def load_into(model: nn.Module, state: StateDict, file: str) -> LoadReport:
+def load_into(model: nn.Module, state: StateDict, file: str, part: str = "") -> LoadReport:
     """Copy what fits of a backbone's tensors into ``model.backbone``, in place.
 
     A file that holds a whole model, with ``neck.`` and ``pool.`` tensors, fills these as well.
@@ -156,6 +255,7 @@ def load_into(model: nn.Module, state: StateDict, file: str) -> LoadReport:
         model: has a ``backbone``.
         state: tensors, their names without prefixes.
         file: named in messages.
+        part: where in the file they are, named in messages.
 
     Raises:
         ValueError: less than half of the backbone's tensors are in the file with the right shape;
@@ -187,6 +287,7 @@ def load_into(model: nn.Module, state: StateDict, file: str) -> LoadReport:
             )
         ),
         tuple(reshaped),
+        part,
     )
     if 2 * len(wanted & set(fits)) < len(wanted):
         raise ValueError(

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,17 @@ def test_bare_arrays(tmp_path):
     rounded = torch.from_numpy(ROWS).bfloat16().float()
     assert torch.equal(read_features(tmp_path / "f.pt").values, rounded)
     assert read_features(tmp_path / "f.npy").ids is None
+
+
+def test_arrays_in_a_torch_file(tmp_path):
+    content = {"features": ROWS, "ids": np.array(IDS), "paths": PATHS, "mAP": np.float64(0.5)}
+    torch.save(content, tmp_path / "f.pt")
+    found = read_features(tmp_path / "f.pt")
+    assert torch.equal(found.values, torch.from_numpy(ROWS))
+    assert found.ids.tolist() == IDS
+    torch.save(content | {"how": os.system}, tmp_path / "f.pt")
+    with pytest.raises(FeatureError, match=r"posix\.system; code that a file names is not run"):
+        read_features(tmp_path / "f.pt")
 
 
 def test_a_file_of_both_sides_and_matlabs_shapes(tmp_path):
