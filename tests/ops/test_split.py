@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops import _contrastive_stream as streaming
 from dhcl_ops import _ops, _products, debiased_contrastive_loss, evaluate_ranking
 from dhcl_ops import ranking as ranking_module
 from dhcl_ops._products import SplitProducts, pieces_of, split_rows
+from tests import checks
+from tests.conftest import needs_cuda
 
 UNIT = 2.0**-23
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,8 +47,8 @@ def errors(found, left, right):
 
 @pytest.mark.parametrize("kind", ["unit", "lengths", "elements", "one sign", "sparse"])
 @pytest.mark.parametrize("d", [1, 7, 129, 2048, 4096])
-def test_products_are_off_by_no_more_than_the_bound(kind, d):
-    left, right = draw(17, d, 0, kind), draw(23, d, 1, kind)
+def test_products_are_off_by_no_more_than_the_bound(device, kind, d):
+    left, right = (draw(n, d, seed, kind).to(device) for seed, n in enumerate((17, 23)))
     products = SplitProducts(left, right)
     found = products.tile(slice(0, 17))
     assert found.dtype == torch.float32
@@ -256,6 +259,32 @@ def test_the_loss_of_mixed_formats(monkeypatch, dtypes):
     rounding = torch.finfo(dtypes[0]).eps
     scale = truth[1].abs().max()
     assert (found[1].double() - truth[1]).abs().max() <= (rounding + 1e-5) * scale
+
+
+@needs_cuda
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES])
+def test_large_losses_on_cuda_are_those_of_the_pytorch_form(dtypes, one_pass):
+    """128 rows and 4096 proxies of 2048: split in C++ and in PyTorch, in several chunks."""
+    features, proxies, labels = (t.cuda() for t in loss_in(128, 4133, 2048, dtypes))
+    settings = kernels.Settings(
+        torch.zeros(128, dtype=torch.float64).cuda(), False, kernels.SUM, 0.05, 0.2, False
+    )
+    how = streaming.Streaming(one_pass, False, 1500)
+    roles = kernels.Roles(labels, None, None, None, None)
+    flat = (features, proxies, *roles, *settings, *how)
+    ours = streaming.Results(*checks.call("compiled", "contrastive", *flat))
+    theirs = streaming.Results(*checks.call("reference", "contrastive", *flat))
+    assert checks.same_bits(ours.state, theirs.state)
+    assert torch.equal(ours.counts, theirs.counts)
+    torch.testing.assert_close(ours.gradient, theirs.gradient, rtol=1e-5, atol=1e-6)
+    wide = (features.double(), proxies.double(), *roles, *settings, *how)
+    truth = streaming.Results(*checks.call("compiled", "contrastive", *wide))
+    same = dtypes[0] == dtypes[1]
+    torch.testing.assert_close(ours.losses, truth.losses, rtol=0, atol=2e-4)
+    if one_pass and (not same or dtypes[0] == torch.float32):
+        scale = truth.gradient.abs().max().item()
+        assert (ours.gradient.double() - truth.gradient).abs().max().item() <= 1e-4 * scale
 
 
 def test_what_is_not_split(monkeypatch):
