@@ -74,6 +74,10 @@ __device__ void exclude_listed(const ContrastiveRoles& roles, int64_t row, int64
   __syncthreads();
 }
 
+__device__ __forceinline__ int64_t pitch_of(const ContrastiveStreamParams& p) {
+  return p.pitch == 0 ? p.num_cols : p.pitch;
+}
+
 // What turns a row's products into logits.
 template <typename T>
 struct Scale {
@@ -211,8 +215,8 @@ __device__ __forceinline__ NegativeSums weigh_negatives(const ContrastiveStreamP
   const T base = static_cast<T>(shift);
   const T sharp = static_cast<T>(1.0 + p.beta);
   const T beta = static_cast<T>(p.beta);
-  W* weights = p.weights == nullptr ? nullptr : static_cast<W*>(p.weights) + row * n;
-  W* low = p.low_weights == nullptr ? nullptr : static_cast<W*>(p.low_weights) + row * n;
+  W* weights = p.weights == nullptr ? nullptr : static_cast<W*>(p.weights) + row * pitch_of(p);
+  W* low = p.low_weights == nullptr ? nullptr : static_cast<W*>(p.low_weights) + row * pitch_of(p);
   const T weight_scale = static_cast<T>(p.weight_scale);
   const T inverse = T{1} / unit;
   T mass = 0;
@@ -230,6 +234,10 @@ __device__ __forceinline__ NegativeSums weigh_negatives(const ContrastiveStreamP
     weights[j] = from_accumulator<W>(weight);
     if (low != nullptr) low[j] = from_accumulator<W>(weight - static_cast<T>(to_float(weights[j])));
   }
+  for (int64_t j = n + threadIdx.x; j < pitch_of(p) && weights != nullptr; j += kThreads) {
+    weights[j] = from_accumulator<W>(T{0});
+    if (low != nullptr) low[j] = from_accumulator<W>(T{0});
+  }
   NegativeSums sums;
   sums.mass = block_sum(static_cast<double>(mass), doubles);
   sums.norm = block_sum(static_cast<double>(norm), doubles);
@@ -244,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int64_t indices[kThreads];
   __shared__ double doubles[kThreads];
   const int64_t row = blockIdx.x;
-  T* x = static_cast<T*>(p.products) + row * p.num_cols;
+  T* x = static_cast<T*>(p.products) + row * pitch_of(p);
   double* state = p.state + row * kStateColumns;
   int64_t* counts = p.counts + row * kCountColumns;
   const int64_t label = p.roles.labels[row];

@@ -92,7 +92,8 @@ struct ContrastiveStreamParams {
   int64_t num_cols;   // n
   int64_t num_slots;  // P
   int64_t start;      // column of the first product
-  double scale;       // s = scale * product
+  int64_t pitch;  // elements from row to row of products and weights; 0: n. Weights past n are 0.
+  double scale;   // s = scale * product
   double beta;
   double weight_scale;
   bool fresh;                     // the first chunk: state and counts begin here

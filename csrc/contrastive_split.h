@@ -32,6 +32,9 @@ Tensor columns_of(const Tensor& t, int64_t start, int64_t count) {
   return Tensor(view);
 }
 
+// Columns that a tensor core reads as they lie in memory: a whole number of its vectors.
+int64_t whole_vectors(int64_t columns) { return (columns + 7) / 8 * 8; }
+
 class SplitStream {
  public:
   SplitStream(const Tensor& features, const Tensor& proxies, int64_t columns, bool weighted)
@@ -47,12 +50,13 @@ class SplitStream {
     // Products in fp32, their weights in two pieces, the chunk's pieces and units.
     const int64_t per_column = (weighted ? 8 : 4) * rows_ + 2 * width_ * terms_.count + 4;
     columns_ = columns_in_chunk<Cuda>(columns, per_column, proxies.size(0));
-    chunk_ = buffer(columns_, terms_.count * width_, ScalarType::Half);
+    room_ = whole_vectors(columns_);
+    chunk_ = buffer(room_, terms_.count * width_, ScalarType::Half);
     units_ = new_float(proxies, columns_);
-    products_ = new_float(proxies, rows_ * columns_);
+    products_ = new_float(proxies, rows_ * room_);
     if (!weighted) return;
-    high_ = buffer(1, rows_ * columns_, ScalarType::Half);
-    low_ = buffer(1, rows_ * columns_, ScalarType::Half);
+    high_ = buffer(1, rows_ * room_, ScalarType::Half);
+    low_ = buffer(1, rows_ * room_, ScalarType::Half);
     factors_ = new_float(proxies, rows_);
     largest_units_ = new_float(proxies, rows_);
     part_ = buffer(rows_, pieces_ * width_, ScalarType::Float);
@@ -91,7 +95,7 @@ class SplitStream {
   }
   // The beginning of a buffer as a matrix of B rows.
   Tensor first(const Tensor& flat, int64_t columns) const {
-    const Tensor whole = torch::stable::view(flat, {rows_ * columns_});
+    const Tensor whole = torch::stable::view(flat, {rows_ * room_});
     return torch::stable::view(rows_of(whole, 0, rows_ * columns), {rows_, columns});
   }
   template <auto kLaunch, typename Params>
@@ -140,7 +144,7 @@ class SplitStream {
   int64_t rows_, width_;
   int32_t pieces_;  // of the proxies
   Terms terms_;
-  int64_t columns_ = 0;
+  int64_t columns_ = 0, room_ = 0;  // in a chunk, and in its buffers
   MaybeTensor left_, row_units_, chunk_, units_, products_;
   MaybeTensor high_, low_, factors_, largest_units_, part_, low_part_, sums_;
 };

@@ -45,7 +45,8 @@ void stream(const py::object& state, const py::object& counts, const py::object&
   p.largest_units = data<float>(pieces[3]);
   p.roles = roles_of(roles);
   p.num_rows = products.shape(0);
-  p.num_cols = products.shape(1);
+  p.num_cols = pieces[1].is_none() ? products.shape(1) : pieces[1].cast<py::array>().shape(0);
+  p.pitch = products.shape(1);
   p.num_slots = columns(positives);
   p.start = start;
   p.scale = scale;

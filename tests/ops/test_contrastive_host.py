@@ -266,6 +266,25 @@ def test_products_in_units_of_their_own(kernels, mode):
     assert same_bits(low, (weights - high.float()).half())
 
 
+def test_rows_of_products_and_weights_with_room_behind(kernels):
+    """Nothing behind the columns is read, and the weights there are zero."""
+    inputs = kernel_inputs("contrastive_stream_", torch.float32, 1, 0.3, b=2, k=605)
+    inputs[4] = torch.full((2, 605), 7.0, dtype=torch.float16)
+    rows, columns = powers(2, 0), powers(605, 1)
+    plain, ours = clones(inputs), clones(inputs)
+    low, wide_low = (torch.full((2, n), 7.0, dtype=torch.float16) for n in (605, 608))
+    largest = torch.zeros(2)
+    ours[3] = torch.nn.functional.pad(ours[3], (0, 3), value=torch.nan)
+    ours[4] = torch.full((2, 608), 7.0, dtype=torch.float16)
+    Glue(kernels).contrastive_stream_(*ours, pieces=(rows, columns, wide_low, largest))
+    Glue(kernels).contrastive_stream_(*plain, pieces=(rows, columns, low, largest))
+    for place in (0, 1, 5):
+        assert same_bits(ours[place], plain[place])
+    for wide, narrow in ((ours[4], plain[4]), (wide_low, low)):
+        assert same_bits(wide[:, :605].contiguous(), narrow)
+        assert not wide[:, 605:].any()
+
+
 def test_products_in_units_without_weights(host):
     inputs = kernel_inputs("contrastive_stream_", torch.float32, 1, 0.3, b=2, k=70)
     inputs[4] = inputs[5] = None
