@@ -126,7 +126,9 @@ def indices_in_range(op: str, name: str, indices: torch.Tensor, size: int, lowes
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of a device, None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of memory that nobody uses, it gives back before it runs out.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         with open("/proc/meminfo") as file:
             lines = file.read().splitlines()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from dhcl_ops import _sums
+from dhcl_ops import _checks, _sums
 from dhcl_ops._precision import ieee_products
 
 # Norms above this could overflow fp32 in a product of two rows.
@@ -251,3 +251,16 @@ class SplitProducts:
 def split_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left (m, k) @ right (k, n) by :class:`SplitProducts`, with its bound."""
     return SplitProducts(left, right.t()).tile(slice(0, len(left)))
+
+
+def split_where_it_pays(
+    queries: torch.Tensor, features: torch.Tensor, query_pieces: int = 2, feature_pieces: int = 2
+) -> SplitProducts | None:
+    """:class:`SplitProducts` where they are made sooner and there is room for the pieces."""
+    if not pays_to_split(queries, features):
+        return None
+    needed = 6 * (queries.numel() + features.numel())
+    free = _checks.available_bytes(queries.device)
+    if free is not None and needed > free // 2:
+        return None
+    return SplitProducts(queries, features, query_pieces, feature_pieces)

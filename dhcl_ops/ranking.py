@@ -20,13 +20,7 @@ import torch
 
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._ops import define
-from dhcl_ops._products import (
-    SplitProducts,
-    full_precision,
-    pays_to_split,
-    pieces_of,
-    upper_norms,
-)
+from dhcl_ops._products import full_precision, pieces_of, split_where_it_pays, upper_norms
 
 __all__ = ["NoValidQuery", "RankingMetrics", "evaluate_ranking"]
 
@@ -220,9 +214,7 @@ class _FeatureDistances:
             self.pieces = self.pieces[0], 2
         else:
             self.half_squares = self.gallery.square().sum(dim=1) / 2
-        self.split = None
-        if pays_to_split(self.query, self.gallery):
-            self.split = SplitProducts(self.query, self.gallery, *self.pieces)
+        self.split = split_where_it_pays(self.query, self.gallery, *self.pieces)
 
     def block(self, start: int, stop: int) -> torch.Tensor:
         if self.split is not None:
@@ -403,7 +395,8 @@ def evaluate_ranking(
         :class:`RankingMetrics`. Given distances, the same bits for any number of threads and
         any device; from features, distances are as exact as the device's fp32 matrix product, which
         for larger ones on CUDA is made of three fp16 products (off by at most 2^-21 |q| |g| beside
-        the rounding of the sums; 6 bytes for each element of the features while it runs).
+        the rounding of the sums; 6 bytes for each element of the features while it runs, where half
+        of the free memory holds them).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range, a

@@ -14,7 +14,7 @@ import torch
 
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._csr import Rows
-from dhcl_ops._products import SplitProducts, full_precision, pays_to_split
+from dhcl_ops._products import SplitProducts, full_precision, split_where_it_pays
 from dhcl_ops._progress import Progress, slices
 from dhcl_ops.defaults import ZHONG
 from dhcl_ops.jaccard import dense_rows
@@ -88,7 +88,7 @@ class _Features:
     def split(self) -> SplitProducts | None:
         """Products of queries and gallery by fp16 pieces, where that is faster."""
         query, gallery = self.features[: self.queries], self.features[self.queries :]
-        return SplitProducts(query, gallery) if pays_to_split(query, gallery) else None
+        return split_where_it_pays(query, gallery)
 
     def weights(self, k: int, half: int, k2: int, progress: Progress | None) -> tuple[Lists, Rows]:
         found, least = knn_and_least(self.features, k, progress)

@@ -6,6 +6,7 @@ import torch
 
 from dhcl_ops import (
     _checks,
+    _products,
     compat,
     jaccard_distance,
     knn,
@@ -236,7 +237,7 @@ def test_re_ranking_with_the_products_of_a_gpu(topk, monkeypatch):
         reranking, "knn_and_least", lambda features, k, progress: (knn(features, k), None)
     )
     monkeypatch.setattr(reranking, "largest_squares", reciprocal.largest_squares_by_search)
-    monkeypatch.setattr(reranking, "pays_to_split", lambda queries, features: True)
+    monkeypatch.setattr(_products, "pays_to_split", lambda queries, features: True)
     found = rerank(query, gallery, topk=topk)
     if topk is None:
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)

@@ -150,7 +150,7 @@ def test_metrics_from_split_products_are_those_from_fp32(monkeypatch, metric, le
         seen.append(len(queries))
         return True
 
-    monkeypatch.setattr(ranking_module, "pays_to_split", split)
+    monkeypatch.setattr(_products, "pays_to_split", split)
     found = evaluate_ranking(features, *labels, metric=metric, per_query=True)
     assert seen == [140]
     assert torch.equal(found.cmc, expected.cmc)
@@ -178,6 +178,15 @@ def test_a_product_is_split_where_that_pays():
     assert not pays(On(200, 256), On(1000, 256))
     assert not pays(On(3368, 2048, torch.float64), On(15913, 2048, torch.float64))
     assert not pays(torch.zeros(3368, 8), torch.zeros(100, 8))
+
+
+def test_a_product_is_split_where_there_is_room(monkeypatch):
+    rows = torch.ones(4, 6)
+    monkeypatch.setattr(_products, "pays_to_split", lambda queries, features: True)
+    needed = 6 * 2 * 24
+    for free, wanted in ((None, True), (2 * needed, True), (2 * needed - 2, False)):
+        monkeypatch.setattr(_products._checks, "available_bytes", lambda device, free=free: free)
+        assert (_products.split_where_it_pays(rows, rows) is not None) == wanted
 
 
 def test_one_number_orders_ranks_of_any_size():
