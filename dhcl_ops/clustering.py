@@ -11,6 +11,7 @@ import torch
 from dhcl_ops import _arrays, _checks
 from dhcl_ops._progress import Progress
 from dhcl_ops._ties import warn_of_tie
+from dhcl_ops.camera_neighbours import camera_neighbours
 from dhcl_ops.dbscan import dbscan
 from dhcl_ops.defaults import SPCL
 from dhcl_ops.jaccard import check_eps, inverted_index, join
@@ -182,6 +183,8 @@ def cluster(
     min_samples: int = SPCL.min_samples,
     convention: Convention = "spcl",
     ranks: Neighbours | torch.Tensor | None = None,
+    cameras: torch.Tensor | None = None,
+    k1_own: int = 0,
     self_paced: bool = False,
     loose: bool = False,
     eps_gap: float = SPCL.eps_gap,
@@ -207,6 +210,9 @@ def cluster(
         eps: as there. For k2 = 6, 0.5 is the exact distance of many pairs, about which rounding
             then decides; 0.49 and 0.51 are not. So it is with each eps that is used.
         min_samples: as in :func:`dhcl_ops.dbscan`.
+        cameras: (N,) int64, of which camera each row is, with ``k1_own``.
+        k1_own: how many of the k1 neighbours are of the row's own camera, by
+            :func:`dhcl_ops.camera_neighbours`, in place of ``ranks``; 0 looks at no camera.
         self_paced: leave out clusters and rows by SpCL's criterion.
         loose: give the labels at eps + eps_gap too, which ``self_paced`` gives in any case.
         eps_gap: distance of the tight and the loose eps from eps, >= 0; those that are used must
@@ -221,13 +227,21 @@ def cluster(
     """
     op = "cluster"
     given = features
-    features, ranks = _arrays.as_tensors(op, features=features, ranks=ranks)
+    features, ranks, cameras = _arrays.as_tensors(
+        op, features=features, ranks=ranks, cameras=cameras
+    )
+    k1_own = _checks.integer(op, "k1_own", k1_own, 0)
+    if k1_own and (cameras is None or ranks is not None):
+        raise ValueError(f"{op}: k1_own goes with cameras and without ranks (got k1_own {k1_own})")
     if threshold is not None and not self_paced:
         raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
     radii = radii_of(op, eps, eps_gap, self_paced, loose)
     min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     rows = _checks.unit_rows(op, "features", features)
     timer = Stages(rows.device)
+    if cameras is not None and (own := min(k1_own, k1, len(rows))):
+        there = cameras.to(rows.device)
+        ranks = camera_neighbours(rows, there, min(k1, len(rows)), own, progress=progress)
     encoded = encode(op, rows, k1, k2, convention, ranks, progress, timer)
     for radius in radii:
         if radius is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,8 +12,17 @@ __all__ = ["counted", "did_you_mean", "duration", "first_line", "first_ones", "p
 
 
 def show(path: Path | str) -> str:
-    """The path as text that can always be printed, whatever bytes its name holds."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+    """The path as text that can always be printed, on one line, whatever its name holds."""
+    text = str(path).encode("utf-8", "backslashreplace").decode()
+    if text.isprintable():
+        return text
+    return "".join(map(_printable, text))
+
+
+def _printable(letter: str) -> str:
+    """A line break or another control character as Python writes it; marks of writing stay."""
+    control = unicodedata.category(letter) in ("Cc", "Zl", "Zp")
+    return letter.encode("unicode_escape").decode() if control else letter
 
 
 def counted(count: int, what: str) -> str:

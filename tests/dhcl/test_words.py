@@ -33,6 +33,14 @@ def test_the_first_line_of_an_error():
 def test_names_of_any_bytes_can_be_printed():
     assert show("a\udcff") == "a\\udcff"
     assert show("人") == "人"
+    assert show("a b\u00a0ü\u200dé") == "a b\u00a0ü\u200dé"
+
+
+def test_names_are_shown_on_one_line():
+    assert show("a\nb\tc\x1b[0m") == "a\\nb\\tc\\x1b[0m"
+    assert show("a\u2028b\x85") == "a\\u2028b\\x85"
+    for number in (*range(32), *range(127, 160), 0x2028, 0x2029):
+        assert len(f"{show(chr(number))}.".splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhcl_ops import cluster, dbscan, jaccard_graph, self_paced_labels
+from dhcl_ops import camera_neighbours, cluster, dbscan, jaccard_graph, self_paced_labels
 from tests.checks import same_bits
 from tests.ops.jaccard_data import REGIMES, features_like
 
@@ -124,6 +124,26 @@ def test_cluster_is_the_stages_together():
     assert got.sizes["set_entries"] > 0
     assert got.sizes["uncertified_rows"] >= 0
     assert "graph" not in repr(got)
+
+
+@pytest.mark.parametrize("own", [1, 3, 99])
+def test_cluster_by_camera_takes_camera_neighbours(own):
+    generator = torch.Generator().manual_seed(3)
+    people = torch.randn(12, 1, 8, generator=generator)
+    rows = people + 0.5 * torch.randn(12, 4, 8, generator=generator)
+    rows = torch.nn.functional.normalize(rows.flatten(0, 1), dim=1)
+    cameras = torch.arange(48) % 3
+    numbers = {"k1": 8, "k2": 3, "eps": 0.55, "min_samples": 2}
+    ranks = camera_neighbours(rows, cameras, 8, min(own, 8))
+    expected = cluster(rows, ranks=ranks, **numbers).labels
+    assert torch.equal(cluster(rows, cameras=cameras, k1_own=own, **numbers).labels, expected)
+    arrays = cluster(rows.numpy(), cameras=cameras.numpy(), k1_own=own, **numbers).labels
+    assert np.array_equal(arrays, expected.numpy())
+    plain = cluster(rows, cameras=cameras, **numbers).labels
+    assert torch.equal(plain, cluster(rows, **numbers).labels)
+    for wrong in ({}, {"cameras": cameras, "ranks": ranks}):
+        with pytest.raises(ValueError, match="k1_own goes with cameras and without ranks"):
+            cluster(rows, k1_own=own, **wrong, **numbers)
 
 
 def test_cluster_with_self_paced_choice():

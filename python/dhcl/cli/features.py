@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -54,8 +55,12 @@ class ClusterArguments:
     """Largest Jaccard distance at which two images are neighbours (0.6, or the run's)."""
     min_samples: int | None = None
     """Number of images within eps that make one the core of a cluster (4, or the run's)."""
+    k1_own: int | None = None
+    """Number of the neighbours that are of the image's own camera (0, or the run's)."""
+    self_paced: bool | None = None
+    """Whether to keep independent and compact clusters only (False, or as the run did)."""
     pattern: str | None = None
-    """Regular expression that finds identity and camera in the paths of a folder."""
+    """Regular expression that finds identity and camera in a folder's paths; else the run's."""
     trained_cameras: bool = False
     """Whether the pattern's cameras are those of the training, so that their statistics count."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
@@ -69,10 +74,11 @@ class _Rows:
     names: list[str]
     column: Literal["path", "row"]
     ids: torch.Tensor | None  # (N,) int64, -1 for unknown ones; None where none is known
-    numbers: dict[str, Any]  # k1, k2, eps and min_samples where nothing else is said
+    cameras: torch.Tensor | None  # the same
+    numbers: dict[str, Any]  # options of dhcl_ops.cluster where nothing else is said
 
 
-_NUMBERS = ("k1", "k2", "eps", "min_samples")
+_NUMBERS = ("k1", "k2", "eps", "min_samples", "k1_own", "self_paced")
 _SCORES = {"ari": "ARI", "nmi": "NMI", "purity": "purity"}
 
 
@@ -88,12 +94,14 @@ def cluster(given: ClusterArguments) -> None:
 
     chosen = {name: getattr(given, name) for name in _NUMBERS}
     numbers = rows.numbers | {n: value for n, value in chosen.items() if value is not None}
+    if numbers["k1_own"] and (rows.cameras is None or len(rows.cameras.unique()) < 2):
+        _without_cameras(given, numbers)
     with options_checked(), op_progress() as progress:
-        found = dhcl_ops.cluster(rows.features, **numbers, progress=progress)
+        found = dhcl_ops.cluster(rows.features, **numbers, cameras=rows.cameras, progress=progress)
     write_labels(given.out, rows.column, rows.names, found.labels)
     sizes = found.labels[found.labels >= 0].bincount().tolist()
     about = f" of {min(sizes)} to {max(sizes)} images" if sizes else ""
-    used = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    used = ", ".join(f"{name} {value}" for name, value in numbers.items() if value)
     print(
         f"{given.out}: {len(rows.names):,} images, {found.num_clusters:,} clusters{about}, "
         f"{found.num_outliers:,} in none ({used})"
@@ -105,28 +113,49 @@ def cluster(given: ClusterArguments) -> None:
         print(f"agreement with the identities of {count:,} images: {listed}")
 
 
+def _without_cameras(given: ClusterArguments, numbers: dict[str, Any]) -> None:
+    """What was asked for is refused; what the run did can't be done, and that is said."""
+    text = (
+        f"k1_own: two cameras at least must be known (got k1_own {numbers['k1_own']}); --pattern "
+        "says where they stand in the paths of a folder"
+    )
+    if given.k1_own is not None:
+        raise ConfigError(text)
+    numbers["k1_own"] = 0
+    print(f"hint: {text}. Neighbours are taken from all images alike", file=sys.stderr)
+
+
 def _of_folder(given: ClusterArguments) -> _Rows:
     if given.run is None:
         raise ConfigError("run: for a folder of images a run must be given (--run RUN)")
     import numpy as np
 
     from dhcl.data import image_files, path_reader
+    from dhcl.data.datasets import camera_reader
+    from dhcl.data.folders import check_matched
     from dhcl.inference.features import common_numbers
-    from dhcl.inference.reid import ReID
+    from dhcl.inference.reid import ReID, clustering_options
 
     model = ReID.load(given.run, given.which, given.reading.device)
     print_other_kinds([given.features])
     paths = image_files(given.features)
     names = [path.relative_to(given.features).as_posix() for path in paths]
     known = [path_reader(given.pattern)(name) for name in names]
-    cameras = None
+    check_matched(given.pattern, names, known)
+    trained = None
     if given.trained_cameras:
-        cameras = model.camera_indices([camera for _, camera in known])
+        trained = model.camera_indices([camera for _, camera in known])
     hint_cameras(model, given.pattern, given.trained_cameras)
-    features, kept = extracted(model, paths, cameras, given.reading)
-    numbers = {name: getattr(model.config.labels, name) for name in _NUMBERS}
+    features, kept = extracted(model, paths, trained, given.reading)
+    if given.pattern is None:
+        read = camera_reader(model.config.data.data, model.config.data.pattern)
+        cameras = [read(name) for name in names]
+    else:
+        cameras = [camera for _, camera in known]
     [ids] = common_numbers(np.array([known[i][0] for i in kept], dtype=object))
-    return _Rows(features, [names[i] for i in kept], "path", ids, numbers)
+    [whose] = common_numbers(np.array([cameras[i] for i in kept], dtype=object))
+    numbers = clustering_options(model.config)
+    return _Rows(features, [names[i] for i in kept], "path", ids, whose, numbers)
 
 
 def _of_file(given: ClusterArguments) -> _Rows:
@@ -136,9 +165,14 @@ def _of_file(given: ClusterArguments) -> _Rows:
 
     saved = read_features(given.features, key=given.key, transposed=given.transposed)
     names = list(saved.paths or map(str, range(len(saved))))
-    numbers = {name: getattr(SPCL, name) for name in _NUMBERS}
-    ids = None if saved.ids is None else common_numbers(saved.ids)[0]
-    return _Rows(saved.unit(), names, "path" if saved.paths else "row", ids, numbers)
+    numbers = {name: getattr(SPCL, name) for name in _NUMBERS[:4]}
+    numbers |= {"k1_own": 0, "self_paced": False}
+    ids, cameras = (
+        None if column is None else common_numbers(column)[0]
+        for column in (saved.ids, saved.cameras)
+    )
+    kind: Literal["path", "row"] = "path" if saved.paths else "row"
+    return _Rows(saved.unit(), names, kind, ids, cameras, numbers)
 
 
 @dataclass(frozen=True)

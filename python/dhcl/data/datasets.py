@@ -6,16 +6,25 @@ Identities are read for evaluation only. Training gets :attr:`dhcl.data.ReIDData
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dhcl.data.folders import load_folder, path_reader
 from dhcl.data.layouts import FAMILIES, LAYOUTS, find_layout, resolve
 from dhcl.data.lists import ReIDData
-from dhcl.data.releases import load_cuhk03, load_msmt17, load_named, load_vehicleid, veri_lists
+from dhcl.data.releases import (
+    MSMT17_NAME,
+    NAME,
+    load_cuhk03,
+    load_msmt17,
+    load_named,
+    load_vehicleid,
+    veri_lists,
+)
 from dhcl.errors import DataError
 from dhcl.words import show
 
-__all__ = ["load_data", "training_cameras"]
+__all__ = ["camera_reader", "load_data", "training_cameras"]
 
 
 def load_data(
@@ -96,3 +105,19 @@ def training_cameras(name: str, root: str | Path, pattern: str | None) -> dict[i
         for path, camera in zip(images.paths, images.cameras, strict=True):
             table[read(path.relative_to(data.root).as_posix())[1]] = int(camera)
     return {camera: index for camera, index in table.items() if index >= 0}
+
+
+def camera_reader(name: str, pattern: str | None) -> Callable[[str], int | str]:
+    """What reads the camera off a path, written with ``/``, as :func:`load_data` does; -1: unknown.
+
+    Args:
+        name, pattern: of the data set, as there.
+    """
+    key = resolve(name)
+    if key == "folder":
+        read = path_reader(pattern)
+    elif key.startswith("vehicleid"):
+        read = path_reader(None)
+    else:
+        read = path_reader(MSMT17_NAME if key.startswith("msmt17") else NAME)
+    return lambda path: read(path)[1]

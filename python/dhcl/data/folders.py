@@ -10,11 +10,12 @@ from pathlib import Path
 
 from dhcl.data.description import reid_data
 from dhcl.data.lists import ReIDData, identifier, image_list
-from dhcl.errors import DataError
+from dhcl.errors import ConfigError, DataError
 from dhcl.words import counted, first_ones, show
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "check_matched",
     "image_files",
     "load_folder",
     "look_below",
@@ -114,6 +115,26 @@ def path_reader(pattern: str | None) -> Callable[[str], tuple[int | str, int | s
         return identifier(found.get("id")), identifier(found.get("camera"))
 
     return read
+
+
+def check_matched(
+    pattern: str | None, names: Sequence[str], known: Sequence[tuple[int | str, int | str]]
+) -> None:
+    """Refuse a pattern that tells nothing of any path.
+
+    Args:
+        pattern: of :func:`path_reader`; None is no pattern, and tells nothing.
+        names: paths, written with ``/``.
+        known: what the pattern read off each.
+
+    Raises:
+        ConfigError: it tells nothing; names the first path.
+    """
+    if pattern is not None and names and all(pair == (-1, -1) for pair in known):
+        raise ConfigError(
+            f"pattern: must match some path below the folder (got {pattern!r}, which does not "
+            f"match {show(names[0])!r})"
+        )
 
 
 def load_folder(root: Path, pattern: str | None) -> ReIDData:

@@ -25,10 +25,22 @@ from dhcl.data.lists import ImageList, ReIDData, image_list
 from dhcl.errors import DataError
 from dhcl.words import show
 
-__all__ = ["load_cuhk03", "load_msmt17", "load_named", "load_vehicleid", "veri_lists"]
+__all__ = [
+    "MSMT17_NAME",
+    "NAME",
+    "load_cuhk03",
+    "load_msmt17",
+    "load_named",
+    "load_vehicleid",
+    "veri_lists",
+]
 
-# Names that begin with identity and camera.
-_NAME = re.compile(r"(-?\d+)_c(\d+)")
+# Where the name of a file begins in a path.
+_START = r"(?:^|(?<=/))"
+NAME = _START + r"(?P<id>-?\d+)_c(?P<camera>\d+)(?=[^/]*$)"
+"""Paths whose names begin with identity and camera."""
+MSMT17_NAME = _START + r"[^_/]+_[^_/]+_(?P<camera>\d{1,2})_[^/]*$"
+"""Those of MSMT17: 0000/0000_000_01_0303morning_0008_0.jpg is of camera 01."""
 
 
 def _named_files(key: str, folder: Path | None, others: Counter[str]) -> ImageList:
@@ -41,15 +53,15 @@ def _named_files(key: str, folder: Path | None, others: Counter[str]) -> ImageLi
     numbers = LAYOUTS[key].camera_numbers
     paths, kinds = look_below(folder)
     others += kinds
-    matches = [_NAME.match(path.name) for path in paths]
+    matches = [re.search(NAME, path.name) for path in paths]
     strange = [path for path, match in zip(paths, matches, strict=True) if match is None]
     if strange:
         raise DataError(
             f"{key}: names must begin like 0002_c1 with identity and camera (got {len(strange)} "
             f"that do not, the first {show(strange[0])})"
         )
-    ids = [int(match[1]) for match in matches if match]
-    cameras = [int(match[2]) for match in matches if match]
+    ids = [int(match["id"]) for match in matches if match]
+    cameras = [int(match["camera"]) for match in matches if match]
     for path, one, camera in zip(paths, ids, cameras, strict=True):
         if one < -1 or camera < 1 or (numbers and camera not in numbers):
             rule = f"one of {numbers}" if numbers else "at least 1"
@@ -146,11 +158,10 @@ def _msmt17_list(key: str, home: Path, name: str, folder: Path) -> ImageList:
     pairs = _listed(key, child(home, name) or home / name)
     cameras = []
     for relative, _ in pairs:
-        # 0000/0000_000_01_0303morning_0008_0.jpg is of camera 01
-        camera = re.fullmatch(r"[^_]+_[^_]+_(\d{1,2})_.*", relative.rsplit("/", 1)[-1])
-        if camera is None or int(camera[1]) < 1:
+        camera = re.search(MSMT17_NAME, relative)
+        if camera is None or int(camera["camera"]) < 1:
             raise DataError(f"{key}: names must be like 0000_000_01_… (got {relative!r} in {name})")
-        cameras.append(int(camera[1]) - 1)
+        cameras.append(int(camera["camera"]) - 1)
     return image_list((folder / p for p, _ in pairs), (i for _, i in pairs), cameras)
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dhcl.config import ConfigError
 from dhcl.data import image_files, path_reader
+from dhcl.data.folders import check_matched
 from dhcl.files import write_atomic
 from dhcl.inference.reid import OnBad, ReID
 from dhcl.inference.writing import feature_writer
@@ -67,11 +68,7 @@ def export_features(
     paths = image_files(folder)
     names = [path.relative_to(folder).as_posix() for path in paths]
     known = [path_reader(pattern)(name) for name in names]
-    if pattern is not None and all(pair == (-1, -1) for pair in known):
-        raise ConfigError(
-            f"pattern: must match some path below the folder (got {pattern!r}, which does not "
-            f"match {names[0]!r})"
-        )
+    check_matched(pattern, names, known)
     cameras = model.camera_indices([camera for _, camera in known]) if trained_cameras else None
     bad: list[tuple[int, str]] = []
     rows = 0

@@ -6,7 +6,8 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,10 +18,11 @@ from tqdm import tqdm
 
 from dhcl.config import RUN_FILE, TrainConfig, read_run
 from dhcl.data import eval_loader, eval_transform, training_cameras
+from dhcl.data.datasets import camera_reader
 from dhcl.data.lists import identifier
 from dhcl.errors import CheckpointError, ConfigError, DataError
 from dhcl.inference.card import model_card
-from dhcl.inference.features import unit_rows
+from dhcl.inference.features import common_numbers, unit_rows
 from dhcl.inference.hub import (
     CONFIG_FILE,
     Description,
@@ -46,7 +48,7 @@ from dhcl.words import show
 from dhcl_ops import Clustering, __version__, cluster
 from dhcl_ops.defaults import ZHONG
 
-__all__ = ["Batch", "OnBad", "ReID"]
+__all__ = ["Batch", "OnBad", "ReID", "clustering_options"]
 
 OnBad: TypeAlias = Literal["refuse", "skip"]
 
@@ -482,24 +484,70 @@ class ReID:
         k2: int | None = None,
         eps: float | None = None,
         min_samples: int | None = None,
+        k1_own: int | None = None,
+        self_paced: bool | None = None,
+        cameras: Sequence[int | str] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> Clustering:
         """Pseudo-labels of images, as in training: Jaccard distance and DBSCAN.
 
         Args:
             images_or_features: images as :meth:`features` takes them, or features (N, d).
             k1, k2, eps, min_samples: of :func:`dhcl_ops.cluster`; by default the run's own.
+            k1_own: how many of the k1 neighbours are of the image's own camera, 0 for any; by
+                default the run's own.
+            self_paced: keep independent and compact clusters only; by default as the run did. The
+                limit of independence is that of these images.
+            cameras: (N,) whose image each is, whole numbers or texts, -1 unknown. By default they
+                are read off the paths of files as the run's training read them.
+            progress: as of :func:`dhcl_ops.cluster`.
 
         Returns:
             :class:`dhcl_ops.Clustering`; ``labels`` (N,) int64, -1 for images in no cluster.
+
+        Raises:
+            DataError: images, as :meth:`features`. ValueError: a number out of range, cameras of
+                another length, or no two known ones for a ``k1_own`` that was given.
+
+        Warns:
+            UserWarning: no two cameras are known for the ``k1_own`` of the run; it is left out.
         """
-        own = self.config.labels
-        return cluster(
-            self._rows("images_or_features", images_or_features),
-            k1=own.k1 if k1 is None else k1,
-            k2=own.k2 if k2 is None else k2,
-            eps=own.eps if eps is None else eps,
-            min_samples=own.min_samples if min_samples is None else min_samples,
-        )
+        given = {
+            "k1": k1, "k2": k2, "eps": eps, "min_samples": min_samples,
+            "k1_own": k1_own, "self_paced": self_paced,
+        }  # fmt: skip
+        numbers = clustering_options(self.config)
+        numbers |= {name: value for name, value in given.items() if value is not None}
+        listed = images_or_features
+        if not isinstance(listed, (torch.Tensor, np.ndarray)):
+            listed = as_images(listed)
+        features = self._rows("images_or_features", listed)
+        if not numbers["k1_own"]:
+            return cluster(features, **numbers, progress=progress)
+        if cameras is None:
+            cameras = self._cameras_of(images_or_features, listed)
+        [whose] = common_numbers(np.array(list(cameras), dtype=object))
+        if len(whose) != len(features):
+            raise ValueError(f"cameras: must be {len(features)}, one per image (got {len(whose)})")
+        if len(whose[whose >= 0].unique()) < 2:
+            text = f"k1_own: two cameras at least must be known (got k1_own {numbers['k1_own']})"
+            if k1_own is not None:
+                raise ValueError(text)
+            numbers["k1_own"] = 0
+            warnings.warn(f"{text}; neighbours are taken from all images alike", stacklevel=2)
+        return cluster(features, **numbers, cameras=whose, progress=progress)
+
+    def _cameras_of(self, given: Images, images: Any) -> list[int | str]:
+        """The camera of each image by its path, below the folder where one was given."""
+        data = self.config.data
+        read = camera_reader(data.data, data.pattern)
+        root = Path(given).expanduser() if isinstance(given, (str, os.PathLike)) else Path()
+        return [
+            read(Path(os.path.relpath(image, root) if root.is_dir() else image).as_posix())
+            if isinstance(image, (str, os.PathLike))
+            else -1
+            for image in images
+        ]
 
     def _rows(self, name: str, given: Any) -> torch.Tensor:
         """Features of images, or the features given, checked and of length 1."""
@@ -519,6 +567,12 @@ class ReID:
         if len(wrong):
             raise ValueError(f"{name}: rows must be finite and not 0 (got row {int(wrong[0])})")
         return unit
+
+
+def clustering_options(config: TrainConfig) -> dict[str, Any]:
+    """Of :func:`dhcl_ops.cluster`, as a run's training clusters."""
+    names = ("k1", "k2", "eps", "min_samples", "k1_own", "self_paced")
+    return {name: getattr(config.labels, name) for name in names}
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -15,7 +15,6 @@ from dhcl.errors import ConfigError
 from dhcl.files import write_atomic
 from dhcl.inference.features import Features, common_numbers
 from dhcl.metrics import RANKS, by_name, cameras_apart, check_ranks
-from dhcl.words import show
 from dhcl_ops import RankedLists, evaluate_ranking, rerank
 
 __all__ = ["evaluate_saved", "write_labels", "write_lists"]
@@ -35,7 +34,9 @@ def write_labels(path: Path, column: str, names: Iterable[str], labels: torch.Te
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([column, "label"])
-    writer.writerows([show(name), x] for name, x in zip(names, labels.tolist(), strict=True))
+    # As they are, but for bytes that are no text; a name with a line break stands in quotes.
+    printable = (name.encode("utf-8", "backslashreplace").decode() for name in names)
+    writer.writerows([name, x] for name, x in zip(printable, labels.tolist(), strict=True))
     write_atomic(path, text.getvalue().encode())
 
 

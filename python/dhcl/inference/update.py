@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dhcl.data import image_files, path_reader
+from dhcl.data.folders import check_matched
 from dhcl.errors import ConfigError, DataError
 from dhcl.inference.index import Index
 from dhcl.inference.reid import ReID
@@ -71,7 +72,8 @@ def create_index(
             :meth:`dhcl.ReID.features`.
 
     Raises:
-        ConfigError: the folder holds an index or something else, or is being written.
+        ConfigError: the folder holds an index or something else, or is being written; a pattern
+            that matches no path.
         DataError: as :meth:`dhcl.ReID.features`; a pattern that is none.
     """
     folder = Path(folder).expanduser()
@@ -95,6 +97,8 @@ def create_index(
         generation=0,
     )
     wanted = _listed(gallery)
+    names = [Path(path).relative_to(root).as_posix() for path, root in wanted.roots.items()]
+    check_matched(pattern, names, [path_reader(pattern)(name) for name in names])
     with writing(folder):
         return _change(nothing, wanted, model, False, options)
 

@@ -6,14 +6,13 @@ self-paced choice".
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from dhcl.config import EPS_GAP, LabelOptions
-from dhcl_ops import camera_neighbours, cluster
+from dhcl_ops import cluster
 
 __all__ = ["PseudoLabels", "pseudo_labels"]
 
@@ -53,20 +52,14 @@ def pseudo_labels(
         threshold: of an earlier epoch's :class:`PseudoLabels`.
         progress: told stage, rows done and rows in all, again and again.
     """
-    began = time.perf_counter()
-    k1 = min(options.k1, len(features))
-    ranks = None
-    if own := min(options.k1_own, k1):
-        there = cameras.to(features.device)
-        ranks = camera_neighbours(features, there, k1, own, progress=progress)
-    searched = time.perf_counter() - began
     found = cluster(
         features,
         k1=options.k1,
         k2=options.k2,
         eps=options.eps,
         min_samples=options.min_samples,
-        ranks=ranks,
+        cameras=cameras,
+        k1_own=options.k1_own,
         self_paced=options.self_paced,
         loose=loose,
         eps_gap=EPS_GAP,
@@ -74,8 +67,7 @@ def pseudo_labels(
         progress=progress,
     )
     seconds = dict(found.seconds)
-    stages = {"neighbours": searched + seconds.pop("neighbours")}
-    stages["dbscan"] = seconds.pop("clusters")
+    stages = {"neighbours": seconds.pop("neighbours"), "dbscan": seconds.pop("clusters")}
     stages["jaccard"] = sum(seconds.values())
     at_larger_eps = found.loose_labels.cpu() if loose else None
     return PseudoLabels(found.labels.cpu(), at_larger_eps, found.threshold, stages)

@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from dhcl import ReID
 from dhcl.cli import main
 from dhcl.cli.table import COMMANDS
 from dhcl.demo import called_as
 
+from dhcl_ops import cluster
 from tests.dhcl.toy import command_line, options, write_images
 
 
@@ -151,6 +155,44 @@ def test_eval_says_what_a_folder_needs(pictures, run, tmp_path, capsys, folders,
     known = ["--pattern", r"(?P<id>\d+)_c(?P<camera>\d+)"] if pattern else []
     assert main([*given, *known, "--workers", "0"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_cluster_of_a_folder_is_the_runs_clustering(pictures, tmp_path, capsys):
+    config = options(pictures, tmp_path / "run", epochs=1, iterations=1, k1_own=3, self_paced=True)
+    assert main(["train", *command_line(config)]) == 0
+    folder, out = pictures / "bounding_box_train", tmp_path / "labels.csv"
+    given = ["cluster", str(folder), "--out", str(out), "--workers", "0"]
+    capsys.readouterr()
+    assert main([*given, "--run", str(config.run)]) == 0
+    assert "k1_own 3, self_paced True" in capsys.readouterr().out
+    labels = ReID.load(config.run, device="cpu").cluster(folder).labels.tolist()
+    assert [int(row.rsplit(",", 1)[1]) for row in out.read_text().splitlines()[1:]] == labels
+    # Names without a camera.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, plain / f"{number}.png")
+    given[1] = str(plain)
+    assert main([*given, "--run", str(config.run)]) == 0
+    assert "Neighbours are taken from all images alike" in capsys.readouterr().err
+    assert main([*given, "--run", str(config.run), "--k1-own", "2"]) == 2
+    assert "k1_own: two cameras at least must be known" in capsys.readouterr().err
+
+
+def test_cluster_of_saved_features_by_camera(tmp_path, capsys):
+    noise = np.random.default_rng(0)
+    ids = np.arange(8).repeat(6)
+    rows = noise.normal(size=(8, 16))[ids] + 0.4 * noise.normal(size=(48, 16))
+    cameras = np.array(["north", "02"])[np.arange(48) % 2]
+    np.savez(tmp_path / "f.npz", features=rows.astype(np.float32), cameras=cameras)
+    given = ["cluster", str(tmp_path / "f.npz"), "--out", str(tmp_path / "l.csv")]
+    numbers = {"k1": 8, "k2": 3, "k1_own": 4, "self_paced": True}
+    words = ["--k1", "8", "--k2", "3", "--k1-own", "4", "--self-paced", "True"]
+    assert main([*given, *words]) == 0
+    unit = torch.nn.functional.normalize(torch.from_numpy(rows.astype(np.float32)))
+    expected = cluster(unit, cameras=torch.arange(48) % 2, **numbers).labels.tolist()
+    lines = (tmp_path / "l.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[1]) for line in lines] == expected
 
 
 def test_commands_count_files_of_other_kinds(pictures, run, tmp_path, capsys):

@@ -463,3 +463,37 @@ def test_without_faiss_torch_is_taken(index, model, pictures, monkeypatch):
     assert len(opened.search(query, 3)) == 16
     with pytest.raises(ConfigError, match="pip install faiss-cpu"):
         opened.search(query, 3, backend="faiss")
+
+
+@pytest.mark.parametrize("pattern", [r"(?P<camera>cam\d)", r"(?P<id>nobody)|x(?P<camera>y)"])
+def test_a_pattern_that_matches_nothing_is_refused(run, pictures, tmp_path, capsys, pattern):
+    """By every command that reads paths."""
+    gallery = str(pictures / "bounding_box_test")
+    commands = [
+        ["index", gallery, "--run", str(run), "--out", str(tmp_path / "index")],
+        ["export", str(run), "--features", gallery, "--out", str(tmp_path / "f.npz")],
+        ["cluster", gallery, "--run", str(run), "--out", str(tmp_path / "labels.csv")],
+    ]
+    for given in commands:
+        assert main([*given, "--pattern", pattern, "--workers", "0"]) == 2
+        error = capsys.readouterr().err
+        assert f"pattern: must match some path below the folder (got {pattern!r}" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\rb\x0bc", "a\x1b[31mb", "a\u2028b", "a\x85b"])
+def test_a_name_that_ends_a_line_does_not_end_a_search(index, pictures, tmp_path, capsys, name):
+    crops = tmp_path / "crops"
+    crops.mkdir()
+    [first, *_] = sorted((pictures / "query").iterdir())
+    shutil.copy(first, crops / f"{name}.png")
+    given = ["search", str(index), str(crops), "--workers", "0"]
+    assert main([*given, "--png", str(tmp_path / "f.png"), "--html", str(tmp_path / "f.html")]) == 0
+    assert Image.open(tmp_path / "f.png").size[0] > 0
+    capsys.readouterr()
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    assert name not in said
+    assert len(said.splitlines()) == 1 + 16
+    assert main([*given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["queries"][0]["path"] == str(crops / f"{name}.png")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from dhcl import ReID
-from dhcl.config import ConfigError, read_run
+from dhcl.config import ConfigError, read_run, with_changes
 from dhcl.data import DataError, image_files, path_reader, training_cameras
 from dhcl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator
+from dhcl.training.labels import pseudo_labels
 from dhcl.training.runs import open_data
 from PIL import Image
 
@@ -306,6 +307,46 @@ def test_cluster_takes_the_runs_numbers(model, pictures):
     assert torch.equal(model.cluster(folder).labels, own.labels)
     other = cluster(features, k1=8, k2=3, eps=0.3, min_samples=2)
     assert torch.equal(model.cluster(features, eps=0.3).labels, other.labels)
+
+
+@pytest.mark.parametrize("self_paced", [False, True])
+@pytest.mark.parametrize("k1_own", [0, 3])
+def test_cluster_is_the_runs_clustering(run, pictures, k1_own, self_paced):
+    """With its neighbours by camera and its self-paced choice, as its pseudo-labels are made."""
+    model = ReID.load(run, device="cpu")
+    model.config = with_changes(model.config, {"k1_own": k1_own, "self_paced": self_paced})
+    folder = pictures / "bounding_box_train"
+    features = model.features(folder)
+    names = [path.name for path in image_files(folder)]
+    cameras = torch.tensor([int(name[6]) for name in names])
+    expected = pseudo_labels(
+        features, cameras, model.config.labels, loose=False, threshold=None, progress=nothing
+    )
+    found = model.cluster(folder)
+    assert torch.equal(found.labels, expected.labels)
+    assert found.threshold == expected.threshold
+    for written in (cameras.tolist(), [f"{c:02d}" for c in cameras.tolist()]):
+        assert torch.equal(model.cluster(features, cameras=written).labels, expected.labels)
+    plain = model.cluster(folder, k1_own=0, self_paced=False)
+    own = cluster(features, k1=8, k2=3, eps=0.6, min_samples=2)
+    assert torch.equal(plain.labels, own.labels)
+
+
+def nothing(*_):
+    pass
+
+
+def test_cluster_by_camera_without_cameras(run, pictures):
+    model = ReID.load(run, device="cpu")
+    features = model.features(pictures / "query")
+    with pytest.raises(ValueError, match=r"k1_own: two cameras at least must be known"):
+        model.cluster(features, k1_own=3)
+    with pytest.raises(ValueError, match=r"cameras: must be 16, one per image \(got 2\)"):
+        model.cluster(features, k1_own=3, cameras=[1, 2])
+    model.config = with_changes(model.config, {"k1_own": 3})
+    with pytest.warns(UserWarning, match="neighbours are taken from all images alike"):
+        found = model.cluster(features)
+    assert torch.equal(found.labels, model.cluster(features, k1_own=0).labels)
 
 
 def test_the_fingerprint_is_of_weights_and_preprocessing(model, run, tmp_path):
