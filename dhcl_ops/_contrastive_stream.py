@@ -133,6 +133,8 @@ class Operands:
         per_column = rows * size
         per_column += rows * narrow_size if weighted else 0
         per_column += width * narrow_size if self.converts else 0
+        # Pieces of products and proxies, and what making them takes.
+        per_column += 24 * (rows + width) if split else 0
         self.columns = _columns(columns, per_column, proxies)
         if self.narrow or split:
             self._products = None

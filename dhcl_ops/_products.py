@@ -206,8 +206,9 @@ def split_operand(
     """The pieces that t terms take of rows (n, d), side by side (n, t d), and the units (n,)."""
     operand = rows.new_empty(len(rows), len(terms), rows.shape[1], dtype=torch.float16)
     units = rows.new_empty(len(rows), dtype=torch.float32)
-    for start in range(0, len(rows), 8192):
-        block = slice(start, start + 8192)
+    step = max((1 << 24) // max(rows.shape[1], 1), 1)
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
         split = split_rows(rows[block].float(), pieces)
         units[block] = split.units
         for place, term in enumerate(terms):

@@ -110,8 +110,7 @@ def debiased_contrastive_loss(
     2^-21 |f| |c| beside the rounding of its fp32 sum; and the gradient's weighted sum of proxies by
     2^-21 of its terms and K 2^-39 of their largest element. Of a chunk, 6 bytes for each element
     of a proxy go to the pieces; a gradient takes three more (B, d) buffers. A second pass, for
-    gradients of proxies, several positives and ``"through"``, splits its products too, and takes
-    12 bytes for each element of a chunk's products and proxies.
+    gradients of proxies, several positives and ``"through"``, splits its products too.
 
     Args:
         features: (B, d) float32, float16, bfloat16 or float64, rows of norm 1.
