@@ -9,6 +9,7 @@ from dhcl_ops._version import __version__
 from dhcl_ops.bank import MemoryBank
 from dhcl_ops.camera_neighbours import camera_neighbours
 from dhcl_ops.clustering import Clustering, SelfPaced, cluster, self_paced_labels
+from dhcl_ops.constrained import constrained_dbscan
 from dhcl_ops.contrastive import ContrastiveStats, debiased_contrastive_loss
 from dhcl_ops.dbscan import dbscan
 from dhcl_ops.graphed import GraphedStep
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "camera_neighbours",
     "cluster",
+    "constrained_dbscan",
     "dbscan",
     "debiased_contrastive_loss",
     "evaluate_ranking",
