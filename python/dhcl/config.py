@@ -93,7 +93,7 @@ class DataOptions:
     root: Path | None = None
     """Folder that holds the images."""
     pattern: str | None = None
-    """Regular expression with groups named id and camera, searched in each path of a folder."""
+    """Regular expression with groups named id, camera, track and frame, searched in each path."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What to do if image files can't be read: refuse to train, or skip them."""
     cache_gb: NonNegativeFloat = 0.0

@@ -25,6 +25,7 @@ __all__ = [
     "ForeignCode",
     "NpyRows",
     "load_tensors",
+    "new_folder",
     "only_writer",
     "write_atomic",
     "write_together",
@@ -73,21 +74,36 @@ def write_together(folder: Path, files: Mapping[str, bytes | memoryview]) -> Non
     Raises:
         OSError: with the folder as it was, but for a crash between two renames.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    there = folder.is_dir()
-    home = folder if there else folder.parent
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=home))
+    if not folder.is_dir():
+        with new_folder(folder) as partial:
+            for name, data in files.items():
+                write_atomic(partial / name, data)
+        return
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder))
     try:
         for name, data in files.items():
             write_atomic(partial / name, data)
-        if there:
-            for name in files:
-                (partial / name).replace(folder / name)
-        else:
-            mask = os.umask(0)
-            os.umask(mask)
-            partial.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
-            partial.rename(folder)
+        for name in files:
+            (partial / name).replace(folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is whole; an error leaves nothing.
+
+    Raises:
+        OSError: the folder exists already, or can't be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        yield partial
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

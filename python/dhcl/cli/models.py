@@ -34,7 +34,7 @@ class EvalArguments:
     root: Path | None = None
     """Folder that holds the images: of that data set, or of the run's own if it was moved."""
     pattern: str | None = None
-    """Regular expression with groups named id and camera, searched in each path of a folder."""
+    """Regular expression with groups named id, camera, track and frame, searched in each path."""
     which: Which = "last"
     """Checkpoint to use: of the last epoch, or of the one that looked best by test mAP."""
     rerank: bool = False

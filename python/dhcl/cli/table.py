@@ -67,6 +67,7 @@ COMMANDS = {
     "cluster": Command("features", "cluster", "cluster saved features or a folder of images"),
     "rerank": Command("features", "rerank", "re-rank saved features"),
     "metrics": Command("features", "metrics", "evaluate saved features"),
+    "crops": Command("crops", "crops", "cut a tracker's boxes out of a video, with track numbers"),
     "synth": Command("drawn", "synth", "draw pedestrians: a data set of any size, with identities"),
     "demo": Command(
         "drawn", "demo", "draw data, train on it, show scores and a report, in minutes"

@@ -44,8 +44,10 @@ def load_data(
             ``camera``, or both, searched in each path below the root, written with ``/``:
             ``(?P<camera>cam\\d+)/(?P<id>[^/]+)/``. What the groups hold may be any text. Whole
             numbers keep their value as identity, and -1 is junk; other texts are numbered after
-            them in sorted order. Cameras are numbered from 0 in sorted order. Images that do not
-            match are unknown (-1). Without a pattern nothing is known.
+            them in sorted order. Cameras are numbered from 0 in sorted order. Groups ``track`` and
+            ``frame`` name tracklets and frames within a camera: see
+            :class:`dhcl.data.tracks.Tracklets`. Images that do not match are unknown (-1). Without
+            a pattern nothing is known.
         training: images to train on must be there; without, a published data set may have queries
             and gallery alone, to evaluate on.
 

@@ -58,6 +58,7 @@ def _describe(
         ).rstrip()
         for row in rows
     ]
+    lines += _tracks(splits)
     everyone = np.concatenate([images.cameras for images in splits])
     cameras = len(np.unique(everyone[everyone >= 0]))
     title = "Folder of images"
@@ -79,3 +80,18 @@ def _describe(
         if not cameras:
             lines.append("No cameras are known.")
     return "\n".join([f"{title} in {show(home)}", *lines, *notes])
+
+
+def _tracks(splits: list[ImageList]) -> list[str]:
+    """How many tracklets there are, and what follows from it; nothing where there are none."""
+    counts = [
+        f"{len(np.unique(images.tracks[images.tracks >= 0])):,} of {split}"
+        for split, images in zip(SPLITS, splits, strict=True)
+        if (images.tracks >= 0).any()
+    ]
+    if not counts:
+        return []
+    lines = [f"Tracklets: {', '.join(counts)}. Each counts as one, by the mean of its features."]
+    if (splits[0].frames >= 0).any():
+        lines.append("Training images that one camera saw in one frame are different people.")
+    return lines

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dhcl.data.description import reid_data
-from dhcl.data.lists import ReIDData, identifier, image_list
+from dhcl.data.lists import ImageList, ReIDData, identifier
 from dhcl.errors import ConfigError, DataError
 from dhcl.words import counted, first_ones, show
 
@@ -23,6 +25,9 @@ __all__ = [
     "path_reader",
     "split_folders",
 ]
+
+# What a pattern may name.
+_GROUPS = ("id", "camera", "track", "frame")
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -150,16 +155,30 @@ def load_folder(root: Path, pattern: str | None) -> ReIDData:
     if home is not None:
         _count_left_out(root, home, folders, set(every), notes)
     notes += other_kinds(others)
-    ids = cameras = [-1] * len(every)
+    columns = dict.fromkeys(("ids", "cameras", "tracks", "frames"), [-1] * len(every))
     if pattern is not None:
-        texts = _matched(pattern, root, every, notes)
-        ids = _numbered(texts["id"], keep_numbers=True)
-        cameras = _numbered(texts["camera"], keep_numbers=False)
+        columns = _columns(pattern, _matched(pattern, root, every, notes))
     splits, start = [], 0
     for split in files:
         part = slice(start, start := start + len(split))
-        splits.append(image_list(split, ids[part], cameras[part]))
+        known = {name: np.array(numbers[part], np.int64) for name, numbers in columns.items()}
+        splits.append(ImageList(tuple(split), **known))
     return reid_data("folder", root, splits, notes)
+
+
+def _columns(pattern: str, texts: dict[str, list[str | None]]) -> dict[str, list[int]]:
+    """What an :class:`ImageList` says of each image, from what the groups hold."""
+    cameras = _numbered(texts["camera"], keep_numbers=False)
+    frames = _numbered_within(cameras, texts["frame"])
+    if "camera" in _compiled(pattern).groupindex:
+        # Of two unknown cameras nobody knows whether they saw something at once.
+        frames = [-1 if c < 0 else f for c, f in zip(cameras, frames, strict=True)]
+    return {
+        "ids": _numbered(texts["id"], keep_numbers=True),
+        "cameras": cameras,
+        "tracks": _numbered_within(cameras, texts["track"]),
+        "frames": frames,
+    }
 
 
 def _find_splits(root: Path, notes: list[str]) -> tuple[Path | None, list[Path | None]]:
@@ -228,7 +247,7 @@ def _count_left_out(
 def _matched(
     pattern: str, root: Path, paths: list[Path], notes: list[str]
 ) -> dict[str, list[str | None]]:
-    """What the groups ``id`` and ``camera`` hold for each path, None where there is nothing."""
+    """What each of the groups holds for each path, None where there is nothing."""
     expression = _compiled(pattern)
     matches = [expression.search(path.relative_to(root).as_posix()) for path in paths]
     unmatched = [path for path, match in zip(paths, matches, strict=True) if match is None]
@@ -240,7 +259,7 @@ def _matched(
     if unmatched:
         first = show(unmatched[0].relative_to(root).as_posix())
         notes.append(f"{len(unmatched):,} images do not match the pattern, the first {first!r}.")
-    texts: dict[str, list[str | None]] = {"id": [None] * len(paths), "camera": [None] * len(paths)}
+    texts: dict[str, list[str | None]] = {group: [None] * len(paths) for group in _GROUPS}
     for group in expression.groupindex.keys() & texts:
         texts[group] = [match[group] if match else None for match in matches]
     return texts
@@ -253,9 +272,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise DataError(
             f"pattern: must be a regular expression (got {pattern!r}: {error})"
         ) from error
-    if not expression.groupindex.keys() & {"id", "camera"}:
+    if not expression.groupindex.keys() & set(_GROUPS):
         raise DataError(
-            f"pattern: must have a group (?P<id>...) or (?P<camera>...) (got {pattern!r})"
+            "pattern: must have a group (?P<id>...) or (?P<camera>...), or one named track or "
+            f"frame (got {pattern!r})"
         )
     return expression
 
@@ -272,3 +292,13 @@ def _numbered(texts: Sequence[str | None], *, keep_numbers: bool) -> list[int]:
     first = max(table.values(), default=-1) + 1
     table |= {word: first + i for i, word in enumerate(words)}
     return [table[v] for v in values]
+
+
+def _numbered_within(cameras: Sequence[int], texts: Sequence[str | None]) -> list[int]:
+    """A number from 0 for each text of each camera, in the order of their first; -1 for nothing."""
+    table: dict[tuple[int, int | str], int] = {}
+    values = [identifier(text) for text in texts]
+    return [
+        -1 if value == -1 else table.setdefault((camera, value), len(table))
+        for camera, value in zip(cameras, values, strict=True)
+    ]

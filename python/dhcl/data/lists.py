@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ __all__ = ["ImageList", "Integers", "ReIDData", "identifier", "image_list"]
 
 Integers = NDArray[np.int64]
 
+# Stands for as many -1 as there are images.
+_UNKNOWN: Integers = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
@@ -25,14 +28,23 @@ class ImageList:
         paths: N files.
         ids: (N,) int64 identities, -1 for junk or unknown.
         cameras: (N,) int64 cameras from 0 in the order of the data set's own numbers, -1 unknown.
+        tracks: (N,) int64, equal for images of one camera that a tracker followed, -1 for others;
+            by default all are.
+        frames: (N,) int64, equal for images that one camera saw at once, -1 unknown; by default
+            all are. See :class:`dhcl.data.tracks.Tracklets`.
     """
 
     paths: tuple[Path, ...]
     ids: Integers
     cameras: Integers
+    tracks: Integers = field(default_factory=lambda: _UNKNOWN)
+    frames: Integers = field(default_factory=lambda: _UNKNOWN)
 
     def __post_init__(self) -> None:
-        for name in ("ids", "cameras"):
+        for name in ("tracks", "frames"):
+            if getattr(self, name) is _UNKNOWN:
+                object.__setattr__(self, name, np.full(len(self.paths), -1, np.int64))
+        for name in ("ids", "cameras", "tracks", "frames"):
             values = np.asarray(getattr(self, name))
             if values.shape != (len(self.paths),) or values.dtype.kind != "i":
                 raise ValueError(
@@ -58,7 +70,11 @@ class ImageList:
         """The images at these indices (integers, or N booleans), in that order."""
         chosen = np.arange(len(self))[np.asarray(indices, dtype=None if len(indices) else np.int64)]
         return ImageList(
-            tuple(self.paths[i] for i in chosen), self.ids[chosen], self.cameras[chosen]
+            tuple(self.paths[i] for i in chosen),
+            self.ids[chosen],
+            self.cameras[chosen],
+            self.tracks[chosen],
+            self.frames[chosen],
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dhcl.data import EvalImages, ReIDData
+from dhcl.data.tracks import Tracklets
 from dhcl.metrics import RANKS, agreement, by_name, cameras_apart
 from dhcl.models import ReIDModel
 from dhcl.training.engine import Engine
@@ -35,6 +36,7 @@ class Evaluator:
     Args:
         engine: processes and device.
         data: with identities in query and gallery; how they are compared, its ``compared`` says.
+            Where both have tracklets, each counts as one, as in MARS (Zheng et al., ECCV 2016).
         model: tells how images are normalised.
         same_cameras: the cameras are those the model was trained on. Otherwise statistics per
             camera, where the model has them, are not used; ranking always goes by the cameras.
@@ -54,6 +56,7 @@ class Evaluator:
     ) -> None:
         self._ranks, self._ap = ranks, ap
         self._engine, self._compared = engine, data.compared()
+        self._tracklets = [Tracklets.of_list(images) for images in self._compared]
         self._sets: list[EvalImages] = []
         for images in (data.query, data.gallery):
             shown = images
@@ -83,6 +86,7 @@ class Evaluator:
         """Those of :meth:`__call__`, from features."""
         if not self._engine.is_main:
             return {}
+        query, gallery = self._pooled(query, gallery)
         metrics: dict[str, Any] = by_name(self._rank((query, gallery)), self._ranks)
         if reranked:
             try:
@@ -92,8 +96,17 @@ class Evaluator:
                 self._engine.say(f"warning: no re-ranking, {error}")
         return metrics
 
+    def _pooled(
+        self, query: torch.Tensor, gallery: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A row per tracklet where both sides have them, else those given, a row per image."""
+        one, other = self._tracklets
+        return (one.pool(query), other.pool(gallery)) if one and other else (query, gallery)
+
     def _rank(self, what: Any) -> RankingMetrics:
-        query, gallery = self._compared
+        query, gallery = self._tracklets if all(self._tracklets) else self._compared
+        assert query is not None
+        assert gallery is not None
         cameras = cameras_apart(query.cameras, gallery.cameras)
         ids = torch.from_numpy(query.ids), torch.from_numpy(gallery.ids)
         return evaluate_ranking(what, *ids, *cameras, ap=self._ap, max_rank=max(self._ranks))

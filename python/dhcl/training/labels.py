@@ -6,13 +6,15 @@ self-paced choice".
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from dhcl.config import EPS_GAP, LabelOptions
-from dhcl_ops import cluster
+from dhcl.data.tracks import Tracklets
+from dhcl_ops import Clustering, cluster, constrained_dbscan, self_paced_labels
 
 __all__ = ["PseudoLabels", "pseudo_labels"]
 
@@ -41,6 +43,7 @@ def pseudo_labels(
     loose: bool,
     threshold: float | None,
     progress: Callable[[str, int, int], None],
+    tracklets: Tracklets | None = None,
 ) -> PseudoLabels:
     """Cluster features by Jaccard distance and DBSCAN.
 
@@ -51,7 +54,12 @@ def pseudo_labels(
         loose: give labels at an eps that is larger by :data:`dhcl.config.EPS_GAP` too.
         threshold: of an earlier epoch's :class:`PseudoLabels`.
         progress: told stage, rows done and rows in all, again and again.
+        tracklets: which images belong together. Then tracklets are clustered, by their pooled
+            features; those seen at once never share a cluster, and images of one tracklet always
+            do, those of a tracklet in no cluster too unless outliers are dropped.
     """
+    if tracklets is not None:
+        features, cameras = tracklets.pool(features), torch.from_numpy(tracklets.cameras)
     found = cluster(
         features,
         k1=options.k1,
@@ -66,8 +74,33 @@ def pseudo_labels(
         threshold=threshold,
         progress=progress,
     )
+    labels, at_larger_eps, limit = found.labels, found.loose_labels, found.threshold
+    clustered = time.perf_counter()
+    if tracklets is not None and len(tracklets.apart):
+        labels, at_larger_eps, limit = _apart(found, tracklets, options, threshold)
+    if tracklets is not None:
+        alone = options.outliers == "keep"
+        labels = tracklets.spread(labels, alone=alone)
+        if at_larger_eps is not None:
+            at_larger_eps = tracklets.spread(at_larger_eps, alone=alone)
+    apart = time.perf_counter() - clustered
     seconds = dict(found.seconds)
-    stages = {"neighbours": seconds.pop("neighbours"), "dbscan": seconds.pop("clusters")}
+    stages = {"neighbours": seconds.pop("neighbours")}
+    stages["dbscan"] = seconds.pop("clusters") + apart
     stages["jaccard"] = sum(seconds.values())
-    at_larger_eps = found.loose_labels.cpu() if loose else None
-    return PseudoLabels(found.labels.cpu(), at_larger_eps, found.threshold, stages)
+    return PseudoLabels(labels.cpu(), at_larger_eps.cpu() if loose else None, limit, stages)
+
+
+def _apart(
+    found: Clustering, tracklets: Tracklets, options: LabelOptions, threshold: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
+    """Labels, looser labels and threshold of a clustering, with those seen at once kept apart."""
+
+    def at(eps: float) -> torch.Tensor:
+        return constrained_dbscan(found.graph, tracklets.apart, eps, options.min_samples)
+
+    labels, limit = at(options.eps), None
+    larger = None if found.loose_labels is None else at(options.eps + EPS_GAP)
+    if options.self_paced and larger is not None:
+        labels, limit, *_ = self_paced_labels(labels, at(options.eps - EPS_GAP), larger, threshold)
+    return labels, larger, limit

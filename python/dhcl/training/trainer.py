@@ -28,6 +28,7 @@ from dhcl.data import (
     train_loader,
     train_transform,
 )
+from dhcl.data.tracks import Tracklets
 from dhcl.errors import Diverged, Interrupted, NoClusters
 from dhcl.models import ReIDModel, calibrate
 from dhcl.training.checkpoint import (
@@ -115,7 +116,7 @@ class Trainer:
         self.config, self.engine, self.observer = config, engine, observer
         self._known = known
         self.at = Progress()
-        self._images = images
+        self._images, self._tracklets = images, Tracklets.of_list(images)
         self._plain_images = engine.images(images, model)
         transform = train_transform(
             config.model.image_size,
@@ -206,6 +207,7 @@ class Trainer:
                 loose=self.config.loss.suspects != "off",
                 threshold=self.at.threshold,
                 progress=self._check_stop,
+                tracklets=self._tracklets,
             )
         broadcast_object_list(found)
         self._mark = time.perf_counter()  # the stages have their own times
