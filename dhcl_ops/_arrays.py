@@ -33,6 +33,13 @@ def to_tensor(op: str, name: str, array: Any, *, mutated: bool = False) -> torch
         raise ValueError(
             f"{op}: {name} is changed in place and must be writable (got a read-only array)"
         )
+    if not array.dtype.isnative:
+        if mutated:
+            raise ValueError(
+                f"{op}: {name} is changed in place and must have this machine's byte order "
+                f"(got {array.dtype})"
+            )
+        array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
         if mutated:
             raise ValueError(

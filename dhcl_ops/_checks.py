@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +12,20 @@ import torch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL_FLOATS = (*FLOATS, torch.float64)
 
+# Numbers meet fp32 arithmetic sooner or later: larger ones would be infinite there, and smaller
+# ones, which it may flush to zero, make 0 * inf.
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST = torch.finfo(torch.float32).tiny
 
-def tensor(op: str, name: str, value: object) -> None:
-    """Raise ``TypeError`` unless the value is a tensor."""
+
+def tensor(op: str, name: str, value: object, layout: torch.layout = torch.strided) -> None:
+    """Raise ``TypeError`` unless the value is a tensor of this layout, a dense one by default."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor or an array (got {type(value).__name__})")
+    if value.layout != layout:
+        wanted = "a dense" if layout == torch.strided else "a sparse CSR"
+        got = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be {wanted} tensor (got {got})")
 
 
 def rank(op: str, name: str, value: torch.Tensor, expected: int) -> None:
@@ -81,21 +91,39 @@ def same_device(op: str, **values: torch.Tensor) -> None:
 def number(
     op: str, name: str, value: float, low: float, high: float = math.inf, *, rule: str
 ) -> float:
-    """Return the value as a finite float in [low, high]; raise naming the rule otherwise."""
+    """Return the value as a float in [low, high]; raise naming the rule otherwise.
+
+    It is finite in fp32, and zero where it is smaller than fp32's smallest normal number.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number (got {type(value).__name__})")
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{op}: {name} must be {rule} (got {value!r})")
-    return float(value)
+    # An int may be too large for any float, and for printing.
+    number = math.inf if isinstance(value, int) and abs(value) > _LARGEST else float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{op}: {name} must be {rule} (got {number!r})")
+    if abs(number) > _LARGEST:
+        raise ValueError(f"{op}: {name} must be finite in float32 (got {number!r})")
+    return number if abs(number) >= _SMALLEST else 0.0
 
 
-def integer(op: str, name: str, value: int, low: int) -> int:
-    """Return the value as an int of at least ``low``; raise naming the rule otherwise."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+def integer(op: str, name: str, value: int, low: int, high: int = 2**63 - 1) -> int:
+    """Return the value as an int in [low, high]; raise naming the rule otherwise."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an integer (got {type(value).__name__})")
-    if value < low:
-        raise ValueError(f"{op}: {name} must be >= {low} (got {value})")
-    return int(value)
+    if number < low:
+        raise ValueError(f"{op}: {name} must be >= {low} (got {_short(number)})")
+    if number > high:
+        raise ValueError(f"{op}: {name} must be <= {high} (got {_short(number)})")
+    return number
+
+
+def _short(number: int) -> str:
+    """An integer for a message; Python refuses to print very long ones."""
+    return str(number) if abs(number) < 2**64 else f"one of {number.bit_length()} bits"
 
 
 def one_of(op: str, name: str, value: str, allowed: Iterable[str]) -> None:
@@ -137,9 +165,14 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
-def fits_in_memory(op: str, size: tuple[int, int], device: torch.device, instead: str) -> None:
-    """Raise ``MemoryError`` if a dense float32 matrix does not fit; ``instead`` says what does."""
-    needed, free = 4 * size[0] * size[1], available_bytes(device)
+def fits_in_memory(
+    op: str, size: tuple[int, int], device: torch.device, instead: str, element: int = 4
+) -> None:
+    """Raise ``MemoryError`` if a dense matrix does not fit; ``instead`` says what does.
+
+    Its elements take ``element`` bytes, float32 by default.
+    """
+    needed, free = element * size[0] * size[1], available_bytes(device)
     if free is not None and needed > free:
         raise MemoryError(
             f"{op}: a dense matrix of {size[0]} x {size[1]} needs {needed / 2**30:.1f} GiB and "

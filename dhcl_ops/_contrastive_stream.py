@@ -319,8 +319,10 @@ def _refuse(sums: Sums, settings: Settings, proxies: torch.Tensor) -> None:
     top = float(state[:, kernels.MAX].max().maximum(state[:, kernels.POSITIVE_MAX].max()))
     if not (math.isfinite(total) and top < math.inf):
         wrong = (~proxies.isfinite().all(1)).nonzero()
-        where = f"proxies must be finite (got one that is not at row {int(wrong[0])})"
-        raise ValueError(f"{OP}: {where if len(wrong) else 'similarities overflow float32'}")
+        if len(wrong):
+            where = f"proxies must be finite (got one that is not at row {int(wrong[0])})"
+            raise ValueError(f"{OP}: {where}")
+        raise ValueError(f"{OP}: similarities overflow float32")
     if int(counts[:, kernels.POSITIVES].min()) == 0:
         without = (counts[:, kernels.POSITIVES] == 0).nonzero()
         raise ValueError(

@@ -68,8 +68,13 @@ class MemoryBank(nn.Module):
         for name, size in (("num_samples", num_samples), ("num_features", num_features)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{op}: {name} must be a positive integer (got {size!r})")
+            _checks.integer(op, name, size, 1, 2**40)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16 (got {dtype})")
+        place = torch.get_default_device() if device is None else torch.device(device)
+        if place.type != "meta":
+            shape, instead = (num_samples, num_features), "float16 takes half of float32"
+            _checks.fits_in_memory(op, shape, place, instead, dtype.itemsize)
         self.momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
         self.eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
         self.normalize_prototypes = bool(normalize_prototypes)

@@ -53,6 +53,9 @@ def _overlap(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 def _each_outlier_alone(labels: torch.Tensor) -> torch.Tensor:
     outlier = labels < 0
+    if int(labels.max()) >= len(labels):
+        # Numbers with gaps, which may be huge: only which rows are together counts.
+        labels = torch.where(outlier, labels, labels.unique(return_inverse=True)[1])
     return torch.where(outlier, labels.clamp(min=-1).amax() + outlier.cumsum(0), labels)
 
 

@@ -245,6 +245,7 @@ def _false_negatives(
     ``negatives`` is their number where it is known beforehand.
     """
     if isinstance(kappa, torch.Tensor):
+        _checks.tensor(op, "kappa", kappa)
         _checks.dtype(op, "kappa", kappa, _checks.ALL_FLOATS)
         _checks.shape(op, "kappa", kappa, (len(features),), "one per feature")
         if tau_plus is not None:
@@ -285,13 +286,18 @@ def _same_device(
 
 
 def _look_at_values(op: str, roles: Roles, count: int, kappa: float | torch.Tensor) -> None:
-    """Refuse on the CPU columns out of range and a negative kappa."""
+    """Refuse on the CPU columns out of range and a kappa that is none."""
     if roles.proxy_labels is None:
         _checks.indices_in_range(op, "labels", roles.labels, count)
     if roles.excluded is not None:
         _checks.indices_in_range(op, "exclude", roles.excluded, count, -1)
-    if isinstance(kappa, torch.Tensor) and not kappa.is_cuda and bool((kappa < 0).any()):
-        raise ValueError(f"{op}: kappa must be >= 0 (got {float(kappa.min()):g})")
+    if isinstance(kappa, torch.Tensor) and not kappa.is_cuda:
+        wrong = ~((kappa >= 0) & kappa.isfinite())
+        if bool(wrong.any()):
+            got = float(kappa[wrong][0])
+            rule = ">= 0" if got < 0 else "finite"
+            where = int(wrong.nonzero()[0])
+            raise ValueError(f"{op}: kappa must be {rule} (got {got:g} at batch position {where})")
 
 
 def _stats(results: stream.Results, aggregation: int) -> ContrastiveStats:

@@ -96,10 +96,7 @@ def dbscan(
         TypeError, ValueError: an argument of the wrong kind, layout, dtype, shape or range.
     """
     op = "dbscan"
-    _checks.tensor(op, "graph", graph)
-    if graph.layout != torch.sparse_csr:
-        got = str(graph.layout).removeprefix("torch.")
-        raise TypeError(f"{op}: graph must be a sparse CSR tensor (got {got})")
+    _checks.tensor(op, "graph", graph, torch.sparse_csr)
     if graph.dim() != 2 or graph.shape[0] != graph.shape[1]:
         raise ValueError(f"{op}: graph must be square (got shape {tuple(graph.shape)})")
     _checks.dtype(op, "graph", graph, (torch.float32,))
@@ -110,11 +107,34 @@ def dbscan(
         for e in (eps if isinstance(eps, Sequence) else [eps])
     ]
     parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
+    _check_entries(op, *parts)
     _check_ascending(op, parts[0], parts[1])
     labels: list[torch.Tensor] = [labels_of(*parts, e, min_samples) for e in wanted]
     if not several:
         return labels[0]
     return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])
+
+
+def _check_entries(
+    op: str, offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Refuse what torch lets pass in a CSR tensor that was made without its checks, and NaN."""
+    if columns.dim() != 1 or values.shape != columns.shape or int(offsets[-1]) != len(columns):
+        raise ValueError(
+            f"{op}: graph must have one value per column (got columns {tuple(columns.shape)}, "
+            f"values {tuple(values.shape)} and rows that end at {int(offsets[-1])})"
+        )
+    if len(columns) == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(columns))
+    if low < 0 or high >= len(offsets) - 1:
+        raise ValueError(
+            f"{op}: columns must be in [0, {len(offsets) - 1}) (got {low if low < 0 else high})"
+        )
+    if bool(values.isnan().any()):
+        entry = values.isnan().nonzero()[0]
+        row = int(torch.searchsorted(offsets, entry, right=True)) - 1
+        raise ValueError(f"{op}: distances must not be NaN (got one in row {row})")
 
 
 def _check_ascending(op: str, offsets: torch.Tensor, columns: torch.Tensor) -> None:

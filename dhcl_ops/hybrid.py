@@ -51,6 +51,11 @@ def suspected_false_negatives(memory: MemoryBank, loose_labels: torch.Tensor) ->
     lowest, highest = (int(x) for x in torch.aminmax(loose))
     if lowest < -1:
         raise ValueError(f"{op}: loose_labels must be >= -1 (got {lowest})")
+    if highest >= size:
+        # Numbers with gaps: only which images are together counts.
+        numbers = loose.unique(return_inverse=True)[1]
+        loose = torch.where(loose < 0, loose, numbers)
+        highest = int(loose.max())
     base = highest + 1
     # Of each class the loose cluster with most members wins, of equal ones the first.
     clustered = loose >= 0
@@ -107,7 +112,8 @@ def hybrid_contrastive_loss(
         features: (B, d) of norm 1.
         memory: the bank, with labels.
         indices: (B,) int64, the bank row of each feature.
-        instance_weight, prototype_weight: >= 0, not both 0. A term of weight 0 is not computed.
+        instance_weight, prototype_weight: in [0, 1e9], not both 0. A term of weight 0 is not
+            computed.
         instance_positives: ``"self"`` or ``"class"``.
         temperature, beta, hardness_gradient, reduction, precision: as in
             :func:`debiased_contrastive_loss`.
@@ -133,10 +139,10 @@ def hybrid_contrastive_loss(
     _checks.tensor(op, "features", features)
     _checks.rank(op, "features", features, 2)
     indices = _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
-    rule = "finite and >= 0"
+    rule = "finite and >= 0, at most 1e9"
     weights = (
-        _checks.number(op, "prototype_weight", prototype_weight, 0.0, rule=rule),
-        _checks.number(op, "instance_weight", instance_weight, 0.0, rule=rule),
+        _checks.number(op, "prototype_weight", prototype_weight, 0.0, 1e9, rule=rule),
+        _checks.number(op, "instance_weight", instance_weight, 0.0, 1e9, rule=rule),
     )
     if not any(weights):
         raise ValueError(f"{op}: prototype_weight and instance_weight must not both be 0")

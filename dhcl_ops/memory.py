@@ -180,14 +180,37 @@ def least_similar(
     2022). Nothing waits for the device.
 
     Args:
-        features: (B, d).
-        indices: (B,) int64, the bank row of each feature.
-        bank: (N, d).
+        features: (B, d) float32, float16, bfloat16 or float64.
+        indices: (B,) int64, the bank row of each feature, in [0, N).
+        bank: (N, d), any of these dtypes.
 
     Returns:
         (B,) bool, true once per distinct index; of equal similarities the first.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape or device; on the CPU
+            also a similarity that is not finite.
+        IndexError: an index outside [0, N), on the CPU; on CUDA a device-side assert instead.
     """
+    op = "least_similar"
+    for name, value in (("features", features), ("bank", bank)):
+        _checks.tensor(op, name, value)
+        _checks.rank(op, name, value, 2)
+        _checks.dtype(op, name, value, _checks.ALL_FLOATS)
+    wanted = (features.shape[0], bank.shape[1])
+    _checks.shape(op, "features", features, wanted, "rows of the bank's width")
+    _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
+    _checks.same_device(op, features=features, indices=indices, bank=bank)
+    looks = not torch.compiler.is_compiling() and features.device.type == "cpu"
+    if looks:
+        _checks.indices_in_range(op, "indices", indices, bank.shape[0])
     similarity = (features * bank[indices]).sum(1)
+    if looks and not bool(similarity.isfinite().all()):
+        row = int((~similarity.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{op}: similarities must be finite (got {float(similarity[row])} at batch position "
+            f"{row}, with row {int(indices[row])} of the bank)"
+        )
     order = similarity.argsort(stable=True)
     order = order[indices[order].argsort(stable=True)]
     first = indices[order].diff(prepend=indices.new_full((1,), -1)) != 0
@@ -337,10 +360,14 @@ def _count_classes(op: str, labels: torch.Tensor, num_classes: int | None) -> in
             raise ValueError(f"{op}: pass num_classes under torch.compile (got None)")
         num_classes = int(labels.max()) + 1 if labels.numel() else 0
         num_classes = max(num_classes, 0)
+        if labels.numel() and num_classes > 2**40:
+            raise ValueError(f"{op}: labels must be class numbers (got {num_classes - 1})")
     elif isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
         raise TypeError(f"{op}: num_classes must be an integer (got {type(num_classes).__name__})")
     elif num_classes < 0:
         raise ValueError(f"{op}: num_classes must be >= 0 (got {num_classes})")
+    elif isinstance(num_classes, int):
+        _checks.integer(op, "num_classes", num_classes, 0, 2**40)
     if torch.compiler.is_compiling() or labels.numel() == 0:
         return num_classes
     wrong = (labels < -1) | (labels >= num_classes)
@@ -375,6 +402,8 @@ def prototypes(
             under ``torch.compile`` it must be given.
         normalize: divide each mean by its norm (a mean of zeros stays zero).
 
+    A row with a value that is not finite makes its class's mean not finite, and no other.
+
     Returns:
         (K, d) in the bank's dtype; zeros for a class without rows. Differentiable, also twice, with
         respect to the bank.
@@ -391,9 +420,18 @@ def prototypes(
     _checks.dtype(op, "labels", labels, (torch.int64,))
     _checks.shape(op, "labels", labels, (bank.shape[0],), "one per row of the bank")
     _checks.same_device(op, bank=bank, labels=labels)
-    members, offsets = class_csr(labels, _count_classes(op, labels, num_classes))
+    num_classes = _count_classes(op, labels, num_classes)
+    if not torch.compiler.is_compiling() and num_classes > len(labels):
+        size = (num_classes, bank.shape[1] + 1)  # a row and an offset for each
+        instead = "number the classes without gaps"
+        _checks.fits_in_memory(op, size, bank.device, instead, max(bank.element_size(), 4))
+    members, offsets = class_csr(labels, num_classes)
     means: torch.Tensor = _segment_mean(bank, members, offsets)
     if not normalize:
         return means
     wide = means.to(_accumulator(means.dtype))
+    # Squares of large numbers overflow; a power of two changes the result in no bit.
+    if wide.dtype == torch.float32 and wide.numel():
+        large = wide.detach().abs().amax(1, keepdim=True) > 2.0**60
+        wide = torch.where(large, wide * 2.0**-70, wide)
     return nn.functional.normalize(wide, dim=1, eps=_MEAN_EPS).to(means.dtype)

@@ -30,6 +30,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Entries of the distance matrix that exist at a time; a GPU takes four times as many, since a
 # block of few queries would leave it half idle.
 _BLOCK_ENTRIES = 1 << 24
+# Of a gallery's size; a longer one would only take memory.
+_LONGEST_CMC = 1 << 24
 
 
 class NoValidQuery(ValueError):
@@ -385,9 +387,10 @@ def evaluate_ranking(
         ap: ``"hits"``, the mean of the precision at each right match, which torchreid and fast-reid
             take; or ``"trapezoid"``, that of the Matlab code of 2017, which lies a few
             points off.
-        max_rank: length of the CMC. Past the gallery's end it stays as it is.
+        max_rank: length of the CMC, in [1, 2^24]. Past the gallery's end it stays as it is.
         junk_id: identity of junk, None for no junk.
-        repeats, seed: of ``"cuhk03"``; the draws are torchreid's after ``np.random.seed(seed)``.
+        repeats, seed: of ``"cuhk03"``, the seed in [0, 2^32); the draws are torchreid's after
+            ``np.random.seed(seed)``.
         per_query: return the metrics of each query too.
         progress: called as ``progress("queries", rows_done, rows_total)``.
 
@@ -403,7 +406,7 @@ def evaluate_ranking(
             distance that is NaN, or a feature that is not finite (the message names the row).
         NoValidQuery: a ValueError too, where no query has a right match.
     """
-    randint = np.random.RandomState(_checks.integer(_OP, "seed", seed, 0)).randint
+    randint = np.random.RandomState(_checks.integer(_OP, "seed", seed, 0, 2**32 - 1)).randint
     identities = Identities(query_ids, gallery_ids, query_cameras, gallery_cameras)
     settings = Settings(metric, protocol, ap, max_rank, junk_id, repeats, per_query)
     return evaluate_with_draws(distance_or_features, identities, settings, randint, progress)
@@ -436,7 +439,7 @@ def evaluate_with_draws(
     _checks.one_of(_OP, "protocol", settings.protocol, ("market", "cuhk03"))
     _checks.one_of(_OP, "ap", settings.ap, ("hits", "trapezoid"))
     settings = settings._replace(
-        max_rank=_checks.integer(_OP, "max_rank", settings.max_rank, 1),
+        max_rank=_checks.integer(_OP, "max_rank", settings.max_rank, 1, _LONGEST_CMC),
         repeats=_checks.integer(_OP, "repeats", settings.repeats, 1),
     )
     pair = isinstance(distance_or_features, (tuple, list))
@@ -470,6 +473,7 @@ def _without_junk(
         raise ValueError(f"{_OP}: give cameras for both query and gallery or for neither")
     kept = torch.arange(gallery, device=device)
     if junk_id is not None:
+        junk_id = _checks.integer(_OP, "junk_id", junk_id, -(2**63))
         kept = kept[gallery_ids != junk_id]
     distances.keep(kept)
     if given.query_cameras is None:

@@ -350,7 +350,13 @@ def neighbour_lists(
         )
     if similarities is not None:
         _checks.shape(op, "ranks.similarities", similarities, tuple(ranks.shape), "as its indices")
+        _checks.dtype(op, "ranks.similarities", similarities, _checks.ALL_FLOATS)
         similarities = similarities[:, :width].float().contiguous()
+        if not bool(similarities.isfinite().all()):
+            row = int((~similarities.isfinite()).nonzero()[0, 0])
+            raise ValueError(
+                f"{op}: ranks.similarities must be finite (got one that is not in row {row})"
+            )
     ranks = ranks[:, :width]
     if ranks.numel():
         low, high = int(ranks.min()), int(ranks.max())

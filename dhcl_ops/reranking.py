@@ -8,6 +8,7 @@ fast-reid carry. Theirs holds five or more matrices of all rows by all rows.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -123,9 +124,16 @@ class _Distances:
         if end > self.queries:
             own = slice(max(begin - self.queries, 0), end - self.queries)
             parts.append(torch.cat([self.q_g[:, own], self.g_g[:, own]]).T)
-        squares = torch.cat(parts).float()
-        squares = squares * squares
-        return squares / squares.amax(1, keepdim=True).clamp(min=_TINY)
+        rows = torch.cat(parts).float()
+        squares = rows * rows
+        largest = squares.amax(1, keepdim=True)
+        large, small = largest > 2.0**80, largest < 2.0**-80
+        if bool((large | small).any()):
+            # These squares may be beyond fp32; a power of two cancels in the quotient.
+            rows = torch.where(large, rows * 2.0**-70, torch.where(small, rows * 2.0**100, rows))
+            squares = rows * rows
+            largest = squares.amax(1, keepdim=True)
+        return squares / largest.clamp(min=_TINY)
 
     def weights(self, k: int, half: int, k2: int, progress: Progress | None) -> tuple[Lists, Rows]:
         ranks = torch.empty(self.total, k, dtype=torch.int32, device=self.device)
@@ -276,9 +284,13 @@ def rerank_distances(
     _checks.same_device(op, q_g=q_g, q_q=q_q, g_g=g_g)
     for name, value in (("q_g", q_g), ("q_q", q_q), ("g_g", g_g)):
         for begin, end in slices(len(value), "check", None, _QUERIES):
-            if not bool(value[begin:end].isfinite().all()):
-                row = begin + int((~value[begin:end].isfinite()).any(1).nonzero()[0])
-                raise ValueError(f"{op}: {name} must be finite (got nan or inf in row {row})")
+            finite = value[begin:end].detach().float().isfinite()
+            if not bool(finite.all()):
+                row, column = (int(place) for place in (~finite).nonzero()[0])
+                got = float(value[begin + row, column])
+                rule = "finite in float32" if math.isfinite(got) else "finite"
+                what = f"{got:g}" if math.isfinite(got) else "nan or inf"
+                raise ValueError(f"{op}: {name} must be {rule} (got {what} in row {begin + row})")
     source = _Distances(q_g.detach(), q_q.detach(), g_g.detach())
     result = _rerank(op, cast("_Source", source), k1, k2, lambda_value, topk, progress)
     return _arrays.like(given, result)

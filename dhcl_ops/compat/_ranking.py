@@ -33,6 +33,9 @@ def _numbers(query: Any, gallery: Any) -> tuple[np.ndarray[Any, Any], np.ndarray
     pair = [v.numpy(force=True) if isinstance(v, torch.Tensor) else v for v in (query, gallery)]
     query, gallery = (np.asarray(values) for values in pair)
     if query.ndim == gallery.ndim == 1 and not all(v.dtype.kind == "i" for v in (query, gallery)):
+        if query.dtype != gallery.dtype and all(v.dtype.kind in "iuO" for v in (query, gallery)):
+            # NumPy would join signed and unsigned numbers as floats, which merge large ones.
+            query, gallery = query.astype(object), gallery.astype(object)
         numbers = np.unique(np.concatenate([query, gallery]), return_inverse=True)[1]
         return numbers[: len(query)], numbers[len(query) :]
     return query, gallery
