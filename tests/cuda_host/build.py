@@ -135,12 +135,30 @@ def load(
     return module
 
 
+def compile_glue(name: str, sources: Sequence[Path], include_dirs: Iterable[Path] = ()) -> Path:
+    """The path of a library of ops, the CUDA half of glue, for `torch.ops.load_library`.
+
+    The headers in `glue/` stand in for what only a CUDA build of torch has.
+    """
+    import torch
+
+    from dhcl_ops import _build
+
+    home = Path(torch.__file__).parent
+    flags = ["-DDHCL_CUDA", f"-DTORCH_TARGET_VERSION={_build.TARGET_VERSION}"]
+    flags += [f"-I{HERE / 'glue'}", "-isystem", str(home / "include"), f"-L{home / 'lib'}"]
+    # The libraries stand before the sources that need them.
+    flags += ["-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    return compile_module(name, sources, include_dirs, flags=flags)
+
+
 def compile_module(
     name: str,
     sources: Sequence[Path],
     include_dirs: Iterable[Path] = (),
     sanitize: bool = False,
     race: bool = False,
+    flags: Sequence[str] = (),
 ) -> Path:
     """The first half of `load`: the path of the compiled module."""
     import pybind11
@@ -148,7 +166,7 @@ def compile_module(
     sources = [Path(source).resolve() for source in sources]
     includes = [HERE, *(Path(folder).resolve() for folder in include_dirs)]
     system = [sysconfig.get_paths()["include"], pybind11.get_include()]
-    command = [compiler(), *FLAGS, *(SANITIZE_FLAGS if sanitize else [])]
+    command = [compiler(), *FLAGS, *(SANITIZE_FLAGS if sanitize else []), *flags]
     command += [f"-I{folder}" for folder in includes]
     # -isystem: no warnings from headers that are not ours.
     for path in system:
