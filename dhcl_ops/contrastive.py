@@ -57,6 +57,11 @@ def _look_at_norms(op: str, features: torch.Tensor) -> None:
     shortest, longest = (bound.item() for bound in torch.aminmax(norms))
     if not (math.isfinite(shortest) and math.isfinite(longest)):
         row = int((~norms.isfinite()).nonzero()[0])
+        if bool(features[row].isfinite().all()):
+            raise ValueError(
+                f"{op}: norms of features must be finite in float32 (got one that overflows at row "
+                f"{row})"
+            )
         raise ValueError(f"{op}: features must be finite (got one that is not at row {row})")
     worst = max(shortest, longest, key=lambda norm: abs(norm - 1.0))
     if abs(worst - 1.0) > 1e-2 and not _norm_seen:

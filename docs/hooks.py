@@ -85,6 +85,8 @@ def _kind(hint: Any) -> str:
     """A type as someone who writes YAML would say it."""
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{_value(each)}`" for each in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is ...:
+        return f"list of {_kind(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is tuple:
         inner = [_kind(each) for each in typing.get_args(hint)]
         return " ".join(inner)

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-from dhcl.errors import ConfigError
+from dhcl.errors import ConfigError, as_path
 from dhcl.words import did_you_mean, show
 
 __all__ = [
@@ -511,33 +511,35 @@ def _sentence(error: Mapping[str, Any]) -> str:
     first, *rest = error["loc"]
     name = rest[0] if first in SECTIONS else first
     said = re.sub(r"^\w+ should ", "must ", error["msg"])  # "Input should be", "Tuple should have"
+    said = re.sub(r"^Input is not a valid path.*", "must be a path", said)
     return f"{name}: {said} (got {error['input']})"
 
 
 # ---- files --------------------------------------------------------------------------------------
 
 
-def read_options(path: Path) -> dict[str, Any]:
+def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a YAML file says, by option, whether it has sections or not.
 
     Raises:
         ConfigError: no file that can be read, or not one of options.
     """
+    path = as_path("config", path)
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise ConfigError(f"config: {path} can't be read ({error.strerror})") from error
+        raise ConfigError(f"config: {show(path)} can't be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not YAML ({error})") from error
+        raise ConfigError(f"config: {show(path)} is not YAML ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"config: {path} must hold `option: value` lines")
+        raise ConfigError(f"config: {show(path)} must hold `option: value` lines")
     try:
         return _by_name(content)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{show(path)}: {error}") from error
 
 
-def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
+def load_config(path: str | os.PathLike[str], base: TrainConfig | None = None) -> TrainConfig:
     """The options with those in a YAML file.
 
     A relative ``root`` or ``weights`` is looked for beside the file, then in the working directory.
@@ -549,10 +551,11 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     Raises:
         ConfigError: no such file, or wrong options in it; it names the file and the option.
     """
+    path = as_path("config", path)
     return _load(path, read_options(path), base or TrainConfig(), (path.parent, Path()))
 
 
-def read_run(run: Path) -> TrainConfig:
+def read_run(run: str | os.PathLike[str]) -> TrainConfig:
     """The options of a run, with ``out`` as the folder where it lies now.
 
     A relative ``root`` or ``weights`` is looked for from there, then from where the run lay when it
@@ -561,6 +564,7 @@ def read_run(run: Path) -> TrainConfig:
     Raises:
         ConfigError: no such folder, one without ``config.yaml``, or wrong options in it.
     """
+    run = as_path("run", run)
     if not run.is_dir():
         what = "a file" if run.exists() else "nothing"
         raise ConfigError(f"run: must be the folder of a run (got {what} at {show(run)})")
@@ -603,7 +607,7 @@ def _load(
     try:
         return with_changes(base, changes)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{show(path)}: {error}") from error
 
 
 def _located(given: str, folders: Iterable[Path]) -> Path:

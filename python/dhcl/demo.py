@@ -28,7 +28,7 @@ from dhcl.config import ConfigError, TrainConfig, flat_options, preset, read_run
 from dhcl.files import write_atomic
 from dhcl.metrics import RANKS
 from dhcl.synth.progress import draw, drawn_with
-from dhcl.words import duration, first_line
+from dhcl.words import duration, first_line, show
 
 if TYPE_CHECKING:
     from dhcl.training.runs import Trained
@@ -165,7 +165,7 @@ def _show(demo: Demo) -> dict[str, Any]:
     _stage(5, f"the report, in about {duration(looking)}")
     page = _report(config, trained, demo.out / "report.html")
     results = _write_results(demo, rows, began)
-    look = f"Look at it in a browser: {page}\n" if page else ""
+    look = f"Look at it in a browser: {show(page)}\n" if page else ""
     tqdm.write(f"\n{look}Try next:\n{_next_commands(demo, config.run)}")
     return results
 
@@ -264,7 +264,7 @@ def _write_pages(demo: Demo) -> None:
     report = _report(one, None, demo.out / "report.html")
     if report is None:
         return
-    tqdm.write(f"\nreport of {one.run.name}: {report}")
+    tqdm.write(f"\nreport of {one.run.name}: {show(report)}")
     # Similarities of every run take as long as evaluating each again.
     runs = (Results(read_record(config.run)) for config in configs.values())
     try:
@@ -272,7 +272,7 @@ def _write_pages(demo: Demo) -> None:
     except Exception as error:
         tqdm.write(f"warning: no comparison: {first_line(error)}")
     else:
-        tqdm.write(f"all runs compared: {page}")
+        tqdm.write(f"all runs compared: {show(page)}")
 
 
 # ---- parts of both ------------------------------------------------------------------------------
@@ -293,7 +293,9 @@ def _draw_once(demo: Demo) -> None:
         return
     sheet = demo.out / "people.png"
     summary = draw(demo.root, sheet=sheet, workers=os.cpu_count() or 1, **wanted)
-    tqdm.write(f"drawn: {summary.train_images} images of {summary.train_ids} people; see {sheet}")
+    tqdm.write(
+        f"drawn: {summary.train_images} images of {summary.train_ids} people; see {show(sheet)}"
+    )
 
 
 def _refuse_others(there: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -379,7 +381,7 @@ def _write_results(
     text = _table(demo, rows)
     write_atomic(demo.out / "results.json", json.dumps(results, indent=1).encode())
     write_atomic(demo.out / "results.md", (text + "\n").encode())
-    tqdm.write(f"\n{text}\n\nIn {duration(spent)}; also in {demo.out / 'results.md'}")
+    tqdm.write(f"\n{text}\n\nIn {duration(spent)}; also in {show(demo.out / 'results.md')}")
     return results
 
 

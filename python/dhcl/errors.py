@@ -1,8 +1,13 @@
-"""What the package raises for people: one family, each member with the exit status it means."""
+"""What the package raises for people: one family, each member with the exit status it means.
+
+And the one check that every function with a path makes, before anything of a library raises.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 __all__ = [
     "CheckpointError",
@@ -14,7 +19,24 @@ __all__ = [
     "Interrupted",
     "NoClusters",
     "UnavailableWeights",
+    "as_path",
 ]
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path as a caller gave it, with ``~`` for the home folder.
+
+    Args:
+        name: of the argument, for the error.
+        value: text or an object that stands for a path.
+
+    Raises:
+        TypeError: something else, such as a list or bytes.
+    """
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str):
+        raise TypeError(f"{name}: must be a path (got {type(value).__name__})")
+    return Path(path).expanduser()
 
 
 class DHCLError(Exception):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dhcl.config import TrainConfig, preset, with_changes
 from dhcl.synth.progress import draw
+from dhcl.words import show
 
 __all__ = ["Pretrain", "pretrain"]
 
@@ -103,8 +104,11 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             seed=options.seed,
             workers=max(options.workers, 1),
         )
-        tqdm.write(f"drawn: {drawn.train_images} images of {drawn.train_ids} people; see {sheet}")
+        tqdm.write(
+            f"drawn: {drawn.train_images} images of {drawn.train_ids} people; see {show(sheet)}"
+        )
     resume = (config.run / "config.yaml").exists()
     metrics = train(config, resume=resume, drawn=True).metrics
-    tqdm.write(f"start from it: dhcl train --weights {options.out / 'checkpoints' / 'last.pt'} ...")
+    last = options.out / "checkpoints" / "last.pt"
+    tqdm.write(f"start from it: dhcl train --weights {show(last)} ...")
     return metrics

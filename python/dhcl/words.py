@@ -4,25 +4,73 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
-__all__ = ["counted", "did_you_mean", "duration", "first_line", "first_ones", "plain", "show"]
+__all__ = [
+    "counted",
+    "csv_cell",
+    "did_you_mean",
+    "duration",
+    "first_line",
+    "first_ones",
+    "plain",
+    "say",
+    "show",
+    "show_lines",
+]
 
 
-def show(path: Path | str) -> str:
-    """The path as text that can always be printed, on one line, whatever its name holds."""
-    text = str(path).encode("utf-8", "backslashreplace").decode()
+def show(name: Path | str) -> str:
+    """A name as one line of text that can always be printed and does nothing to a terminal.
+
+    Whatever bytes it holds: line breaks, escape sequences and other controls, and marks that
+    override the direction of writing, are written as in a Python string, ``\\n``, ``\\x1b``,
+    ``\\u202e``. Marks that scripts need, such as joiners, stay.
+    """
+    text = str(name)
     if text.isprintable():
         return text
-    return "".join(map(_printable, text))
+    return "".join(map(_shown, text))
 
 
-def _printable(letter: str) -> str:
-    """A line break or another control character as Python writes it; marks of writing stay."""
-    control = unicodedata.category(letter) in ("Cc", "Zl", "Zp")
-    return letter.encode("unicode_escape").decode() if control else letter
+_OVERRIDES = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+def _shown(letter: str) -> str:
+    acts = unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
+    if acts or unicodedata.bidirectional(letter) in _OVERRIDES:
+        return letter.encode("unicode_escape").decode()
+    return letter
+
+
+def show_lines(text: str) -> str:
+    """:func:`show` of each line: for a whole message, which has line breaks of its own."""
+    return "\n".join(map(show, text.split("\n")))
+
+
+def say(text: str, to: TextIO | None = None) -> None:
+    """Print a message, by default to standard output, whatever its letters and its encoding."""
+    file = sys.stdout if to is None else to
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(show_lines(text).encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as a cell of a CSV file: a text that a spreadsheet can't take for a formula.
+
+    Such a text gets ``./`` before it, so that a path names the same file as before; line breaks and
+    the like are written as :func:`show` has them. Numbers stay as they are.
+    """
+    if not isinstance(value, (str, Path)):
+        return value
+    text = show(value)
+    # Full-width signs count as what they are a width of.
+    first = unicodedata.normalize("NFKC", text.lstrip()[:1])
+    return f"./{text}" if first and first in "=+-@" else text
 
 
 def counted(count: int, what: str) -> str:

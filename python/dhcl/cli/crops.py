@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from dhcl.words import say, show
+
 __all__ = ["crops"]
 
 
@@ -43,8 +45,8 @@ def crops(given: CropArguments) -> None:
             progress=lambda _: bar.update(),
         )
     left_out = f"; {report.without_pixels:,} boxes have no pixels" if report.without_pixels else ""
-    print(
-        f"{given.out}: {report.crops:,} images of {report.tracks:,} tracks from {report.frames:,} "
-        f"frames of camera {given.camera}{left_out}\n"
-        f"dhcl train --data folder --root {given.out} --pattern '{CROP_PATTERN}'"
+    say(
+        f"{show(given.out)}: {report.crops:,} images of {report.tracks:,} tracks from "
+        f"{report.frames:,} frames of camera {given.camera}{left_out}\n"
+        f"dhcl train --data folder --root {show(given.out)} --pattern '{CROP_PATTERN}'"
     )

@@ -13,6 +13,7 @@ from dhcl.demo import Demo, run_demo
 from dhcl.pretrain import Pretrain
 from dhcl.pretrain import pretrain as learn
 from dhcl.synth.progress import draw
+from dhcl.words import say, show
 
 __all__ = ["demo", "pretrain", "synth"]
 
@@ -52,10 +53,10 @@ def synth(given: SynthArguments) -> None:
     options = dataclasses.asdict(given)
     out = options.pop("out")
     summary = draw(out, **options)
-    print(
-        f"{out}: {summary.train_images} images of {summary.train_ids} people to train on, "
+    say(
+        f"{show(out)}: {summary.train_images} images of {summary.train_ids} people to train on, "
         f"{summary.query_images} queries, {summary.gallery_images} in the gallery\n"
-        f"train on it: dhcl train --data market1501 --root {out} --backbone small "
+        f"train on it: dhcl train --data market1501 --root {show(out)} --backbone small "
         f"--image-size 64 32 --camera-bn"
     )
 

@@ -21,6 +21,7 @@ from dhcl.cli.shared import (
     print_other_kinds,
 )
 from dhcl.errors import ConfigError
+from dhcl.words import say, show
 from dhcl_ops.defaults import SPCL, ZHONG
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ _SCORES = {"ari": "ARI", "nmi": "NMI", "purity": "purity"}
 def cluster(given: ClusterArguments) -> None:
     """Write a label for each row of a file, or each image of a folder."""
     if given.out.suffix.lower() != ".csv":
-        raise ConfigError(f"out: must be a .csv file (got {given.out})")
+        raise ConfigError(f"out: must be a .csv file (got {show(given.out)})")
     check_cameras(given.pattern, given.trained_cameras)
     rows = _of_folder(given) if given.features.is_dir() else _of_file(given)
     import dhcl_ops
@@ -102,15 +103,15 @@ def cluster(given: ClusterArguments) -> None:
     sizes = found.labels[found.labels >= 0].bincount().tolist()
     about = f" of {min(sizes)} to {max(sizes)} images" if sizes else ""
     used = ", ".join(f"{name} {value}" for name, value in numbers.items() if value)
-    print(
-        f"{given.out}: {len(rows.names):,} images, {found.num_clusters:,} clusters{about}, "
+    say(
+        f"{show(given.out)}: {len(rows.names):,} images, {found.num_clusters:,} clusters{about}, "
         f"{found.num_outliers:,} in none ({used})"
     )
     scores = {} if rows.ids is None else agreement(rows.ids, found.labels)
     if scores and rows.ids is not None:
         listed = ", ".join(f"{_SCORES[name]} {value:.3f}" for name, value in scores.items())
         count = int((rows.ids >= 0).sum())
-        print(f"agreement with the identities of {count:,} images: {listed}")
+        say(f"agreement with the identities of {count:,} images: {listed}")
 
 
 def _without_cameras(given: ClusterArguments, numbers: dict[str, Any]) -> None:
@@ -122,7 +123,7 @@ def _without_cameras(given: ClusterArguments, numbers: dict[str, Any]) -> None:
     if given.k1_own is not None:
         raise ConfigError(text)
     numbers["k1_own"] = 0
-    print(f"hint: {text}. Neighbours are taken from all images alike", file=sys.stderr)
+    say(f"hint: {text}. Neighbours are taken from all images alike", sys.stderr)
 
 
 def _of_folder(given: ClusterArguments) -> _Rows:
@@ -160,7 +161,7 @@ def _of_folder(given: ClusterArguments) -> _Rows:
 
 def _of_file(given: ClusterArguments) -> _Rows:
     if given.run is not None:
-        raise ConfigError(f"run: is for a folder of images (got the file {given.features})")
+        raise ConfigError(f"run: is for a folder of images (got the file {show(given.features)})")
     from dhcl.inference.features import common_numbers, read_features
 
     saved = read_features(given.features, key=given.key, transposed=given.transposed)
@@ -202,7 +203,7 @@ class RerankArguments:
 def rerank(given: RerankArguments) -> None:
     """Write the re-ranked lists of saved queries in a saved gallery."""
     if given.out.suffix.lower() != ".npz":
-        raise ConfigError(f"out: must be a .npz file (got {given.out})")
+        raise ConfigError(f"out: must be a .npz file (got {show(given.out)})")
     import dhcl_ops
     from dhcl.inference.saved import write_lists
 
@@ -218,8 +219,8 @@ def rerank(given: RerankArguments) -> None:
             progress=progress,
         )
     write_lists(given.out, lists, query, gallery)
-    print(
-        f"{given.out}: the best {lists.indices.shape[1]} of {len(gallery):,} for each of "
+    say(
+        f"{show(given.out)}: the best {lists.indices.shape[1]} of {len(gallery):,} for each of "
         f"{len(query):,} queries"
     )
 
@@ -285,8 +286,8 @@ def metrics(given: MetricsArguments) -> None:
             progress=progress,
         )
     if given.json:
-        print(json.dumps(rows, indent=1))
+        say(json.dumps(rows, indent=1))
         return
-    print(table(rows))
+    say(table(rows))
     valid = rows["features"]["queries"]
-    print(f"{valid:,} of {len(query):,} queries have a right match{kept and f'; {kept}'}")
+    say(f"{valid:,} of {len(query):,} queries have a right match{kept and f'; {kept}'}")

@@ -19,7 +19,7 @@ from dhcl.cli.shared import (
     print_other_kinds,
 )
 from dhcl.errors import ConfigError
-from dhcl.words import show
+from dhcl.words import say, show
 
 if TYPE_CHECKING:
     from dhcl.inference.index import Index
@@ -71,7 +71,7 @@ def index(given: IndexArguments) -> None:
             done = _added(given)
         else:
             done = _created(given)
-    print(f"{given.out}: {done}")
+    say(f"{show(given.out)}: {done}")
 
 
 def _added(given: IndexArguments) -> Update:
@@ -96,7 +96,7 @@ def _created(given: IndexArguments) -> Update:
         raise ConfigError("run: the folder of a run must be given for a new index (--run RUN)")
     check_cameras(given.pattern, given.trained_cameras)
     model = ReID.load(given.run, given.which, given.reading.device)
-    print(f"model: {model}")
+    say(f"model: {model}")
     hint_cameras(model, given.pattern, given.trained_cameras)
     return create_index(
         given.out,
@@ -187,9 +187,9 @@ def _write_lists(given: SearchArguments, there: Index, lists: list[RankedList]) 
             "model": there.model,
             "order": order,
         }
-        print(as_json(lists, about))
+        say(as_json(lists, about))
     elif given.html is None and given.png is None:
-        print(as_table(lists))
+        say(as_table(lists))
     if given.html is not None:
         about_page = (
             f"Queries: {len(lists):,}. Images in {show(there.folder)}: {len(there):,}, ordered by "
@@ -200,4 +200,4 @@ def _write_lists(given: SearchArguments, there: Index, lists: list[RankedList]) 
         write_png(given.png, lists)
     for file in (given.html, given.png):
         if file is not None and not given.json:
-            print(f"written: {file}")
+            say(f"written: {show(file)}")

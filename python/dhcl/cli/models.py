@@ -19,6 +19,7 @@ from dhcl.cli.shared import (
     print_other_kinds,
 )
 from dhcl.errors import ConfigError
+from dhcl.words import say, show
 
 __all__ = ["evaluate", "export"]
 
@@ -115,21 +116,21 @@ def export(given: ExportArguments) -> None:
     from dhcl.inference.reid import ReID
 
     model = ReID.load(given.run, given.which, given.reading.device)
-    print(f"model: {model}")
+    say(f"model: {model}")
     if given.weights is not None:
         shapes = export_weights(model, given.weights, camera=given.camera)
         parts = Counter(name.split(".")[0] for name in shapes)
         listed = ", ".join(f"{count} of {part}" for part, count in parts.items())
-        print(f"{given.weights}: {len(shapes)} tensors, {listed}")
+        say(f"{show(given.weights)}: {len(shapes)} tensors, {listed}")
     if given.pretrained is not None:
         model.save_pretrained(given.pretrained)
         told = "with metrics" if model.metrics else "nothing was measured of it"
-        print(f"{given.pretrained}: the model for ReID.from_pretrained; its card: {told}")
+        say(f"{given.pretrained}: the model for ReID.from_pretrained; its card: {told}")
     if given.onnx is not None:
         worst = export_onnx(model, given.onnx, camera=given.camera)
         height, width = model.image_size
-        print(
-            f"{given.onnx}: images (batch, 3, {height}, {width}), RGB in [0, 1], to features "
+        say(
+            f"{show(given.onnx)}: images (batch, 3, {height}, {width}), RGB in [0, 1], to features "
             f"(batch, {model.dim}); onnxruntime differs from torch by {worst:.1g} at most"
         )
     if given.features is not None and given.out is not None:
@@ -145,4 +146,4 @@ def export(given: ExportArguments) -> None:
                 **given.reading.options(),
             )
         print_left_out(left_out)
-        print(f"{given.out}: features of {rows:,} images, {model.dim} each")
+        say(f"{show(given.out)}: features of {rows:,} images, {model.dim} each")

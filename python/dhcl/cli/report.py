@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from dhcl.errors import ConfigError
-from dhcl.words import show
+from dhcl.words import say, show
 
 __all__ = ["compare", "report"]
 
@@ -68,7 +68,7 @@ def report(given: ReportArguments) -> None:
     out = given.out or given.run / "report.html"
     check_file(out)  # before the work
     path = write_report(collect(record, points=given.points), out=out, limits=limits)
-    print(f"report: {show(path)}")
+    say(f"report: {show(path)}")
 
 
 def compare(given: CompareArguments) -> None:
@@ -88,4 +88,4 @@ def compare(given: CompareArguments) -> None:
         return collect(record, points=0)
 
     path = write_comparison(map(results, records), out=given.out, retrieval=given.retrieval)
-    print(f"comparison: {show(path)}")
+    say(f"comparison: {show(path)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dhcl.errors import ConfigError
-from dhcl.words import first_ones, show
+from dhcl.words import first_ones, say, show
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def print_left_out(lines: Sequence[str]) -> None:
     """Name the images that were left out, to stderr."""
     if lines:
         head = f"left out, {len(lines):,} images that can't be read:"
-        print("\n  ".join(map(show, [head, *first_ones(lines)])), file=sys.stderr)
+        say("\n  ".join(map(show, [head, *first_ones(lines)])), sys.stderr)
 
 
 def print_other_kinds(places: Sequence[Path]) -> None:
@@ -94,7 +94,7 @@ def print_other_kinds(places: Sequence[Path]) -> None:
     for place in places:
         if place.is_dir():
             for line in other_kinds(look_below(place)[1]):
-                print(f"{show(place)}: {line}", file=sys.stderr)
+                say(f"{show(place)}: {line}", sys.stderr)
 
 
 def check_cameras(pattern: str | None, trained_cameras: bool) -> None:
@@ -114,7 +114,7 @@ def hint_cameras(model: ReID, pattern: str | None, trained_cameras: bool) -> Non
             if pattern
             else "--pattern and --trained-cameras use the statistics"
         )
-        print(
+        say(
             f"hint: the model has statistics of {model.num_cameras} cameras; if the images are of "
             f"these, {what} of each"
         )
@@ -129,5 +129,5 @@ def extracted(
     bad: list[tuple[int, str]] = []
     with options_checked():
         batches = list(model.batches(paths, cameras, bad=bad, **reading.options()))
-    print_left_out([f"{paths[i]}: {reason}" for i, reason in bad])
+    print_left_out([f"{show(paths[i])}: {reason}" for i, reason in bad])
     return torch.cat([b.features for b in batches]), [i for b in batches for i in b.indices]

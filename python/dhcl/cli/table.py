@@ -84,5 +84,8 @@ COMMANDS = {
 def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:<10}{command.what}" for name, command in COMMANDS.items()]
-    more = "`dhcl COMMAND --help` shows the options of a command."
+    more = (
+        "`dhcl COMMAND --help` shows the options of a command; with --debug, any command shows the "
+        "traceback of an error."
+    )
     return "\n".join(["usage: dhcl COMMAND [OPTIONS]", "", *lines, "", more])

@@ -23,6 +23,7 @@ from dhcl.config import (
     with_changes,
 )
 from dhcl.errors import Interrupted
+from dhcl.words import say, show
 
 __all__ = ["train", "train_options"]
 
@@ -62,7 +63,7 @@ def train(words: list[str]) -> None:
         if os.environ.get("RANK", "0") == "0" and (config.run / "config.yaml").exists():
             there = (config.run / "checkpoints" / "last.pt").exists()
             what = "go on from the last checkpoint" if there else "no checkpoint yet; start again"
-            print(f"dhcl: {what} with: dhcl train --resume {config.run}", file=sys.stderr)
+            say(f"dhcl: {what} with: dhcl train --resume {show(config.run)}", sys.stderr)
         raise
     report_training(trained)
 

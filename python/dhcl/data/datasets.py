@@ -21,7 +21,7 @@ from dhcl.data.releases import (
     load_vehicleid,
     veri_lists,
 )
-from dhcl.errors import DataError
+from dhcl.errors import DataError, as_path
 from dhcl.words import show
 
 __all__ = ["camera_reader", "load_data", "training_cameras"]
@@ -63,7 +63,7 @@ def load_data(
             is expected), the wrong version, file names or lines that do not fit, no images.
     """
     key = resolve(name)
-    root = Path(os.path.abspath(Path(root).expanduser()))
+    root = Path(os.path.abspath(as_path("root", root)))
     if not root.is_dir():
         what = "a file" if root.exists() else "nothing"
         raise DataError(f"{key}: the root must be a folder (got {what} at {show(root)})")

@@ -12,7 +12,7 @@ import numpy as np
 
 from dhcl.data.description import reid_data
 from dhcl.data.lists import ImageList, ReIDData, identifier
-from dhcl.errors import ConfigError, DataError
+from dhcl.errors import ConfigError, DataError, as_path
 from dhcl.words import counted, first_ones, show
 
 __all__ = [
@@ -84,7 +84,7 @@ def image_files(folder: str | Path) -> list[Path]:
     Raises:
         DataError: no such folder, or no images in it.
     """
-    folder = Path(folder).expanduser()
+    folder = as_path("images", folder)
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing"
         raise DataError(f"images: must be a folder (got {what} at {show(folder)})")

@@ -37,7 +37,7 @@ __all__ = [
 
 # Where the name of a file begins in a path.
 _START = r"(?:^|(?<=/))"
-NAME = _START + r"(?P<id>-?\d+)_c(?P<camera>\d+)(?=[^/]*$)"
+NAME = _START + r"(?P<id>-?[0-9]{1,18})_c(?P<camera>[0-9]{1,18})(?![0-9])(?=[^/]*$)"
 """Paths whose names begin with identity and camera."""
 MSMT17_NAME = _START + r"[^_/]+_[^_/]+_(?P<camera>\d{1,2})_[^/]*$"
 """Those of MSMT17: 0000/0000_000_01_0303morning_0008_0.jpg is of camera 01."""

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from dhcl.data.lists import identifier
-from dhcl.errors import FeatureError
+from dhcl.errors import FeatureError, as_path
 from dhcl.files import ForeignCode, load_tensors
-from dhcl.words import first_line
+from dhcl.words import first_line, show
 
 __all__ = [
     "FEATURE_SUFFIXES",
@@ -80,7 +80,7 @@ class Features:
         if len(zero):
             raise FeatureError(
                 f"features: rows must have a length above 0 (got zeros in row {int(zero[0])} of "
-                f"{self.file}, {len(zero)} such rows)"
+                f"{show(self.file)}, {len(zero)} such rows)"
             )
         return unit
 
@@ -118,12 +118,12 @@ def read_features(
         FeatureError: no such file, another kind or a damaged one, no features in it (the names it
             has are listed), not a finite matrix (N, d), ids, cameras or paths of another length.
     """
-    path = Path(path)
+    path = as_path("features", path)
     if not path.is_file():
-        raise FeatureError(f"features: no such file: {path}")
+        raise FeatureError(f"features: no such file: {show(path)}")
     if path.suffix.lower() not in FEATURE_SUFFIXES:
         raise FeatureError(
-            f"features: must be one of {' '.join(FEATURE_SUFFIXES)} (got {path.name})"
+            f"features: must be one of {' '.join(FEATURE_SUFFIXES)} (got {show(path.name)})"
         )
     content = _content(path)
     name, values = _matrix(path, content, role, key, transposed)
@@ -151,10 +151,10 @@ def _content(path: Path) -> dict[str, Any]:
     except (FeatureError, MemoryError):
         raise
     except ForeignCode as error:
-        raise FeatureError(f"features: {path} {error}") from error
+        raise FeatureError(f"features: {show(path)} {error}") from error
     except Exception as error:  # each format has its own for a damaged file
         raise FeatureError(
-            f"features: {path} can't be read as {kind} "
+            f"features: {show(path)} can't be read as {kind} "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
@@ -175,7 +175,7 @@ def _pt(path: Path) -> dict[str, Any]:
     if isinstance(content, Mapping):
         return {str(name): value for name, value in content.items()}
     raise FeatureError(
-        f"features: {path} must hold a tensor or a dictionary of them "
+        f"features: {show(path)} must hold a tensor or a dictionary of them "
         f"(got {type(content).__name__})"
     )
 
@@ -189,7 +189,7 @@ def _mat(path: Path) -> dict[str, Any]:
         content = loadmat(path)
     except NotImplementedError as error:
         raise FeatureError(
-            f"features: {path} is a .mat file of version 7.3; save it with -v7"
+            f"features: {show(path)} is a .mat file of version 7.3; save it with -v7"
         ) from error
     return {name: value for name, value in content.items() if not name.startswith("__")}
 
@@ -215,7 +215,7 @@ def _lists(path: Path, name: str, column: Any) -> NDArray[Any]:
     widths = {len(row) for chunk in column.chunks for row in chunk if row.is_valid}
     if column.null_count or len(widths) > 1:
         raise FeatureError(
-            f"features: every row of {name!r} in {path} must have the same width "
+            f"features: every row of {name!r} in {show(path)} must have the same width "
             f"(got widths {sorted(widths)}, {column.null_count} rows missing)"
         )
     parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
@@ -268,17 +268,17 @@ def _matrix(
     path: Path, content: Mapping[str, Any], role: Role, key: str | None, transposed: bool
 ) -> tuple[str, torch.Tensor]:
     if key is not None and key not in content:
-        raise FeatureError(f"features: there is no {key!r} in {path} ({_named(content)})")
+        raise FeatureError(f"features: there is no {key!r} in {show(path)} ({_named(content)})")
     name = key if key is not None else ("" if "" in content else _find(content, "features", role))
     if name is None:
         matrices = [each for each, value in content.items() if _is_matrix(value)]
         if len(matrices) != 1:
             raise FeatureError(
-                f"features: there is no 'features' in {path} ({_named(content)}); --key NAME says "
-                "which it is"
+                f"features: there is no 'features' in {show(path)} ({_named(content)}); --key NAME "
+                "says which it is"
             )
         name = matrices[0]
-    called = f"{name!r} in {path}" if name else str(path)
+    called = f"{name!r} in {show(path)}" if name else show(path)
     try:
         array = _array(content[name])
     except (TypeError, ValueError) as error:
@@ -316,13 +316,13 @@ def _column(
     array = _array(content[name])
     if array.size != max(array.shape, default=0) or array.size != shape[0]:
         raise FeatureError(
-            f"features: {name!r} in {path} must be {shape[0]} values, one per row of the features "
-            f"(got shape {array.shape}){_other_axis(array.size, shape)}"
+            f"features: {name!r} in {show(path)} must be {shape[0]} values, one per row of the "
+            f"features (got shape {array.shape}){_other_axis(array.size, shape)}"
         )
     column = _identifiers(array.reshape(-1))
     if column is None:
         raise FeatureError(
-            f"features: {name!r} in {path} must be whole numbers or texts (got {array.dtype})"
+            f"features: {name!r} in {show(path)} must be whole numbers or texts (got {array.dtype})"
         )
     return column
 
@@ -377,8 +377,8 @@ def _paths(
     array = _array(content[name]).reshape(-1)
     if len(array) != shape[0]:
         raise FeatureError(
-            f"features: {name!r} in {path} must be {shape[0]} paths, one per row of the features "
-            f"(got {len(array)}){_other_axis(len(array), shape)}"
+            f"features: {name!r} in {show(path)} must be {shape[0]} paths, one per row of the "
+            f"features (got {len(array)}){_other_axis(len(array), shape)}"
         )
     texts = (str(_plain(each)) for each in array)
     return tuple(text.rstrip() if path.suffix == ".mat" else text for text in texts)
@@ -398,13 +398,13 @@ def check_pair(query: Features, gallery: Features) -> None:
     one, other = query.values.shape[1], gallery.values.shape[1]
     if one != other:
         raise FeatureError(
-            f"features: query and gallery must have one width (got {one} in {query.file} and "
-            f"{other} in {gallery.file})"
+            f"features: query and gallery must have one width (got {one} in {show(query.file)} and "
+            f"{other} in {show(gallery.file)})"
         )
     if query.model and gallery.model and query.model != gallery.model:
         raise FeatureError(
             f"features: query and gallery must be of one model (got {query.model[:12]} in "
-            f"{query.file} and {gallery.model[:12]} in {gallery.file})"
+            f"{show(query.file)} and {gallery.model[:12]} in {show(gallery.file)})"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dhcl.data.lists import identifier
-from dhcl.errors import ConfigError
+from dhcl.errors import ConfigError, as_path
 from dhcl.inference.reid import ReID
 from dhcl.inference.search import Backend, Found, nearest, search
 from dhcl.inference.store import Record, read_stored
@@ -58,7 +58,7 @@ class Index:
         Raises:
             DataError: no index there, one of another version, or damaged.
         """
-        return cls(**read_stored(Path(folder).expanduser()))
+        return cls(**read_stored(as_path("index", folder)))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -150,8 +150,8 @@ class Index:
         wanted = {identifier(str(camera)) for camera in cameras}
         known = {record.camera for record in self.records} - {-1}
         if not wanted <= known:
-            there = ", ".join(map(str, sorted(known, key=str)[:20]))
-            strange = ", ".join(map(str, sorted(wanted - known, key=str)))
+            there = ", ".join(show(str(each)) for each in sorted(known, key=str)[:20])
+            strange = ", ".join(show(str(each)) for each in sorted(wanted - known, key=str))
             rule = f"known are {there}" if known else "none is known; --pattern says where they are"
             raise ConfigError(f"camera: there is no {strange} in {show(self.folder)}, {rule}")
         return np.flatnonzero([record.camera in wanted for record in self.records])

@@ -117,7 +117,8 @@ def as_json(lists: Sequence[RankedList], about: dict[str, Any]) -> str:
         }
         for one in lists
     ]
-    return json.dumps({**about, "queries": queries}, indent=1)
+    # The one control character that JSON may hold as it is.
+    return json.dumps({**about, "queries": queries}, indent=1).replace("\x7f", "\\u007f")
 
 
 # ---- pictures -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dhcl.config import RUN_FILE, TrainConfig, read_run
 from dhcl.data import eval_loader, eval_transform, training_cameras
 from dhcl.data.datasets import camera_reader
 from dhcl.data.lists import identifier
-from dhcl.errors import CheckpointError, ConfigError, DataError
+from dhcl.errors import CheckpointError, ConfigError, DataError, as_path
 from dhcl.inference.card import model_card
 from dhcl.inference.features import common_numbers, unit_rows
 from dhcl.inference.hub import (
@@ -119,7 +119,7 @@ class ReID:
             ConfigError: no such folder, not a run, or no checkpoint in it yet.
             CheckpointError: the checkpoint can't be read.
         """
-        folder = Path(run).expanduser()
+        folder = as_path("run", run)
         if not (folder / RUN_FILE).exists() and is_model_folder(folder):
             return cls.from_pretrained(folder, device=device)
         config = read_run(folder)

@@ -15,6 +15,7 @@ from dhcl.errors import ConfigError
 from dhcl.files import write_atomic
 from dhcl.inference.features import Features, common_numbers
 from dhcl.metrics import RANKS, by_name, cameras_apart, check_ranks
+from dhcl.words import csv_cell, show
 from dhcl_ops import RankedLists, evaluate_ranking, rerank
 
 __all__ = ["evaluate_saved", "write_labels", "write_lists"]
@@ -32,11 +33,11 @@ def write_labels(path: Path, column: str, names: Iterable[str], labels: torch.Te
         labels: int64, -1 for an image in no cluster.
     """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # With quotes around all texts, so that those which hold another separator stay whole too.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow([column, "label"])
-    # As they are, but for bytes that are no text; a name with a line break stands in quotes.
-    printable = (name.encode("utf-8", "backslashreplace").decode() for name in names)
-    writer.writerows([name, x] for name, x in zip(printable, labels.tolist(), strict=True))
+    pairs = zip(names, labels.tolist(), strict=True)
+    writer.writerows([csv_cell(name), label] for name, label in pairs)
     write_atomic(path, text.getvalue().encode())
 
 
@@ -122,7 +123,7 @@ def _both(
         # Cameras of one side alone are of no use, and a mistake.
         if column is None and (needed or any(each is not None for each in columns)):
             raise ConfigError(
-                f"{what}: there are none in {side.file} (it holds: "
-                f"{', '.join(side.keys) or 'features alone'})"
+                f"{what}: there are none in {show(side.file)} (it holds: "
+                f"{', '.join(map(show, side.keys)) or 'features alone'})"
             )
     return [] if columns[0] is None else common_numbers(*columns)

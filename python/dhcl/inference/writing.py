@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dhcl.errors import FeatureError
 from dhcl.files import NpyRows
 from dhcl.inference.features import pyarrow_parquet
+from dhcl.words import show
 
 __all__ = ["FeatureWriter", "feature_writer"]
 
@@ -54,7 +55,7 @@ def feature_writer(path: Path, width: int, model: str) -> Iterator[FeatureWriter
     """
     kind = path.suffix.lower()
     if kind not in (".npz", ".parquet"):
-        raise FeatureError(f"features: must be written to .npz or .parquet (got {path.name})")
+        raise FeatureError(f"features: must be written to .npz or .parquet (got {show(path.name)})")
     if kind == ".parquet":
         pyarrow_parquet()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def feature_writer(path: Path, width: int, model: str) -> Iterator[FeatureWriter
         yield columns
         rows.close()
         if not rows.rows:
-            raise FeatureError(f"features: none to write to {path}")
+            raise FeatureError(f"features: none to write to {show(path)}")
         (_write_npz if kind == ".npz" else _write_parquet)(partial, columns, model)
         with partial.open("rb") as file:
             os.fsync(file.fileno())

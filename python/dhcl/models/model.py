@@ -16,6 +16,7 @@ from dhcl.models.conversion import camera_batch_norm, ghost_batch_norm
 from dhcl.models.neck import Pool, checked_pooling
 from dhcl.models.norms import using_cameras
 from dhcl.models.weights import LoadReport, chosen_state, load_into, read_states, strip_prefixes
+from dhcl.words import show
 
 __all__ = ["ReIDModel", "build_model"]
 
@@ -169,7 +170,7 @@ def build_model(
         # After the norms are replaced: a file of a whole model has statistics per camera too.
         part, state = chosen_state(read_states(weights), model.backbone)
         model.weights = load_into(model, parts.adapt(state), os.fspath(weights), part)
-        source = f"weights {os.fspath(weights)}"
+        source = f"weights {show(os.fspath(weights))}"
     if model.weights is not None:
         level = logging.WARNING if model.weights.missing else logging.INFO
         _LOG.log(level, "%s", model.weights)

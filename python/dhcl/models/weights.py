@@ -14,10 +14,10 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from dhcl.errors import UnavailableWeights
+from dhcl.errors import UnavailableWeights, as_path
 from dhcl.files import ForeignCode, load_tensors
 from dhcl.models.tensors import is_safetensors, read_safetensors
-from dhcl.words import first_line
+from dhcl.words import first_line, show
 
 __all__ = [
     "LoadReport",
@@ -59,7 +59,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         place = f" ({self.part}*)" if self.part else ""
-        text = f"{self.file}{place}: {len(self.matched)} of {self.total} tensors loaded"
+        text = f"{show(self.file)}{place}: {len(self.matched)} of {self.total} tensors loaded"
         for what, names in (
             ("other shape", self.reshaped),
             ("not in the file", tuple(n for n in self.missing if n not in self.reshaped)),
@@ -94,26 +94,28 @@ def read_states(path: str | os.PathLike[str]) -> dict[str, StateDict]:
         ValueError: a file of another kind, damaged, without tensors, or one that names code, with
             what to do.
     """
-    path = Path(path)
+    path = as_path("weights", path)
     if is_safetensors(path):
         return {"": read_safetensors(path)}
     if not path.is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
+        raise FileNotFoundError(f"weights: no such file: {show(path)}")
     content: Any
     try:
         content = load_tensors(path)
     except ForeignCode as error:
-        raise ValueError(f"weights: {path} {error}") from error
+        raise ValueError(f"weights: {show(path)} {error}") from error
     except Exception as error:  # each of the formats has its own for a damaged file
         raise ValueError(
-            f"weights: {path} can't be read; it is damaged, or neither a .safetensors file nor a "
-            f"state dict saved by torch.save ({_kind(error)})"
+            f"weights: {show(path)} can't be read; it is damaged, or neither a .safetensors file "
+            f"nor a state dict saved by torch.save ({_kind(error)})"
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"weights: {path} must hold a state dict (got {type(content).__name__})")
+        raise ValueError(
+            f"weights: {show(path)} must hold a state dict (got {type(content).__name__})"
+        )
     states = dict(_states(content))
     if not states:
-        raise ValueError(f"weights: {path} holds no tensors; keys: {list(content)[:5]}")
+        raise ValueError(f"weights: {show(path)} holds no tensors; keys: {list(content)[:5]}")
     return states
 
 
@@ -291,7 +293,7 @@ def load_into(model: nn.Module, state: StateDict, file: str, part: str = "") -> 
     )
     if 2 * len(wanted & set(fits)) < len(wanted):
         raise ValueError(
-            f"weights: too little of {file} fits the backbone; expected names such as "
+            f"weights: too little of {show(file)} fits the backbone; expected names such as "
             f"{_some(wanted)} (got {_some(plain)}). {report}"
         )
     model.load_state_dict(fits, strict=False)
@@ -321,8 +323,8 @@ def fetch_torch_hub(url: str) -> StateDict:
         there = (folder / name).exists()
         what = "is damaged" if there else "is not there and could not be downloaded"
         raise UnavailableWeights(
-            f"pretrained weights: {folder / name} {what} ({_kind(error)}).\n"
-            f"  Put {url}\n  at  {folder / name}\n"
+            f"pretrained weights: {show(folder / name)} {what} ({_kind(error)}).\n"
+            f"  Put {url}\n  at  {show(folder / name)}\n"
             "  or give the file with --weights FILE; --no-pretrained trains from scratch."
         ) from error
     return state

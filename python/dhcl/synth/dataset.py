@@ -19,6 +19,7 @@ import PIL
 from dhcl.synth.cameras import make_camera
 from dhcl.synth.crops import render_crop
 from dhcl.synth.plan import GALLERY, QUERY, TRAIN, Job, plan, whole_number
+from dhcl.words import show
 
 __all__ = ["SynthSummary", "render_dataset"]
 
@@ -198,25 +199,27 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir() or out.is_symlink():
-        raise FileExistsError(f"synth: the output must be a folder (got {out}, which is not one)")
+        raise FileExistsError(
+            f"synth: the output must be a folder (got {show(out)}, which is not one)"
+        )
     there = {entry.name for entry in out.iterdir()}
     if not there:
         return
     if not _is_own(out):
         raise FileExistsError(
             f"synth: the output folder must be new, empty or an earlier output of dhcl synth "
-            f"(got {out}, which holds {min(there)} and no {MANIFEST} of ours)"
+            f"(got {show(out)}, which holds {min(there)} and no {MANIFEST} of ours)"
         )
     foreign = there - {TRAIN, QUERY, GALLERY, MANIFEST}
     if foreign:
         raise FileExistsError(
             f"synth: an output folder to replace must hold nothing else "
-            f"(got {out} with {min(foreign)})"
+            f"(got {show(out)} with {min(foreign)})"
         )
     if not overwrite:
         raise FileExistsError(
             f"synth: the output folder holds an earlier data set; pass overwrite to replace it "
-            f"(got {out})"
+            f"(got {show(out)})"
         )
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from dhcl.errors import ConfigError
 from dhcl.synth.dataset import MANIFEST, SynthSummary, render_dataset
 from dhcl.synth.sheet import contact_sheet
+from dhcl.words import show
 
 __all__ = ["draw", "drawn_with"]
 
@@ -28,12 +29,12 @@ def draw(out: Path, *, sheet: Path | None = None, **options: Any) -> SynthSummar
     """
     with tqdm(desc="drawing pedestrians", leave=False, disable=None) as bar:
 
-        def show(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         try:
-            summary = render_dataset(out, progress=show, **options)
+            summary = render_dataset(out, progress=advance, **options)
         except (TypeError, ValueError, FileExistsError) as error:
             raise ConfigError(str(error)) from error
     if sheet is not None:
@@ -50,5 +51,5 @@ def drawn_with(out: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((out / MANIFEST).read_text())["arguments"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"out: {out} holds no pedestrians of dhcl synth") from error
+        raise ConfigError(f"out: {show(out)} holds no pedestrians of dhcl synth") from error
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image as PILImage
 
 from dhcl.synth.plan import whole_number
+from dhcl.words import show
 
 __all__ = ["contact_sheet"]
 
@@ -31,7 +32,9 @@ def contact_sheet(folder: Path | str, out_png: Path | str, ids: int = 12, column
             number = int(camera[1:].split("s")[0])
             of_identity.setdefault(int(identity), {}).setdefault(number, []).append(path)
     if not of_identity:
-        raise ValueError(f"synth: the folder must hold images of identities (got none in {folder})")
+        raise ValueError(
+            f"synth: the folder must hold images of identities (got none in {show(folder)})"
+        )
     everyone = sorted(of_identity)
     chosen = [
         everyone[i * len(everyone) // min(ids, len(everyone))]

@@ -15,6 +15,7 @@ import torch
 
 from dhcl.errors import CheckpointError
 from dhcl.files import write_atomic
+from dhcl.words import show
 
 __all__ = [
     "FORMAT",
@@ -77,8 +78,8 @@ class Progress:
             values["dropped"] = values["entry"].get("dropped", False)
         elif state["format"] != FORMAT:
             raise CheckpointError(
-                f"checkpoint: {path} is of another version of dhcl, in format {state['format']} "
-                f"(known: 1 and {FORMAT})"
+                f"checkpoint: {show(path)} is of another version of dhcl, in format "
+                f"{state['format']} (known: 1 and {FORMAT})"
             )
         return cls(**values)
 
@@ -99,7 +100,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         size = f"{len(buffer.getbuffer()) / 2**20:.1f} MiB"
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         kept = "the one before is whole" if path.exists() else "there is none before it"
-        raise CheckpointError(f"checkpoint: {path} of {size} not written, {why}; {kept}") from error
+        raise CheckpointError(
+            f"checkpoint: {show(path)} of {size} not written, {why}; {kept}"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -111,9 +114,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint: there is none at {path}") from error
+        raise CheckpointError(f"checkpoint: there is none at {show(path)}") from error
     except Exception as error:  # damaged files raise nearly anything
-        raise CheckpointError(f"checkpoint: {path} can't be read ({error})") from error
+        raise CheckpointError(f"checkpoint: {show(path)} can't be read ({error})") from error
     return state
 
 

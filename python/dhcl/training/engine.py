@@ -21,6 +21,7 @@ from dhcl.config import TrainConfig
 from dhcl.data import EvalImages, ImageList, eval_loader, eval_transform
 from dhcl.errors import Interrupted
 from dhcl.models import ReIDModel
+from dhcl.words import show_lines
 
 __all__ = ["Engine", "Interrupted", "Stop"]
 
@@ -106,7 +107,7 @@ class Engine:
     def say(self, text: str) -> None:
         """Print, once."""
         if self.is_main:
-            tqdm.write(text)
+            tqdm.write(show_lines(text))
 
     def bar(self, items: Iterable[Any], what: str, total: int, done: int = 0) -> Any:
         """The items with a progress bar, if someone looks at it."""

@@ -12,6 +12,7 @@ from dhcl.config import ModelOptions
 from dhcl.errors import ConfigError, UnavailableWeights
 from dhcl.models import ReIDModel, build_model
 from dhcl.training.checkpoint import load_checkpoint
+from dhcl.words import show
 
 __all__ = ["make_model", "read_model", "restored", "without_weights"]
 
@@ -53,7 +54,7 @@ def read_model(options: ModelOptions, run: Path, which: str = "last") -> ReIDMod
     """
     file = run / "checkpoints" / f"{which}.pt"
     if not file.exists():
-        raise ConfigError(f"run: there is no checkpoint {file}")
+        raise ConfigError(f"run: there is no checkpoint {show(file)}")
     return restored(options, load_checkpoint(file)["model"])
 
 

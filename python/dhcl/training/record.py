@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dhcl.config import (
     read_run,
     with_changes,
 )
+from dhcl.errors import as_path
 from dhcl.training.checkpoint import CheckpointError, Progress, load_checkpoint
 from dhcl.words import show
 
@@ -81,12 +83,13 @@ class Record:
         return last
 
 
-def read_record(run: Path) -> Record:
+def read_record(run: str | os.PathLike[str]) -> Record:
     """Read what there is.
 
     Raises:
         ConfigError: no such folder, or nothing of a run in it.
     """
+    run = as_path("run", run)
     if not run.is_dir():
         raise ConfigError(f"run: there is no folder {show(run)}")
     if not any((run / name).exists() for name in ("config.yaml", "log.jsonl")):

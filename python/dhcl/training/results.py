@@ -23,6 +23,7 @@ from dhcl.training.network import read_model
 from dhcl.training.record import Record, read_record
 from dhcl.training.runs import Trained, find_data
 from dhcl.training.trainer import fingerprint
+from dhcl.words import show
 
 __all__ = ["Points", "Results", "collect", "members", "results_of", "sample_clusters"]
 
@@ -158,7 +159,7 @@ def _training_images(found: Results, data: ReIDData, config: TrainConfig) -> Ima
         return images
     labels = 0 if record.labels is None else len(record.labels)
     why = (
-        f"the training images at {data.root} are not those of the run, which had {labels:,} "
+        f"the training images at {show(data.root)} are not those of the run, which had {labels:,} "
         f"(got {len(images):,}); names, cameras or number differ"
     )
     found.missing["clusters"] = found.missing["map"] = why

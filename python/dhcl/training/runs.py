@@ -29,6 +29,7 @@ from dhcl.training.network import make_model, read_model, without_weights
 from dhcl.training.record import CHOSEN_BY
 from dhcl.training.trackers import check_trackers
 from dhcl.training.trainer import Trainer, fingerprint
+from dhcl.words import show
 
 __all__ = [
     "Trained",
@@ -75,11 +76,11 @@ def open_data(
         splits = {"train": data.train, "query": data.query, "gallery": data.gallery}
         bar = engine.bar((), "check images", sum(map(len, splits.values())))
 
-        def show(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             bar.update(done - bar.n)
 
         lists, report = check_images(
-            splits, on_bad=options.on_bad, workers=max(options.workers, 2), progress=show
+            splits, on_bad=options.on_bad, workers=max(options.workers, 2), progress=advance
         )
         bar.close()
         if not quiet or report.bad:
@@ -136,8 +137,8 @@ def train(
     engine.accelerator.wait_for_everyone()
     if started and not resume:
         raise ConfigError(
-            f"out: {config.run} holds a run already; go on with --resume {config.run}, or choose "
-            "another --out"
+            f"out: {show(config.run)} holds a run already; go on with --resume "
+            f"{show(config.run)}, or choose another --out"
         )
     if not quiet:
         engine.say(config.to_yaml())
@@ -176,7 +177,7 @@ def _fitted(
     """Train to the last epoch, and evaluate it."""
     trainer.fit()
     if evaluator is None:
-        engine.say(f"trained: {trainer.checkpoint}. No identities to evaluate on.")
+        engine.say(f"trained: {show(trainer.checkpoint)}. No identities to evaluate on.")
         return Trained(config, engine, data)
     features = evaluator.features(trainer.model)
     last = evaluator.metrics(*features, reranked=config.evaluation.rerank)
@@ -189,7 +190,7 @@ def _drawn_classes(root: Path | None, data: ReIDData) -> torch.Tensor:
     """The identities (N,) of drawn people, numbered from 0; those of others are not given out."""
     if root is None or not (root / "synth.json").exists():
         raise ConfigError(
-            f"root: identities are learned of drawn people only, and {root} holds no "
+            f"root: identities are learned of drawn people only, and {show(str(root))} holds no "
             "synth.json of dhcl synth"
         )
     classes: torch.Tensor = torch.from_numpy(data.train.ids).unique(return_inverse=True)[1]
@@ -258,7 +259,7 @@ def _report(
     if trainer.log:
         trainer.log.add_metrics(results)
     if not quiet:
-        engine.say(f"{table(rows)}\nrun: {config.run}")
+        engine.say(f"{table(rows)}\nrun: {show(config.run)}")
     return results
 
 

@@ -44,7 +44,7 @@ from dhcl.training.labels import PseudoLabels, pseudo_labels
 from dhcl.training.logs import RunLog
 from dhcl.training.steps import StepValues
 from dhcl.training.trackers import Trackers
-from dhcl.words import duration, first_line
+from dhcl.words import duration, first_line, show
 from dhcl_ops import DHCLLoss, GraphedStep, HybridStats, MemoryBank, prototypes
 
 __all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "learning_rate"]
@@ -499,7 +499,7 @@ class Trainer:
     def _diverged(self, what: str, iteration: int) -> None:
         at = self.at
         kept = (
-            f"The last checkpoint is from before: {self.checkpoint}"
+            f"The last checkpoint is from before: {show(self.checkpoint)}"
             if self.checkpoint.exists()
             else "There is no checkpoint yet"
         )
@@ -565,7 +565,7 @@ class Trainer:
         self.at = Progress.of(state, self.checkpoint)
         if state["images"] != fingerprint(self._images):
             raise ConfigError(
-                f"checkpoint: {self.checkpoint} was written with other training images; "
+                f"checkpoint: {show(self.checkpoint)} was written with other training images; "
                 "to go on, the data must be as it was"
             )
         self.model.load_state_dict(state["model"])
