@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <utility>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/cpu.h"
@@ -98,7 +99,7 @@ inline void add_candidate(const KnnSelectParams& p, int64_t row, int64_t index, 
 }
 
 void select_row(const KnnSelectParams& p, int64_t r) {
-  const float* x = p.tile + r * p.tile_cols;
+  const float* x = p.tile + r * p.tile_stride;
   const int64_t row = p.row_start + r;
   int64_t c = 0;
   for (; c + kGroup <= p.tile_cols; c += kGroup)
@@ -115,7 +116,7 @@ void select_strip(const KnnSelectParams& p, int64_t first) {
   const int64_t end = std::min(first + kStrip, p.tile_cols);
   const float* thresholds = p.thresholds + p.col_start;
   for (int64_t r = 0; r < p.tile_rows; ++r) {
-    const float* x = p.tile + r * p.tile_cols;
+    const float* x = p.tile + r * p.tile_stride;
     const int64_t index = p.row_start + r;
     int64_t c = first;
     for (; c + kGroup <= end; c += kGroup)
@@ -136,6 +137,17 @@ void run_knn_select(const KnnSelectParams& p) {
     parallel_tasks(p.tile_rows, 16, elements, [&](int64_t r) { select_row(p, r); });
 }
 
+void run_knn_select_both(const KnnSelectParams& p) {
+  run_knn_select(p);
+  KnnSelectParams mirrored = p;
+  const int64_t first = first_mirrored_column(p);
+  mirrored.mirror = true;
+  mirrored.tile += first;
+  mirrored.tile_cols -= first;
+  mirrored.col_start += first;
+  run_knn_select(mirrored);
+}
+
 // ---- scores -------------------------------------------------------------------------------------
 
 DHCL_CLONES float dot(const float* x, const float* y, int64_t d) {
@@ -151,6 +163,64 @@ void run_knn_scores(const KnnScoresParams& p) {
       p.scores[r * p.num_candidates + c] =
           j < 0 ? kNone : dot(p.queries + r * p.dim, p.features + j * p.dim, p.dim);
     }
+  });
+}
+
+void rank_row(const KnnRankParams& p, int64_t row) {
+  thread_local std::vector<uint64_t> keys;
+  const int64_t others = p.k - p.self_search;
+  const int64_t count = p.counts[row];
+  const int64_t kept = std::min(count, p.keep);
+  check(count >= others && count <= p.capacity, "knn_rank_: a row needs ", others, " to ",
+        p.capacity, " candidates (got ", count, ")");
+  keys.resize(count);
+  for (int64_t i = 0; i < count; ++i)
+    keys[i] = sort_key(p.values[row * p.capacity + i], p.indices[row * p.capacity + i]);
+  std::partial_sort(keys.begin(), keys.begin() + kept, keys.end());
+  const double lowest = value_of(keys[kept - 1]) * p.unscale;
+  const double floor = p.floor == nullptr ? kNone : p.floor[row];
+  const double reach =
+      std::max(value_of(keys[others - 1]) * p.unscale - 2 * p.bound[row], floor - p.bound[row]);
+  const float* query = p.queries + row * p.dim;
+  int64_t scored = 0;
+  for (; scored < kept && value_of(keys[scored]) * p.unscale >= reach; ++scored) {
+    const auto index = static_cast<int32_t>(static_cast<uint32_t>(keys[scored]));
+    keys[scored] = sort_key(dot(query, p.features + index * p.dim, p.dim), index);
+  }
+  for (; scored < others; ++scored) keys[scored] = sort_key(kNone, -1);
+  std::partial_sort(keys.begin(), keys.begin() + others, keys.begin() + scored);
+  float* similarities = p.similarities + row * p.k;
+  int64_t* neighbours = p.neighbours + row * p.k;
+  if (p.self_search) {
+    *similarities++ = dot(query, query, p.dim);
+    *neighbours++ = p.row_start + row;
+  }
+  for (int64_t i = 0; i < others; ++i) {
+    similarities[i] = value_of(keys[i]);
+    neighbours[i] = static_cast<int32_t>(static_cast<uint32_t>(keys[i]));
+  }
+  const double last = std::max<double>(similarities[others - 1], floor);
+  p.certified[row] = p.complete || last > lowest + p.bound[row];
+}
+
+void run_knn_rank(const KnnRankParams& p) {
+  parallel_tasks(p.num_rows, 8, p.num_rows * p.k * p.dim, [&](int64_t row) { rank_row(p, row); });
+}
+
+void run_knn_halves(const KnnHalvesParams& p) {
+  Half* halves = static_cast<Half*>(p.halves);
+  parallel_rows(p.height, 1, p.height * p.width, [&](int64_t row) {
+    Half* half = halves + row * p.width;
+    const int64_t dim = row < p.num_rows ? p.dim : 0;
+    std::fill(half + dim, half + p.width, Half(0.0f));
+    thread_local std::vector<float> errors;
+    errors.resize(dim);
+    for (int64_t j = 0; j < dim; ++j) {
+      const float scaled = p.rows[row * p.dim + j] * p.scale;
+      half[j] = Half(scaled);
+      errors[j] = scaled - static_cast<float>(half[j]);
+    }
+    if (row < p.num_rows) p.squares[row] = dot(errors.data(), errors.data(), dim);
   });
 }
 
@@ -177,52 +247,187 @@ void check_state(const char* op, const Tensor& values, const Tensor& indices, co
         op, ": values, indices, counts and thresholds must belong to the same rows");
 }
 
+// A tile whose rows lie anywhere, each of them whole: as it is, else copied.
+Tensor tile_of(const char* op, const Tensor& tile) {
+  check_rank(op, "tile", tile, 2);
+  check_float(op, "tile", tile);
+  const bool whole = tile.size(1) <= 1 || tile.stride(1) == 1;
+  return whole && tile.stride(0) >= tile.size(1) ? tile : torch::stable::contiguous(tile);
+}
+
+// The parameters of both ops of selection, checked as far as both need it.
 template <typename Device>
-void knn_select(const Tensor& values, const Tensor& indices, const Tensor& counts,
-                const Tensor& thresholds, const Tensor& tile_in, int64_t row_start,
-                int64_t col_start, int64_t keep, bool mirror, bool self_search) {
-  constexpr const char* op = "knn_select_";
+KnnSelectParams select_params(const char* op, const Tensor& values, const Tensor& indices,
+                              const Tensor& counts, const Tensor& thresholds, const Tensor& tile,
+                              int64_t keep) {
   check_state(op, values, indices, counts, thresholds);
-  check_rank(op, "tile", tile_in, 2);
-  check_float(op, "tile", tile_in);
-  Tensor tile = tile_in;
-  if constexpr (Device::kCuda) {
+  if constexpr (Device::kCuda)
     check(values.size(1) <= kMaxCapacity, op, ": at most ", kMaxCapacity,
           " candidates a row on CUDA (got ", values.size(1), ")");
-    // The kernel reads along rows; a transposed copy costs far less than the product it saves.
-    if (mirror) {
-      tile = torch::stable::transpose(tile, 0, 1);
-      std::swap(row_start, col_start);
-      mirror = false;
-    }
-  }
-  tile = torch::stable::contiguous(tile);
   KnnSelectParams p{};
   p.values = float_out(values);
   p.indices = int32_out(indices);
   p.counts = int32_out(counts);
   p.thresholds = float_out(thresholds);
   p.tile = float_data(tile);
+  p.tile_stride = tile.stride(0);
   p.num_rows = values.size(0);
   p.capacity = values.size(1);
   p.tile_rows = tile.size(0);
   p.tile_cols = tile.size(1);
-  p.row_start = row_start;
-  p.col_start = col_start;
   p.keep = keep;
-  p.mirror = mirror;
-  p.self_search = self_search;
   check(keep > 0 && keep < p.capacity, op, ": keep must be in [1, ", p.capacity, ") (got ", keep,
         ")");
-  const int64_t first = mirror ? col_start : row_start;
-  const int64_t end = first + (mirror ? p.tile_cols : p.tile_rows);
-  check(first >= 0 && end <= p.num_rows, op, ": the tile's rows must be in [0, ", p.num_rows,
-        ") (got ", first, " to ", end, ")");
+  return p;
+}
+
+void check_range(const char* op, const char* what, int64_t first, int64_t count, int64_t rows) {
+  check(first >= 0 && first + count <= rows, op, ": the tile's ", what, " must be in [0, ", rows,
+        ") (got ", first, " to ", first + count, ")");
+}
+
+template <typename Device>
+void knn_select(const Tensor& values, const Tensor& indices, const Tensor& counts,
+                const Tensor& thresholds, const Tensor& tile_in, int64_t row_start,
+                int64_t col_start, int64_t keep, bool mirror, bool self_search) {
+  constexpr const char* op = "knn_select_";
+  const Tensor tile = tile_of(op, tile_in);
+  KnnSelectParams p = select_params<Device>(op, values, indices, counts, thresholds, tile, keep);
+  p.row_start = row_start;
+  p.col_start = col_start;
+  p.mirror = mirror;
+  p.self_search = self_search;
+  if (mirror)
+    check_range(op, "rows", col_start, p.tile_cols, p.num_rows);
+  else
+    check_range(op, "rows", row_start, p.tile_rows, p.num_rows);
   const int64_t features = mirror ? row_start + p.tile_rows : col_start + p.tile_cols;
   check(features <= std::numeric_limits<int32_t>::max(), op, ": at most 2147483647 features (got ",
         features, ")");
   if (p.tile_rows == 0 || p.tile_cols == 0) return;
   Device::template run<run_knn_select, launch_knn_select>(values, p);
+}
+
+template <typename Device>
+void knn_select_both(const Tensor& values, const Tensor& indices, const Tensor& counts,
+                     const Tensor& thresholds, const Tensor& tile_in, int64_t row_start,
+                     int64_t col_start, int64_t keep) {
+  constexpr const char* op = "knn_select_both_";
+  const Tensor tile = tile_of(op, tile_in);
+  KnnSelectParams p = select_params<Device>(op, values, indices, counts, thresholds, tile, keep);
+  p.row_start = row_start;
+  p.col_start = col_start;
+  p.self_search = true;
+  check_range(op, "rows", row_start, p.tile_rows, p.num_rows);
+  check_range(op, "columns", col_start, p.tile_cols, p.num_rows);
+  if (p.tile_rows == 0 || p.tile_cols == 0) return;
+  Device::template run<run_knn_select_both, launch_knn_select_both>(values, p);
+}
+
+void check_rank_shapes(const char* op, const Tensor& similarities, const Tensor& neighbours,
+                       const Tensor& certified, const Tensor& queries, const Tensor& features,
+                       const Tensor& values, const Tensor& indices, const Tensor& counts,
+                       const Tensor& bound) {
+  const int64_t rows = queries.size(0);
+  check_rank(op, "similarities", similarities, 2);
+  check_rank(op, "neighbours", neighbours, 2);
+  check_rank(op, "values", values, 2);
+  check_rank(op, "indices", indices, 2);
+  check_float(op, "similarities", similarities);
+  check_int64(op, "neighbours", neighbours);
+  check_float(op, "queries", queries);
+  check_float(op, "features", features);
+  check_float(op, "values", values);
+  check_int32(op, "indices", indices);
+  check_int32(op, "counts", counts);
+  check(certified.scalar_type() == ScalarType::Bool, op, ": certified must be bool");
+  check(bound.scalar_type() == ScalarType::Double, op, ": bound must be float64");
+  check_contiguous(op, "similarities", similarities);
+  check_contiguous(op, "neighbours", neighbours);
+  check_contiguous(op, "certified", certified);
+  check(similarities.size(0) == rows && neighbours.size(0) == rows &&
+            neighbours.size(1) == similarities.size(1) && certified.numel() == rows &&
+            values.size(0) == rows && indices.size(0) == rows &&
+            indices.size(1) == values.size(1) && counts.numel() == rows && bound.numel() == rows,
+        op, ": all but the features must belong to the same ", rows, " rows");
+  check(queries.size(1) == features.size(1), op, ": queries must have ", features.size(1),
+        " columns (got ", queries.size(1), ")");
+}
+
+template <typename Device>
+void knn_rank(const Tensor& similarities, const Tensor& neighbours, const Tensor& certified,
+              const Tensor& queries_in, const Tensor& features_in, const Tensor& values_in,
+              const Tensor& indices_in, const Tensor& counts_in, const Tensor& bound_in,
+              const std::optional<Tensor>& floor_in, int64_t row_start, int64_t keep,
+              double unscale, bool self_search, bool complete) {
+  constexpr const char* op = "knn_rank_";
+  check_rank(op, "queries", queries_in, 2);
+  check_rank(op, "features", features_in, 2);
+  check_rank_shapes(op, similarities, neighbours, certified, queries_in, features_in, values_in,
+                    indices_in, counts_in, bound_in);
+  const Tensor queries = torch::stable::contiguous(queries_in);
+  const Tensor features = torch::stable::contiguous(features_in);
+  const Tensor values = torch::stable::contiguous(values_in);
+  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor counts = torch::stable::contiguous(counts_in);
+  const Tensor bound = torch::stable::contiguous(bound_in);
+  const Tensor floor = torch::stable::contiguous(floor_in.value_or(similarities));
+  if (floor_in.has_value()) {
+    check_float(op, "floor", floor);
+    check(floor.numel() == queries.size(0), op, ": floor must have ", queries.size(0), " elements");
+  }
+  KnnRankParams p{};
+  p.similarities = float_out(similarities);
+  p.neighbours = int64_out(neighbours);
+  p.certified = certified.mutable_data_ptr<bool>();
+  p.queries = float_data(queries);
+  p.features = float_data(features);
+  p.values = float_data(values);
+  p.indices = int32_data(indices);
+  p.counts = int32_data(counts);
+  p.bound = bound.const_data_ptr<double>();
+  p.floor = floor_in.has_value() ? float_data(floor) : nullptr;
+  p.unscale = unscale;
+  p.num_rows = queries.size(0);
+  p.num_features = features.size(0);
+  p.dim = features.size(1);
+  p.k = similarities.size(1);
+  p.capacity = values.size(1);
+  p.row_start = row_start;
+  p.keep = keep;
+  p.self_search = self_search;
+  p.complete = complete;
+  check(p.k > self_search && keep >= p.k - self_search, op, ": k must be in [", 1 + self_search,
+        ", ", keep + self_search, "] (got ", p.k, ")");
+  if constexpr (Device::kCuda)
+    check(p.capacity <= kMaxCapacity, op, ": at most ", kMaxCapacity,
+          " candidates a row on CUDA (got ", p.capacity, ")");
+  Device::template run<run_knn_rank, launch_knn_rank>(queries, p);
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> knn_halves(const Tensor& rows_in, double scale, int64_t height,
+                                      int64_t width) {
+  constexpr const char* op = "knn_halves";
+  check_rank(op, "rows", rows_in, 2);
+  check_float(op, "rows", rows_in);
+  const Tensor rows = torch::stable::contiguous(rows_in);
+  check(height >= rows.size(0) && width >= rows.size(1) && width % 8 == 0, op, ": ", rows.size(0),
+        " x ", rows.size(1), " values need a greater size, the width a multiple of 8 (got ", height,
+        " x ", width, ")");
+  const Tensor halves = torch::stable::new_empty(rows, {height, width}, ScalarType::Half);
+  const Tensor squares = new_float(rows, rows.size(0));
+  KnnHalvesParams p{};
+  p.halves = halves.mutable_data_ptr();
+  p.squares = float_out(squares);
+  p.rows = float_data(rows);
+  p.scale = static_cast<float>(scale);
+  p.num_rows = rows.size(0);
+  p.dim = rows.size(1);
+  p.height = height;
+  p.width = width;
+  Device::template run<run_knn_halves, launch_knn_halves>(rows, p);
+  return {halves, squares};
 }
 
 template <typename Device>
@@ -259,7 +464,10 @@ Tensor knn_scores(const Tensor& queries_in, const Tensor& features_in,
 template <typename Device, typename Library>
 void register_ops(Library& m) {
   m.impl("knn_select_", TORCH_BOX(&knn_select<Device>));
+  m.impl("knn_select_both_", TORCH_BOX(&knn_select_both<Device>));
+  m.impl("knn_rank_", TORCH_BOX(&knn_rank<Device>));
   m.impl("knn_scores", TORCH_BOX(&knn_scores<Device>));
+  m.impl("knn_halves", TORCH_BOX(&knn_halves<Device>));
 }
 
 }  // namespace

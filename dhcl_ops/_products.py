@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from dhcl_ops import _checks, _sums
+from dhcl_ops._knn_kernels import halves
 from dhcl_ops._precision import ieee_products
 
 # Norms above this could overflow fp32 in a product of two rows.
@@ -24,6 +25,9 @@ _LARGEST_NORM = 1e18
 # Unit roundoff of fp32, and twice that for hardware which cuts sums off instead of rounding them.
 _UNIT = 2.0**-24
 _UNIT_TENSOR_CORE = 2.0**-23
+
+# Rows of fp16 and fp32 operands that are a multiple of this long start at 16-byte addresses.
+_ALIGN = 8
 
 
 @contextlib.contextmanager
@@ -58,12 +62,16 @@ def upper_norms(op: str, name: str, rows: torch.Tensor) -> torch.Tensor:
     return upper
 
 
-def fp32_sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The product of fp16 matrices with fp32 sums."""
-    if left.is_cuda:
+def fp32_sums(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product of fp16 matrices with fp32 sums; where it may, in the memory of ``out``."""
+    if not left.is_cuda:
+        # The products of two fp16 numbers are exact in fp32.
+        return torch.mm(left.float(), right.float())
+    if out is None:
         return torch.mm(left, right, out_dtype=torch.float32)
-    # The products of two fp16 numbers are exact in fp32.
-    return torch.mm(left.float(), right.float())
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
 class Products:
@@ -95,7 +103,9 @@ class Products:
             self.queries, self.features = queries, features
             self.bound = (_gamma(dim + 8, _UNIT) + fixed) * query_norms * largest + tiny
             return
-        top = max(float(largest), float(query_norms.max()) if len(query_norms) else 0.0)
+        top = float(largest)
+        if queries is not features and len(query_norms):
+            top = max(top, float(query_norms.max()))
         exponent = round(torch.tensor(max(top, 1e-18)).log2().item())
         self.scale = 2.0 ** (8 - exponent)
         self.features, deltas = self._rounded(features)
@@ -114,28 +124,35 @@ class Products:
         )
 
     def _rounded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        operand = torch.empty(rows.shape, dtype=torch.float16, device=rows.device)
-        deltas = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-        for start in range(0, len(rows), 8192):
-            block = rows[start : start + 8192] * self.scale
-            rounded = block.to(torch.float16)
-            operand[start : start + 8192] = rounded
-            errors = torch.linalg.vector_norm(block - rounded.float(), dim=1)
-            deltas[start : start + 8192] = errors
-        slack = 1.0 + _gamma(rows.shape[1] + 8, _UNIT)
-        return operand, deltas * (slack / self.scale) + max(rows.shape[1], 1) ** 0.5 * 2.0**-62
+        """Rows times the scale in fp16, and upper bounds (n,) in float64 of what that is off by.
+
+        The operand has more columns, of zeros, up to a multiple of 8, and at least 8 more rows than
+        there are: :meth:`tile` then has rows of 16 bytes or a multiple everywhere, without which
+        cuBLAS has to take kernels a third as fast.
+        """
+        n, dim = rows.shape
+        operand, squares = halves(rows, self.scale, n + _ALIGN + -n % _ALIGN, dim + -dim % _ALIGN)
+        slack = (1.0 + _gamma(dim + 8, _UNIT)) / self.scale
+        return operand, squares.double().sqrt() * slack + max(dim, 1) ** 0.5 * 2.0**-62
 
     def tile(
         self, rows: slice | torch.Tensor, cols: slice, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Products (m, n) times scale^2, in fp32."""
-        left, right = self.queries[rows], self.features[cols].t()
+        """Products (m, n) times scale^2, in fp32.
+
+        With ``half`` they are the left part of a wider matrix. ``out`` is memory to use for it,
+        (at least m * (n + 7),) fp32.
+        """
+        left, width = self.queries[rows], cols.stop - cols.start
         if self.half:
-            return fp32_sums(left, right)
+            padded = width + -width % _ALIGN
+            right = self.features[cols.start : cols.start + padded].t()
+            target = None if out is None else out[: len(left) * padded].view(len(left), padded)
+            return fp32_sums(left, right, target)[:, :width]
+        right = self.features[cols].t()
         if out is None:
             return torch.mm(left, right)
-        target = out[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1])
-        return torch.mm(left, right, out=target)
+        return torch.mm(left, right, out=out[: len(left) * width].view(len(left), width))
 
 
 # ---- fp32 products of fp16 numbers --------------------------------------------------------------

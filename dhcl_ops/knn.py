@@ -11,22 +11,30 @@ The order of summation is stated in ``csrc/knn.h``; :func:`_scores_reference` is
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from dhcl_ops import _arrays, _checks, _sums
-from dhcl_ops._ops import OPS, define
+from dhcl_ops import _arrays, _checks
+from dhcl_ops._knn_kernels import MAX_CAPACITY
+from dhcl_ops._knn_kernels import new_state as _new_state
+from dhcl_ops._knn_kernels import rank as _rank
+from dhcl_ops._knn_kernels import scores as _scores
+from dhcl_ops._knn_kernels import select as _select
+from dhcl_ops._knn_kernels import select_both as _select_both
+from dhcl_ops._ops import OPS
 from dhcl_ops._products import Products, full_precision, upper_norms
 from dhcl_ops._progress import Progress
 
 __all__ = ["Neighbours", "knn"]
 
-# As in csrc/knn.h.
-_MAX_CAPACITY = 2048
-
 # Rows and columns of a tile of products: large enough for the product to run at full speed.
 _TILES = {"cpu": (1024, 8192), "cuda": (4096, 16384)}
+# Where a self search goes by strips; elsewhere it goes by blocks of a triangle.
+_BY_STRIPS = ("cuda",)
+# Rows that are ranked between two reports of progress.
+_RANKED = {"cpu": 4096, "cuda": 65536}
 
 
 class Neighbours(NamedTuple):
@@ -40,99 +48,6 @@ class Neighbours(NamedTuple):
     similarities: torch.Tensor
     indices: torch.Tensor
     uncertified: torch.Tensor
-
-
-# ---- ops ----------------------------------------------------------------------------------------
-
-
-def _select_reference(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    thresholds: torch.Tensor,
-    tile: torch.Tensor,
-    row_start: int,
-    col_start: int,
-    keep: int,
-    mirror: bool,
-    self_search: bool,
-) -> None:
-    if mirror:
-        tile, row_start, col_start = tile.t(), col_start, row_start
-    if tile.numel() == 0:
-        return
-    rows = slice(row_start, row_start + tile.shape[0])
-    ids = torch.arange(col_start, col_start + tile.shape[1], device=tile.device)
-    if self_search:
-        own = torch.arange(row_start, row_start + tile.shape[0], device=tile.device)
-        tile = tile.masked_fill(ids == own.unsqueeze(1), -torch.inf)
-    all_values = torch.cat([values[rows], tile], dim=1)
-    all_indices = torch.cat([indices[rows], ids.to(torch.int32).expand(tile.shape)], dim=1)
-    top, where = all_values.topk(min(keep, all_values.shape[1]), dim=1)
-    found = top > -torch.inf
-    values[rows] = -torch.inf
-    indices[rows] = -1
-    values[rows, : top.shape[1]] = top
-    indices[rows, : top.shape[1]] = all_indices.gather(1, where).masked_fill(~found, -1)
-    counts[rows] = found.sum(1, dtype=torch.int32)
-    # A row with fewer than `keep` candidates has dropped none, so anything may still enter it.
-    full = counts[rows] == keep
-    thresholds[rows] = top[:, -1].masked_fill(~full, -torch.inf)
-
-
-def _select_sample(device: torch.device) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-    # Sorted and fewer than are kept, since implementations may store more candidates in any order
-    # and are compared to the bit here.
-    tile = torch.randn(5, 3, generator=generator).sort(dim=1, descending=True).values
-    return (*_new_state(5, 8, device), tile.to(device), 0, 7, 4, False, True)
-
-
-def _new_state(rows: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    return (
-        torch.full((rows, capacity), -torch.inf, device=device),
-        torch.full((rows, capacity), -1, dtype=torch.int32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-        torch.full((rows,), -torch.inf, device=device),
-    )
-
-
-_select = define(
-    "knn_select_(Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts, "
-    "Tensor(d!) thresholds, Tensor tile, int row_start, int col_start, int keep, bool mirror, "
-    "bool self_search) -> ()",
-    family="knn",
-    reference=_select_reference,
-    fake=lambda *args: None,
-    sample=_select_sample,
-)
-
-
-def _scores_reference(
-    queries: torch.Tensor, features: torch.Tensor, candidates: torch.Tensor
-) -> torch.Tensor:
-    scores = torch.full(candidates.shape, -torch.inf, device=queries.device)
-    # A few thousand pairs at a time, as each takes a row of products.
-    for pairs in (candidates >= 0).nonzero().split(4096):
-        row, position = pairs.unbind(1)
-        products = queries[row] * features[candidates[row, position]]
-        scores[row, position] = _sums.sum_elements(products)
-    return scores
-
-
-def _scores_sample(device: torch.device) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(6, 150, generator=generator).to(device)
-    return rows[:2], rows, torch.tensor([[0, 5, -1], [3, 3, 1]], device=device)
-
-
-_scores = define(
-    "knn_scores(Tensor queries, Tensor features, Tensor candidates) -> Tensor",
-    family="knn",
-    reference=_scores_reference,
-    fake=lambda queries, features, candidates: queries.new_empty(candidates.shape),
-    sample=_scores_sample,
-)
 
 
 def pair_scores(
@@ -182,6 +97,13 @@ class _Search:
         self.indices = torch.empty(len(queries), k, dtype=torch.int64, device=device)
         self.certified = torch.ones(len(queries), dtype=torch.bool, device=device)
         self.tile_rows, self.tile_cols = _TILES.get(device.type, _TILES["cpu"])
+        # Room for as many again, so that a row is cut down only now and then.
+        self.capacity = max(2 * self.keep + 32, 64)
+        self.kernels = device.type != "cuda" or self.capacity <= MAX_CAPACITY
+        self.by_strips = self_search and self.kernels and device.type in _BY_STRIPS
+        if self.by_strips:
+            # What a tile brings comes all at once.
+            self.capacity = min(max(4 * self.keep, 128), MAX_CAPACITY)
 
     def report(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -189,83 +111,83 @@ class _Search:
 
     # -- candidates --
 
-    def capacity(self) -> int:
-        # Room for as many again, so that a row is cut down only now and then.
-        return max(2 * self.keep + 32, 64)
-
     def select(self, state: tuple[torch.Tensor, ...], *args: Any) -> None:
-        if self.device.type == "cuda" and state[0].shape[1] > _MAX_CAPACITY:
-            OPS["knn_select_"].reference(*state, *args)
-        else:
-            _select(*state, *args)
+        op = _select if self.kernels else OPS["knn_select_"].reference
+        op(*state, *args)
 
     def search_torch(self) -> None:
-        out = None
-        if not self.products.half:
-            out = torch.empty(self.tile_rows * self.tile_cols, device=self.device)
-        if self.self_search:
-            self._search_itself(out)
+        if self.by_strips:
+            self._search_strips()
+        elif self.self_search:
+            self._search_itself(self.workspace())
         else:
-            self._search_blocks(out)
+            self._search_blocks(self.workspace())
 
-    def _search_itself(self, out: torch.Tensor | None) -> None:
+    def workspace(self) -> torch.Tensor:
+        """Memory for one tile: without it the last one would still be there beside the next."""
+        rows, cols = min(self.tile_rows, len(self.queries)), min(self.tile_cols, len(self.features))
+        return torch.empty(rows * (cols + 8), device=self.device)
+
+    def _search_strips(self) -> None:
+        """S = S^T, on CUDA: rows and columns of a tile take what they find in one reading."""
+        n = len(self.features)
+        state = _new_state(n, self.capacity, self.device)
+        tiles = list(_strips(n, self.keep, self.tile_rows, self.tile_cols))
+        sizes = [(r.stop - r.start) * (c.stop - c.start + 8) for r, c, _ in tiles]
+        out, done, total = torch.empty(max(sizes), device=self.device), 0, sum(sizes)
+        for (rows, cols, both), size in zip(tiles, sizes, strict=True):
+            tile = self.products.tile(rows, cols, out)
+            if both:
+                _select_both(*state, tile, rows.start, cols.start, self.keep)
+            else:
+                _select(*state, tile, rows.start, cols.start, self.keep, False, True)
+            done += size
+            self.report("products", n * done // total, n)
+        del out, tile
+        self.rank_all(state)
+
+    def _search_itself(self, out: torch.Tensor) -> None:
         """S = S^T: each pair of rows is multiplied once, and both take what they find."""
         n = len(self.features)
-        state = _new_state(n, self.capacity(), self.device)
-
-        def visit(rows: slice, cols: slice, *, mirror: bool) -> None:
-            tile = self.products.tile(rows, cols, out)
-            starts = (tile, rows.start, cols.start, self.keep)
-            for part, dim in ((rows, 1), (cols, 0)) if mirror else ((rows, 1),):
-                self.select(state, *starts, dim == 0, True)
-                if self.least is not None:
-                    torch.minimum(self.least[part], tile.amin(dim), out=self.least[part])
-
-        def visit_diagonal(start: int, stop: int) -> None:
-            # A square on the diagonal computes every pair twice. Cut into its two halves and the
-            # square between them, only what is left on the diagonal does.
-            if stop - start <= max(self.tile_rows // 2, 1):
-                visit(slice(start, stop), slice(start, stop), mirror=False)
-                return
-            middle = (start + stop) // 2
-            visit_diagonal(start, middle)
-            visit_diagonal(middle, stop)
-            visit(slice(start, middle), slice(middle, stop), mirror=True)
-
+        state = _new_state(n, self.capacity, self.device)
         for start in range(0, n, self.tile_rows):
             stop = min(start + self.tile_rows, n)
-            visit_diagonal(start, stop)
+            for rows, cols, mirror in _triangle(start, stop, self.tile_rows // 2):
+                self._visit(state, rows, cols, out, mirror=mirror)
             for col in range(stop, n, self.tile_cols):
                 cols = slice(col, min(col + self.tile_cols, n))
-                visit(slice(start, stop), cols, mirror=True)
+                self._visit(state, slice(start, stop), cols, out, mirror=True)
             # The work is a triangle: n^2 pairs less the (n - stop)^2 that later rows still have.
             rest = n - stop
             self.report("products", n - rest * rest // max(n, 1), n)
-        values, indices, _, _ = state
-        for start in range(0, n, 4096):
-            rows = slice(start, min(start + 4096, n))
-            self.finish(rows, *self.largest(values[rows], indices[rows]))
-            self.report("scores", rows.stop, n)
+        self.rank_all(state)
 
-    def _search_blocks(self, out: torch.Tensor | None) -> None:
+    def _visit(
+        self,
+        state: tuple[torch.Tensor, ...],
+        rows: slice,
+        cols: slice,
+        out: torch.Tensor,
+        *,
+        mirror: bool,
+    ) -> None:
+        tile = self.products.tile(rows, cols, out)
+        for part, dim in ((rows, 1), (cols, 0)) if mirror else ((rows, 1),):
+            self.select(state, tile, rows.start, cols.start, self.keep, dim == 0, True)
+            if self.least is not None:
+                torch.minimum(self.least[part], tile.amin(dim), out=self.least[part])
+
+    def _search_blocks(self, out: torch.Tensor) -> None:
         total = len(self.queries)
         for start in range(0, total, self.tile_rows):
             rows = slice(start, min(start + self.tile_rows, total))
-            state = _new_state(rows.stop - start, self.capacity(), self.device)
+            state = _new_state(rows.stop - start, self.capacity, self.device)
             for col in range(0, len(self.features), self.tile_cols):
                 cols = slice(col, min(col + self.tile_cols, len(self.features)))
                 tile = self.products.tile(rows, cols, out)
                 self.select(state, tile, 0, col, self.keep, False, False)
-            self.finish(rows, *self.largest(state[0], state[1]))
+            self.rank(rows, state)
             self.report("products", rows.stop, total)
-
-    def largest(
-        self, values: torch.Tensor, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The `keep` largest products of each row, and the bound on all that is not among them."""
-        top, where = values.topk(self.keep, dim=1)
-        lowest = top[:, -1] if self.keep < self.available else None
-        return top, indices.gather(1, where).to(torch.int64), lowest
 
     def search_faiss(self) -> None:
         faiss = _import_faiss()
@@ -281,50 +203,43 @@ class _Search:
             found = index.search(self.queries[rows].numpy(force=True), count)
             top, indices = (torch.as_tensor(x).to(self.device) for x in found)
             top, indices = top.to(torch.float32), indices.to(torch.int64)
-            lowest = top[:, -1] if count < len(self.features) else None
             if self.self_search:
                 own = torch.arange(rows.start, rows.stop, device=self.device).unsqueeze(1)
                 top = top.masked_fill(indices == own, -torch.inf)
             top, where = top.sort(dim=1, descending=True)
-            indices = indices.gather(1, where).masked_fill(top == -torch.inf, -1)
-            self.finish(rows, top, indices, lowest)
+            found = (top > -torch.inf).sum(1, dtype=torch.int32)
+            self.rank(rows, (top, indices.gather(1, where).to(torch.int32), found))
             self.report("products", rows.stop, total)
 
     # -- scores --
 
-    def finish(
-        self,
-        rows: slice,
-        top: torch.Tensor,
-        candidates: torch.Tensor,
-        lowest: torch.Tensor | None,
-    ) -> None:
-        """Score the candidates of some rows, whose products are in ``top``, largest first."""
-        unscale = self.products.scale**-2
-        bound = self.products.bound[rows]
-        # The k-th largest product less the bound is a floor of the k-th score: a product more than
-        # twice the bound below it is out.
-        reach = top[:, self.others - 1].double() * unscale - 2 * bound
-        if self.floor is not None:
-            reach = reach.maximum(self.floor[rows].double() - bound)
-        within = top.double() * unscale >= reach.unsqueeze(1)
-        width = max(int(within.sum(1).max()), self.others)
-        candidates = candidates.masked_fill(~within, -1)[:, :width]
-        scores = self.write(rows, candidates)
-        if self.floor is not None:
-            scores = scores.maximum(self.floor[rows].double())
-        if self.certify and lowest is not None:
-            self.certified[rows] = scores > lowest.double() * unscale + bound
+    def rank_all(self, state: tuple[torch.Tensor, ...]) -> None:
+        n = len(self.queries)
+        step = _RANKED.get(self.device.type, _RANKED["cpu"])
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            self.rank(rows, tuple(part[rows] for part in state))
+            self.report("scores", rows.stop, n)
 
-    def write(self, rows: slice | torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Store the best candidates of some rows; returns the score (float64) of the last."""
+    def rank(self, rows: slice, state: tuple[torch.Tensor, ...]) -> None:
+        """Score the candidates of some rows, store the best, and say which rows are certified."""
+        op = _rank if self.kernels else OPS["knn_rank_"].reference
+        op(
+            *(self.similarities[rows], self.indices[rows], self.certified[rows]),
+            *(self.queries[rows], self.features, *state[:3], self.products.bound[rows]),
+            None if self.floor is None else self.floor[rows],
+            *(rows.start, self.keep, self.products.scale**-2),
+            *(self.self_search, self.keep == self.available),
+        )
+
+    def write(self, rows: torch.Tensor, candidates: torch.Tensor) -> None:
+        """Store the best of all the candidates of some rows."""
         candidates, _ = candidates.sort(dim=1)
-        scores: torch.Tensor = _scores(self.queries[rows], self.features, candidates)
+        scores = _scores(self.queries[rows], self.features, candidates)
         ordered, order = scores.sort(dim=1, descending=True, stable=True)
         first = 1 if self.self_search else 0
         self.similarities[rows, first:] = ordered[:, : self.others]
         self.indices[rows, first:] = candidates.gather(1, order[:, : self.others])
-        return ordered[:, self.others - 1].double()
 
     def search_again(self) -> int:
         """Find all that the bound cannot rule out for the rows that are not certified."""
@@ -358,18 +273,65 @@ class _Search:
         return total
 
     def run(self, backend: str) -> Neighbours:
-        if self.self_search and self.similarities.shape[1]:
-            every_row = torch.arange(len(self.queries), device=self.device)
-            own = _scores(self.queries, self.features, every_row.unsqueeze(1))
-            self.similarities[:, :1] = own
-            self.indices[:, 0] = every_row
         uncertified = 0 if self.certify else -1
         if self.others > 0 and len(self.queries):
             self.search_faiss() if backend == "faiss" else self.search_torch()
             if self.certify:
                 uncertified = self.search_again()
+        elif self.similarities.numel():
+            # A self search for the row itself, which ranking stores beside the others.
+            every_row = torch.arange(len(self.queries), device=self.device).unsqueeze(1)
+            self.similarities.copy_(_scores(self.queries, self.features, every_row))
+            self.indices.copy_(every_row)
         count = torch.tensor(uncertified, device=self.device)
         return Neighbours(self.similarities, self.indices, count)
+
+
+def _triangle(start: int, stop: int, smallest: int) -> Iterator[tuple[slice, slice, bool]]:
+    """Tiles of a square on the diagonal: rows, columns, whether the columns take entries too.
+
+    The square would compute every pair twice. Cut into its two halves and the square between them,
+    only what is left on the diagonal does.
+    """
+    if stop - start <= max(smallest, 1):
+        yield slice(start, stop), slice(start, stop), False
+        return
+    middle = (start + stop) // 2
+    yield from _triangle(start, middle, smallest)
+    yield from _triangle(middle, stop, smallest)
+    yield slice(start, middle), slice(middle, stop), True
+
+
+def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    size = max(size, 1)
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _strips(
+    n: int, keep: int, tile_rows: int, tile_cols: int
+) -> Iterator[tuple[slice, slice, bool]]:
+    """Tiles of a self search on CUDA: rows, columns, whether the columns take entries too.
+
+    A strip of rows is multiplied with all rows from its own on. What a column takes of it must be
+    little, or its list overflows and is read again: after m random features about keep * h / m of
+    the next h exceed the keep-th largest. So all rows first see a seed of a few hundred features,
+    and strips are no higher than what has been seen. The seed costs its share of products twice,
+    and a strip half of the square on its diagonal; its height is a compromise between that and the
+    number of launches.
+    """
+    area = tile_rows * tile_cols
+    seed = max(tile_rows // 8, 2 * keep)
+    if n < 2 * seed:
+        seed = n
+    yield from ((rows, slice(0, seed), False) for rows in _blocks(0, n, area // seed))
+    yield from ((slice(0, seed), cols, False) for cols in _blocks(seed, n, area // seed))
+    highest = min(max(tile_rows // 4, 1 << (n // 12).bit_length() >> 1), tile_rows)
+    start = seed
+    while start < n:
+        stop = min(start + min(start, max(highest, 1)), n)
+        for cols in _blocks(start, n, area // (stop - start)):
+            yield slice(start, stop), cols, True
+        start = stop
 
 
 def _import_faiss() -> Any:
@@ -521,12 +483,10 @@ def meet(
                 own, others, products, min(k, len(others)), self_search=False, certify=True,
                 progress=None, floor=floors[place],
             )  # fmt: skip
-            sides.append((search, _new_state(len(own), search.capacity(), search.device)))
+            sides.append((search, _new_state(len(own), search.capacity, search.device)))
         (one, state), (other, other_state) = sides
         if one.others > 0 and other.others > 0:
-            out = None
-            if not one.products.half:
-                out = torch.empty(one.tile_rows * one.tile_cols, device=one.device)
+            out = one.workspace()
             for start in range(0, len(queries), one.tile_rows):
                 rows = slice(start, min(start + one.tile_rows, len(queries)))
                 for col in range(0, len(features), one.tile_cols):
@@ -535,9 +495,7 @@ def meet(
                     one.select(state, tile, start, col, one.keep, False, False)
                     other.select(other_state, tile, start, col, other.keep, True, False)
             for search, found in sides:
-                for start in range(0, len(search.queries), search.tile_rows):
-                    rows = slice(start, min(start + search.tile_rows, len(search.queries)))
-                    search.finish(rows, *search.largest(found[0][rows], found[1][rows]))
+                search.rank_all(found)
         one_again, other_again = (torch.tensor(search.search_again()) for search, _ in sides)
         return (
             Neighbours(one.similarities, one.indices, one_again),

@@ -1,6 +1,8 @@
+import gc
 import importlib
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -258,6 +260,99 @@ def test_uncertified_rows_are_counted(device, products):
     assert 51 <= int(knn(features.to(device), 5).uncertified) < 120
 
 
+# ---- tiles and memory ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles", [(12, 70), (24, 24), (64, 256)])
+@pytest.mark.parametrize(("n", "keep"), [(1, 1), (5, 2), (40, 17), (79, 3), (200, 20), (301, 8)])
+def test_strips_show_each_row_every_other_once(tiles, n, keep):
+    seen = torch.zeros(n, n, dtype=torch.int64)
+    for rows, cols, both in knn_module._strips(n, keep, *tiles):
+        assert rows.stop <= n
+        assert cols.stop <= n
+        assert (rows.stop - rows.start) * (cols.stop - cols.start) <= max(np.prod(tiles), n)
+        seen[rows, cols] += 1
+        if both:
+            beyond = slice(max(cols.start, rows.stop), cols.stop)
+            # No more new features than a column has seen, or its list would overflow.
+            assert rows.stop - rows.start <= rows.start
+            assert (seen[beyond].sum(1) >= rows.start).all()
+            seen[beyond, rows] += 1
+    assert (seen == 1).all()
+
+
+def test_strips_of_real_sizes_waste_little():
+    """Products beyond the N^2 / 2 of a symmetric search, and launches, at the sizes that count."""
+    for n, waste, most in ((12_936, 1.25, 24), (32_621, 1.11, 40), (1_000_000, 1.01, 8000)):
+        tiles = list(knn_module._strips(n, 45, *knn_module._TILES["cuda"]))
+        area = sum((r.stop - r.start) * (c.stop - c.start) for r, c, _ in tiles)
+        assert area < waste * n * n / 2
+        assert len(tiles) < most
+        assert all((r.stop - r.start) * (c.stop - c.start) <= 1 << 26 for r, c, _ in tiles)
+
+
+@pytest.fixture
+def by_strips(monkeypatch, products, small_tiles):
+    """The CPU with the tiles of CUDA."""
+    monkeypatch.setattr(knn_module, "_BY_STRIPS", ("cpu", "cuda"))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SHAPES)
+def test_self_search_by_strips_is_the_definition(device, by_strips, n, d, k):
+    features = clustered(n, d)
+    assert_is(knn(features.to(device), k), brute_force(features, k))
+
+
+def test_self_search_by_strips_of_duplicates(device, by_strips):
+    features = clustered(6, 33).repeat_interleave(30, dim=0)
+    found = knn(features.to(device), 5)
+    assert_is(found, brute_force(features, 5))
+    assert int(found.uncertified) > 0
+    stages = []
+    knn(features.to(device), 5, progress=lambda *args: stages.append(args))
+    done = [d for s, d, _ in stages if s == "products"]
+    assert done == sorted(done)
+    assert done[-1] == 180
+
+
+def test_products_begin_every_row_at_16_bytes(device):
+    features = clustered(29, 13).to(device)
+    norms = knn_module.upper_norms("knn", "rows", features)
+    p = knn_module.Products(features, features, norms, norms, half=True)
+    assert p.features.stride(0) % 8 == 0
+    for cols in (slice(0, 29), slice(3, 29), slice(28, 29), slice(0, 5)):
+        for out in (None, torch.full((2000,), 7.0, device=device)):
+            tile = p.tile(slice(2, 20), cols, out)
+            assert tile.shape == (18, cols.stop - cols.start)
+            assert tile.stride(0) % 8 == 0
+            exact = features[2:20] @ features[cols].T
+            torch.testing.assert_close(tile / p.scale**2, exact, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("queries", [False, True])
+def test_nothing_of_a_search_outlives_it(device, products, small_tiles, monkeypatch, queries):
+    """Without a run of the garbage collector: operands and tiles are gigabytes."""
+    kept_alive = []
+    original = knn_module.Products
+
+    def recorded(*args, **keywords):
+        made = original(*args, **keywords)
+        kept_alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(knn_module, "Products", recorded)
+    features = clustered(90, 20).to(device)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        knn(features, 5, queries=features[:30] if queries else None)
+        assert len(kept_alive) == 1
+        assert kept_alive[0]() is None
+    finally:
+        if enabled:
+            gc.enable()
+
+
 # ---- the ops alone ---------------------------------------------------------------------------
 
 
@@ -294,6 +389,115 @@ def test_select_keeps_the_largest(implementation, device, mirror, self_search, w
     counts = (state[1] >= 0).sum(1)
     assert torch.equal(counts.int(), state[2])
     assert (state[3].isinf() | (state[3] <= state[0].topk(keep).values[:, -1])).all()
+
+
+@pytest.mark.parametrize("self_search", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_select_takes_rows_that_lie_apart(implementation, device, self_search, strided):
+    tile = torch.randn(6, 90, generator=torch.Generator().manual_seed(0)).to(device)
+    part = tile[:, 3:83] if strided else tile[:, 3:83].contiguous()
+    for mirror in (False, True):
+        state = knn_module._new_state(80, 20, device)
+        call(implementation, "knn_select_", *state, part, 0, 0, 5, mirror, self_search)
+        products = part.cpu().T if mirror else part.cpu()
+        got = kept([t.cpu() for t in state], 5)
+        for r, row in enumerate(products.tolist()):
+            entries = [(-v, c) for c, v in enumerate(row) if not (self_search and c == r)]
+            assert got[r] == sorted(entries)[:5]
+
+
+@pytest.mark.parametrize("capacity", [6, 60])
+def test_select_both_is_both_ways_of_select(implementation, device, capacity):
+    ours, expected = (knn_module._new_state(70, capacity, device) for _ in range(2))
+    for turn, (row, col) in enumerate([(0, 0), (0, 40), (20, 20), (20, 50), (40, 40)]):
+        tile = torch.randn(20, 20, generator=torch.Generator().manual_seed(turn)).to(device)
+        call(implementation, "knn_select_both_", *ours, tile, row, col, 5)
+        first = max(row + 20 - col, 0)
+        call("reference", "knn_select_", *expected, tile, row, col, 5, False, True)
+        beyond = (tile[:, first:], row, col + first)
+        call("reference", "knn_select_", *expected, *beyond, 5, True, True)
+        found, wanted = ([t.cpu() for t in state] for state in (ours, expected))
+        assert kept(found, 5) == kept(wanted, 5)
+        assert torch.equal(found[2].long(), (found[1] >= 0).sum(1))
+
+
+@pytest.mark.parametrize("self_search", [False, True])
+@pytest.mark.parametrize("complete", [False, True])
+def test_rank_is_its_reference(implementation, device, self_search, complete):
+    features = clustered(60, 130, unit=False)
+    features[7:12] = features[2]
+    queries = features[:9] if self_search else clustered(9, 130, seed=1, unit=False)
+    products = 4 * (queries @ features.T)
+    if self_search:
+        products.fill_diagonal_(-torch.inf)
+    values, indices = products.topk(30, dim=1)
+    counts = torch.full((9,), 30, dtype=torch.int32)
+    bound = torch.logspace(-3, 4, 9, dtype=torch.float64)
+    tensors = [t.to(device) for t in (queries, features, values, indices.int(), counts, bound)]
+    rest = (None, 0, 20, 0.25, self_search, complete)
+    results = []
+    for how in (implementation, "reference"):
+        out = (torch.zeros(9, 6), torch.zeros(9, 6, dtype=torch.int64), torch.zeros(9).bool())
+        out = [t.to(device) for t in out]
+        call(how, "knn_rank_", *out, *tensors, *rest)
+        results.append(out)
+    assert same_bits(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][2], results[1][2])
+    assert results[0][2].tolist() == sorted(results[0][2].tolist(), reverse=True)
+    assert bool(results[0][2].all()) is complete
+
+
+def test_rank_leaves_out_what_is_below_the_floor(implementation, device):
+    """The rest of a row is what happens to be there, or -inf and -1."""
+    features = torch.eye(8) + torch.linspace(0, 0.1, 8)
+    products = features[:2] @ features.T
+    values, indices = products.topk(8, dim=1)
+    state = (values, indices.int(), torch.full((2,), 8, dtype=torch.int32))
+    bound = torch.full((2,), 1e-3, dtype=torch.float64)
+    floor = torch.tensor([0.9, -1.0])
+    out = (torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2).bool())
+    out, rest = (
+        [t.to(device) for t in part]
+        for part in (out, (features[:2], features, *state, bound, floor))
+    )
+    call(implementation, "knn_rank_", *out, *rest, 0, 6, 1.0, False, False)
+    assert out[0][0, 1:].tolist() == [-torch.inf] * 3
+    assert out[1][0].tolist() == [0, -1, -1, -1]
+    assert out[1][1].tolist() == [1, *products[1].argsort(descending=True).tolist()[1:4]]
+    assert out[2][0]
+
+
+@pytest.mark.parametrize("d", [0, 1, 128, 301])
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**12])
+def test_halves_say_what_rounding_took(implementation, device, d, scale):
+    rows = clustered(9, d, unit=False).to(device)
+    operand, squares = call(implementation, "knn_halves", rows, scale, 24, d + -d % 8)
+    assert operand.shape == (24, d + -d % 8)
+    assert torch.equal(operand[:9, :d], (rows * scale).half())
+    assert not operand[9:].any()
+    assert not operand[:, d:].any()
+    truth = (rows * scale).double().sub((rows * scale).half().double()).square().sum(1)
+    torch.testing.assert_close(squares.double(), truth, rtol=1e-5, atol=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 0}, r"keep must be in \[1, 9\) .got 0"),
+        ({"keep": 9}, r"keep must be in \[1, 9\) .got 9"),
+        ({"row_start": -1}, r"the tile's rows must be in \[0, 8\) .got -1 to 2"),
+        ({"col_start": 4}, r"the tile's columns must be in \[0, 8\) .got 4 to 9"),
+        ({"tile": torch.zeros(3)}, "tile must be 2-D"),
+        ({"tile": torch.zeros(3, 5).double()}, "tile must be float32"),
+    ],
+)
+def test_select_both_refuses(change, message):
+    arguments = {"tile": torch.zeros(3, 5), "row_start": 0, "col_start": 3, "keep": 6, **change}
+    state = knn_module._new_state(8, 9, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=f"knn_select_both_: {message}"):
+        call("compiled", "knn_select_both_", *state, *arguments.values())
+    assert not state[2].any()
 
 
 @pytest.mark.parametrize("d", [0, 1, 127, 128, 129, 1000])
@@ -356,7 +560,8 @@ def test_permuting_the_rows_permutes_the_result(device):
 def test_reference_alone_gives_the_same(monkeypatch):
     features = clustered(130, 40)
     expected = knn(features, 9)
-    for name, function in (("_select", "knn_select_"), ("_scores", "knn_scores")):
+    ops = (("_select", "knn_select_"), ("_rank", "knn_rank_"), ("_scores", "knn_scores"))
+    for name, function in ops:
         reference = knn_module.OPS[function].reference
         monkeypatch.setattr(knn_module, name, reference)
     assert_is(knn(features, 9), (expected.similarities, expected.indices))
