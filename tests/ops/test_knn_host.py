@@ -7,7 +7,6 @@ from dhcl_ops import _ops, _products
 from tests.checks import call, same_bits
 from tests.ops.test_knn import assert_is, brute_force, clustered, kept, knn_module
 
-
 # Each line of the kernels once, for the slow runs under sanitizers and the race detector.
 SANITIZED = "hub or for_the_columns or equal_values or test_rank or test_halves or unaligned"
 
