@@ -302,7 +302,6 @@ __global__ void __launch_bounds__(kRankThreads, 8) knn_rank_kernel(KnnRankParams
       keys[i] = within ? sort_key(score, static_cast<int>(index)) : sort_key(minus_infinity(), -1);
     }
   }
-  __syncthreads();
   sort_keys<BlockThreads<kRankThreads>>(keys, kept);
 
   const int64_t first = row * p.k + p.self_search;

@@ -38,7 +38,8 @@ struct BlockThreads {
   __device__ static void sync() { __syncthreads(); }
 };
 
-// Sorts keys[0 .. count) in ascending order; there must be room up to the next power of two.
+// Sorts keys[0 .. count) in ascending order, whoever of the threads has written them; there must be
+// room up to the next power of two.
 template <typename Threads>
 __device__ void sort_keys(unsigned long long* keys, int count) {
   int size = 2;
