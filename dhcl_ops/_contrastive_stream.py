@@ -8,6 +8,7 @@ op each, so that a compiled graph sees neither chunks nor buffers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch.nn.functional import normalize
 
 from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops._contrastive_kernels import Roles, Settings, Sums, grouped
-from dhcl_ops._ops import define
+from dhcl_ops._ops import below_autograd, define
 from dhcl_ops._precision import ieee_products
 from dhcl_ops._products import (
     TERMS,
@@ -421,7 +422,9 @@ def _gradients(
     gradient, *saved = ctx.saved_tensors
     for_features, for_proxies = ctx.needs_input_grad[:2]
     if ctx.one_pass and for_features:
-        by_feature = scale_rows(gradient, grad).to(ctx.format)
+        # The op refuses a second derivative, and costs several times what it does.
+        scaled = scale_rows if torch.is_grad_enabled() else _scale_rows
+        by_feature = scaled(gradient, grad).to(ctx.format)
         for_features = False
     if for_features or for_proxies:
         options = ctx.options._replace(for_features=for_features, for_proxies=for_proxies)
@@ -431,10 +434,17 @@ def _gradients(
     return by_feature, by_proxy
 
 
+def _reduced(losses: torch.Tensor, dtype: torch.dtype, divisor: int | None) -> torch.Tensor:
+    """Losses (B,) in this dtype or, with a divisor, their sum divided by it."""
+    losses = losses.to(dtype)
+    return losses if divisor is None else losses.sum() / divisor
+
+
 class _Differentiable(torch.autograd.Function):
     """The loss with its gradients; for calls outside of a compiled graph.
 
-    It does what the op's registered gradient does, which costs a call 80 us more.
+    It does what the op's registered gradient does, which costs a call 80 us more, and the
+    reduction, whose three operations would each be a node of autograd's graph.
     """
 
     @staticmethod
@@ -445,15 +455,34 @@ class _Differentiable(torch.autograd.Function):
         roles: Roles,
         settings: Settings,
         streaming: Streaming,
+        dtype: torch.dtype,
+        divisor: int | None,
     ) -> tuple[torch.Tensor, ...]:
-        results = Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+        results = Results(*_loss_alone(features, proxies, roles, settings, streaming))
         _keep(ctx, features, proxies, roles, settings, streaming, results)
+        ctx.rows, ctx.divisor = len(features), divisor
         # The gradient counts as differentiable, so that a second derivative is refused, not zero.
-        return tuple(results)
+        return (_reduced(results.losses, dtype, divisor), *results[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, *others: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        return (*_gradients(ctx, grad), None, None, None)
+        if grad is not None:
+            if ctx.divisor is not None:
+                grad = (grad / ctx.divisor).expand(ctx.rows)
+            grad = grad.double()
+        # The ops refuse a second derivative, for which they have to be recorded.
+        with contextlib.nullcontext() if torch.is_grad_enabled() else below_autograd():
+            return (*_gradients(ctx, grad), None, None, None, None, None)
+
+
+def _loss_alone(*grouped_arguments: Any) -> tuple[torch.Tensor, ...]:
+    """The op's results, without what torch puts around an op that has a gradient."""
+    features, proxies, roles, settings, streaming = grouped_arguments
+    with below_autograd():
+        results: tuple[torch.Tensor, ...] = contrastive(
+            features, proxies, *roles, *settings, *streaming
+        )
+    return results
 
 
 def loss_of(
@@ -462,15 +491,23 @@ def loss_of(
     roles: Roles,
     settings: Settings,
     streaming: Streaming,
+    dtype: torch.dtype,
+    divisor: int | None,
 ) -> Results:
-    """The results of :func:`stream_loss`, whose losses are differentiable once."""
+    """The results of :func:`stream_loss`, the losses reduced and differentiable once.
+
+    They are of this dtype: one for each row or, with a divisor, () their sum divided by it.
+    """
     if torch.compiler.is_compiling():
-        return Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+        results = Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+        return results._replace(losses=_reduced(results.losses, dtype, divisor))
     differentiated = torch.is_grad_enabled() and (features.requires_grad or proxies.requires_grad)
+    grouped_arguments = (features, proxies, roles, settings, streaming)
     try:
         if differentiated:
-            return Results(*_Differentiable.apply(features, proxies, roles, settings, streaming))
-        return Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+            return Results(*_Differentiable.apply(*grouped_arguments, dtype, divisor))
+        results = Results(*_loss_alone(*grouped_arguments))
+        return results._replace(losses=_reduced(results.losses, dtype, divisor))
     except RuntimeError as error:
         # C++ can raise nothing but RuntimeError.
         message = str(error)
@@ -574,10 +611,16 @@ contrastive_backward: Any = define(
     composed="torch.mm around contrastive_slopes_",
 )
 
+
+def _scale_rows(gradient: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Each row of a gradient (B, d) times its number (B,)."""
+    return gradient * grad.to(gradient.dtype)[:, None]
+
+
 scale_rows: Any = define(
     "contrastive_scale_rows(Tensor gradient, Tensor grad) -> Tensor",
     family="contrastive",
-    reference=lambda gradient, grad: gradient * grad.to(gradient.dtype)[:, None],
+    reference=_scale_rows,
     fake=lambda gradient, grad: torch.empty_like(gradient),
     sample=lambda device: (torch.ones(2, 3, device=device), torch.ones(2, device=device)),
     backward=_no_double_backward,

@@ -82,6 +82,15 @@ def define(
     return op.overload
 
 
+def below_autograd() -> Any:
+    """A context in which ops run as they are, without what would record their gradients.
+
+    For use where the caller sees to the gradient: for an op that has one, torch's record in Python
+    costs as much as a small op.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def _bump_versions(op: Op) -> None:
     """Make an in-place op count as one for autograd.
 

@@ -186,13 +186,18 @@ def debiased_contrastive_loss(
     differentiated = features.requires_grad and torch.is_grad_enabled()
     one_pass = differentiated and single and not settings.through
     streaming = stream.Streaming(one_pass, precision == "fast", columns)
-    results = stream.loss_of(features, proxies, roles, settings, streaming)
-    losses = results.losses
-    if torch.float64 not in (features.dtype, proxies.dtype):
-        losses = losses.float()
-    loss = losses
-    if reduction != "none":
-        loss = losses.sum() / (max(batch, 1) if reduction == "mean" else 1)
+    double = torch.float64 in (features.dtype, proxies.dtype)
+    divisors = {"mean": max(batch, 1), "sum": 1, "none": None}
+    results = stream.loss_of(
+        features,
+        proxies,
+        roles,
+        settings,
+        streaming,
+        torch.float64 if double else torch.float32,
+        divisors[reduction],
+    )
+    loss = results.losses
     return (loss, _stats(results, settings.aggregation)) if return_stats else loss
 
 

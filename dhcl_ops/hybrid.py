@@ -167,7 +167,9 @@ def hybrid_contrastive_loss(
     if weights[1]:
         of_class = instance_positives == "class"
         terms[1], seen[1] = _instance_term(batch, memory, of_class, debias, settings)
-    loss = sum(w * term for w, term in zip(weights, terms, strict=True) if term is not None)
+    # A product with 1 would be two more operations.
+    parts = [t if w == 1.0 else w * t for w, t in zip(weights, terms, strict=True) if t is not None]
+    loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     if not return_stats:
         return loss
     means = [None if term is None else term.detach().mean() for term in terms]
