@@ -332,7 +332,9 @@ void momentum_update(const Tensor& bank, const Tensor& features, const Tensor& i
   check(features.size(0) == indices.size(0) && features.size(1) == bank.size(1), op,
         ": features must be (", indices.size(0), ", ", bank.size(1), ") (got (", features.size(0),
         ", ", features.size(1), "))");
-  const Tensor f = torch::stable::contiguous(features);
+  Tensor f = torch::stable::contiguous(features);
+  // A view of the bank would change while it is read.
+  if (overlap(f, bank)) f = torch::stable::clone(f);
   const Tensor i = torch::stable::contiguous(indices);
   MomentumParams p{};
   p.bank = bank.mutable_data_ptr();

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,12 +79,28 @@ def like(given: object, value: Any) -> Any:
     return _to_kind(value, "cupy" if _is_cupy(given) else "numpy")
 
 
+def caller_waits(pairs: Iterable[tuple[object, Any]]) -> None:
+    """Let CuPy's current stream wait for what torch was asked to do with arrays on a GPU.
+
+    Torch works on its own current stream, which waited for CuPy's when the arrays came. Without the
+    way back the caller could read an array before it has changed, or write to one that is still
+    read. The stream waits where a tensor is handed over, so that one is handed over for nothing.
+
+    Args:
+        pairs: what the caller gave, and the tensor that was made of it.
+    """
+    shared = [tensor for given, tensor in pairs if _is_cupy(given) and tensor.is_cuda]
+    for tensor in {tensor.device: tensor for tensor in shared}.values():
+        sys.modules["cupy"].from_dlpack(tensor.detach())
+
+
 def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Let a function's named tensor arguments be arrays too.
 
     The first named argument decides the kind of the answer: tensors answer in tensors, NumPy in
     NumPy, CuPy in CuPy. The other arrays join it on its device. Arguments in ``mutates`` are
-    shared, never copied, and are themselves what the function returns in their place.
+    shared, never copied, and are themselves what the function returns in their place. A caller's
+    CuPy stream goes on once the work on its arrays is done.
     """
 
     def decorate(function: F) -> F:
@@ -112,8 +128,10 @@ def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]
                 for name, value in tensors.items():
                     if is_array(given[name]) and name not in mutates:
                         tensors[name] = value.to(first.device)
+            pairs = [(given[name], tensor) for name, tensor in tensors.items()]
             given.update(tensors)
             result = function(*bound.args, **bound.kwargs)
+            caller_waits(pairs)
             if result is first and names[0] in mutates:
                 return lead
             if not is_array(lead):

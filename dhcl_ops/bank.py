@@ -196,6 +196,7 @@ class MemoryBank(nn.Module):
             features: (B, d) of the batch.
             indices: (B,) int64 image indices; repeats are applied one after another.
         """
+        given = features, indices
         features = self._as_tensor("MemoryBank.update_", "features", features)
         indices = self._as_tensor("MemoryBank.update_", "indices", indices)
         momentum_update_(
@@ -210,6 +211,7 @@ class MemoryBank(nn.Module):
                 self._proto_of[indices],
                 self.normalize_prototypes,
             )
+        _arrays.caller_waits(zip(given, (features, indices), strict=True))
 
     def extra_repr(self) -> str:
         """Sizes and momentum, for ``print``."""

@@ -64,6 +64,9 @@ def _momentum_update_reference(
         return
     # Occurrences of one row must follow each other, different rows need not: all first occurrences
     # are done at once, then all second ones, and so on.
+    if features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
+        # A view of the bank would change while it is read.
+        features = features.clone()
     ordered, order = torch.sort(indices, stable=True)
     position = torch.arange(len(ordered), device=ordered.device)
     start = torch.searchsorted(ordered, ordered)
@@ -161,13 +164,9 @@ def momentum_update_(
         _checks.same_device(op, bank=bank, skipped=skipped)
     momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
     eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
-    features = features.detach()
     if not torch.compiler.is_compiling():
         _checks.indices_in_range(op, "indices", indices, bank.shape[0])
-        if features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
-            # A view of the bank would change while it is read.
-            features = features.clone()
-    _momentum_update(bank, features, indices, momentum, eps, skipped)
+    _momentum_update(bank, features.detach(), indices, momentum, eps, skipped)
     return bank
 
 

@@ -21,6 +21,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace dhcl {
 
@@ -64,6 +65,17 @@ inline const float* float_data(const Tensor& t) { return t.const_data_ptr<float>
 inline int64_t* int64_out(const Tensor& t) { return t.mutable_data_ptr<int64_t>(); }
 inline int32_t* int32_out(const Tensor& t) { return t.mutable_data_ptr<int32_t>(); }
 inline float* float_out(const Tensor& t) { return t.mutable_data_ptr<float>(); }
+
+// Whether two contiguous tensors share memory.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const auto bytes = [](const Tensor& t) {
+    const char* begin = static_cast<const char*>(t.const_data_ptr());
+    return std::pair(begin, begin + t.numel() * static_cast<int64_t>(t.element_size()));
+  };
+  const auto [a_begin, a_end] = bytes(a);
+  const auto [b_begin, b_end] = bytes(b);
+  return a_begin < b_end && b_begin < a_end;
+}
 
 // New tensors on the device of another one.
 inline Tensor new_int64(const Tensor& like, int64_t n) {

@@ -190,6 +190,32 @@ def test_update_reading_from_the_bank_itself(device):
     assert same_bits(momentum_update_(bank, bank[:4], indices, 0.2), expected)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_features_may_be_rows_of_the_bank_in_a_compiled_graph(device, backend):
+    bank = unit_rows(12, 36, device=device)
+    indices = torch.tensor([1, 0, 3, 2], device=device)
+
+    def update(bank, indices):
+        return momentum_update_(bank, bank[:4], indices, 0.2)
+
+    expected = momentum_update_(bank.clone(), bank[:4].clone(), indices, 0.2)
+    torch.compiler.reset()
+    assert same_bits(
+        torch.compile(update, fullgraph=True, backend=backend)(bank, indices), expected
+    )
+
+
+@pytest.mark.parametrize("offset", [0, 3, 7])
+def test_the_op_itself_reads_rows_of_the_bank_as_they_were(device, implementation, offset):
+    bank = unit_rows(12, 36, device=device)
+    indices = torch.tensor([4, 3, 5, 4], device=device)
+    rows = bank[offset : offset + 4]
+    expected = bank.clone()
+    call(implementation, "momentum_update_", expected, rows.clone(), indices, 0.2, 0.0, None)
+    call(implementation, "momentum_update_", bank, rows, indices, 0.2, 0.0, None)
+    assert same_bits(bank, expected)
+
+
 def test_update_on_an_unaligned_slice(device):
     """A bank that starts 4 bytes into an allocation cannot be read in 16-byte pieces."""
     storage = unit_rows(1, 10 * 8 + 1, device=device).flatten()
@@ -673,6 +699,22 @@ def test_cupy_in_cupy_out_without_copies():
     assert same_bits(bank, expected)
     means = prototypes(array, cupy.asarray([0, 1, 1, -1, 0, 2]))
     assert isinstance(means, cupy.ndarray)
+
+
+@needs_cuda
+def test_a_cupy_stream_waits_for_what_is_done_to_its_array():
+    cupy = pytest.importorskip("cupy")
+    bank = unit_rows(6, 5, device="cuda")
+    features, indices = batch(6, 4, 5, device="cuda")
+    expected = momentum_update_(bank.clone(), features, indices, 0.2)
+    torch.cuda.synchronize()
+    with cupy.cuda.Stream(non_blocking=True):
+        arrays = [cupy.from_dlpack(each) for each in (bank, features, indices)]
+        torch.cuda._sleep(20_000_000)  # before the update, on torch's stream
+        momentum_update_(*arrays, 0.2)
+        got = arrays[0].copy()
+        arrays[1].fill(0)
+    assert same_bits(torch.from_dlpack(got), expected)
 
 
 # ---- MemoryBank ----

@@ -1,13 +1,18 @@
 """Losses, their gradients and updates of the bank read nothing from a CUDA device."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 import dhcl_ops.contrastive
+import dhcl_ops.memory
 from dhcl_ops import (
     DHCLLoss,
     MemoryBank,
+    _arrays,
     debiased_contrastive_loss,
     momentum_update_,
     suspected_false_negatives,
@@ -121,3 +126,56 @@ def test_the_update_of_rows(there):
     skipped = there.of(torch.zeros(1, dtype=torch.int64))
     with there.unread():
         assert momentum_update_(rows, features, indices, 0.2, skipped=skipped) is rows
+
+
+class CupyArray:
+    """As much of an array of CuPy, which needs a GPU, as the ops look at."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """Tensors that CuPy, whose current stream then waits, was given."""
+    seen = []
+    monkeypatch.setitem(
+        sys.modules, "cupy", types.SimpleNamespace(ndarray=CupyArray, from_dlpack=seen.append)
+    )
+    monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", lambda array: array.tensor)
+    return seen
+
+
+def test_the_stream_of_cupy_waits_for_an_update_of_its_array(there, handed_over, monkeypatch):
+    features, rows, indices = (CupyArray(there.of(each.detach())) for each in case())
+    update = dhcl_ops.memory._momentum_update
+
+    def watched(*arguments):
+        assert not handed_over
+        update(*arguments)
+
+    monkeypatch.setattr(dhcl_ops.memory, "_momentum_update", watched)
+    with there.unread():
+        assert momentum_update_(rows, features, indices, 0.2) is rows
+    assert [tensor.device.type for tensor in handed_over] == ["cuda"]
+
+
+def test_the_stream_of_cupy_waits_for_an_update_that_reads_its_array(there, handed_over):
+    features, rows, indices = case()
+    bank = MemoryBank(12, 10)
+    bank.init(rows)
+    bank.set_labels(LABELS)
+    there.move(bank)
+    features, indices = there.of(features.detach()), there.of(indices)
+    with there.unread():
+        bank.update_(features, indices)
+        assert not handed_over
+        bank.update_(CupyArray(features), indices)
+    assert [tensor.device.type for tensor in handed_over] == ["cuda"]
+
+
+def test_no_stream_waits_for_arrays_on_the_host(handed_over):
+    features, rows, indices = (CupyArray(each.detach()) for each in case())
+    momentum_update_(rows, features, indices, 0.2)
+    assert not handed_over
+    assert _arrays.is_array(rows)
