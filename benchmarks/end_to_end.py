@@ -9,7 +9,8 @@ identities of the network's width instead.
 On CUDA the network is ResNet-50 on 256 x 128 images under bfloat16 autocast, on the CPU the small
 one on 64 x 32 in float32. Neighbours, Jaccard, DBSCAN and the bank's new labels are measured whole.
 The rest is measured for some batches and multiplied by the batches of an epoch; each row says so.
-Times in the rows are those of an epoch.
+Times in the rows are those of an epoch. On CUDA this library's loss and update are replayed from
+graphs, as in the trainer.
 """
 
 from __future__ import annotations
@@ -48,18 +49,32 @@ def both(make: Callable[[], Callable[[], Any]]) -> list[Variant]:
     return [Variant("pytorch reference", make(), context=reference_ops), Variant("dhcl", make())]
 
 
+def method() -> dhcl_ops.DHCLLoss:
+    """The loss of both terms, with the benchmark's settings."""
+    return dhcl_ops.DHCLLoss(kappa=KAPPA, beta=BETA)
+
+
 class Update:
     """Moves a batch's rows of a bank of its own; the first call returns them, for comparison."""
 
     def __init__(
-        self, bank: dhcl_ops.MemoryBank, features: torch.Tensor, indices: torch.Tensor
+        self,
+        bank: dhcl_ops.MemoryBank,
+        features: torch.Tensor,
+        indices: torch.Tensor,
+        replayed: bool = False,
     ) -> None:
-        self.bank, self.features, self.indices = bank, features, indices
+        self.bank, self.indices = bank, indices
+        self.move: Callable[[], None] = lambda: bank.update_(features, indices)
+        if replayed:
+            step = dhcl_ops.GraphedStep(method(), bank, features, indices)
+            step(features, indices)
+            self.move = step.update_
         self.first = True
 
     def __call__(self) -> torch.Tensor | None:
         """Update once."""
-        self.bank.update_(self.features, self.indices)
+        self.move()
         if not self.first:
             return None
         self.first = False
@@ -189,17 +204,28 @@ class Epoch:
         leaf = features.clone().requires_grad_()
 
         def loss() -> tuple[torch.Tensor, ...]:
-            value, _ = dhcl_ops.hybrid_contrastive_loss(
-                leaf, bank, indices, kappa=KAPPA, beta=BETA, return_stats=True
-            )
+            value, _ = method()(leaf, bank, indices, return_stats=True)
             return value.detach(), *torch.autograd.grad(value, leaf)
+
+        def replayed_loss() -> Callable[[], tuple[torch.Tensor, ...]]:
+            step = dhcl_ops.GraphedStep(method(), bank, features, indices)
+
+            def call() -> tuple[torch.Tensor, ...]:
+                value = step(leaf, indices)
+                return value.detach(), *torch.autograd.grad(value, leaf)
+
+            return call
 
         more = {"B": size, "steps": steps}
         network = [Variant("backbone", forward_backward)]
         self.measure("forward-backward", network, times=steps, **more)
-        self.measure("loss", both(lambda: loss), times=steps, **more)
-        update = both(lambda: Update(self.bank(), features, indices))
-        self.measure("bank update", update, times=steps, **more)
+        losses = both(lambda: loss)
+        updates = both(lambda: Update(self.bank(), features, indices))
+        if self.cuda:
+            losses[1] = Variant("dhcl", replayed_loss())
+            updates[1] = Variant("dhcl", Update(self.bank(), features, indices, replayed=True))
+        self.measure("loss", losses, times=steps, **more)
+        self.measure("bank update", updates, times=steps, **more)
         self.total(more)
 
     def total(self, more: dict[str, Any]) -> None:

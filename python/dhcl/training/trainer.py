@@ -262,8 +262,10 @@ class Trainer:
         if self._graphed is not None:
             self._graphed.update_()
             return
-        # In the order of the ranks, so that every process makes the same memory.
-        features, rows = accelerator.gather((features.detach(), rows))
+        features = features.detach()
+        if self.engine.world_size > 1:
+            # In the order of the ranks, so that every process makes the same memory.
+            features, rows = accelerator.gather((features, rows))
         self.bank.update_(features, rows)
 
     def finish_epoch(self) -> None:
