@@ -120,7 +120,6 @@ class Operands:
                 self.format = torch.float16
                 self.scale = _OPERAND_SCALE
         self.narrow = self.format != self.sums
-        self.split = split
         self.weight_scale = WEIGHT_SCALE if self.format == torch.float16 else 1.0
         rows, width = features.shape
         if self.scale != 1.0:
@@ -137,9 +136,8 @@ class Operands:
         # Pieces of products and proxies, and what making them takes.
         per_column += 24 * (rows + width) if split else 0
         self.columns = _columns(columns, per_column, proxies)
-        if self.narrow or split:
-            self._products = None
-        else:
+        self._products = None
+        if not split:
             self._products = torch.empty(rows * self.columns, dtype=self.sums, device=device)
         self._converted = None
         if self.converts:
@@ -159,14 +157,15 @@ class Operands:
                 else:
                     converted.copy_(chunk)
                 chunk = converted
-            if self.split:
+            if self._products is None:
                 products = split_product(self.left, chunk.t())
-            elif self._products is None:
-                products = torch.mm(self.left, chunk.t(), out_dtype=self.sums)
             else:
                 shape = (len(self.left), len(chunk))
                 products = self._products[: shape[0] * shape[1]].view(shape)
-                torch.mm(self.left, chunk.t(), out=products)
+                if self.narrow:
+                    torch.mm(self.left, chunk.t(), out_dtype=self.sums, out=products)
+                else:
+                    torch.mm(self.left, chunk.t(), out=products)
             yield start, products, chunk
 
     def weights(self, columns: int) -> torch.Tensor:

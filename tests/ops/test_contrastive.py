@@ -16,6 +16,7 @@ from dhcl_ops import _ops, debiased_contrastive_loss
 from dhcl_ops import contrastive as module
 from tests import checks
 from tests.conftest import needs_cuda
+from tests.unread import UnreadDevice
 
 OPS = sorted(name for name, op in _ops.OPS.items() if op.family == "contrastive")
 MODES = ("each", "sum", "mean")
@@ -807,6 +808,21 @@ def test_no_allocation_of_the_op_is_larger_than_a_chunk():
     if dhcl_ops.status().how == "reference":
         chunk *= 2
     assert 1 << 20 < max(sizes) <= chunk
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_chunks_of_16_bit_products_take_the_place_of_the_last(fast):
+    """On CUDA, whose products these are; without a GPU its tensors have no values."""
+    there = UnreadDevice()
+    dtype = torch.float32 if fast else torch.bfloat16
+    f, c = there.of(torch.ones(8, 16, dtype=dtype)), there.of(torch.ones(100, 16, dtype=dtype))
+    with there.unread():
+        operands = streaming.Operands(f, c, fast=fast, columns=32)
+        chunks = [products for _, products, _ in operands.chunks()]
+    assert operands.narrow
+    assert [tuple(products.shape) for products in chunks] == [(8, 32)] * 3 + [(8, 4)]
+    assert {products.dtype for products in chunks} == {torch.float32}
+    assert len({products.untyped_storage()._cdata for products in chunks}) == 1
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhcl_ops import camera_neighbours, knn
+from dhcl_ops._products import fp32_sums
 from tests import checks
 from tests.checks import call, same_bits
 from tests.conftest import needs_cuda
+from tests.unread import UnreadDevice
 
 # The name of the module is that of its function.
 knn_module = importlib.import_module("dhcl_ops.knn")
@@ -327,6 +329,40 @@ def test_products_begin_every_row_at_16_bytes(device):
             assert tile.stride(0) % 8 == 0
             exact = features[2:20] @ features[cols].T
             torch.testing.assert_close(tile / p.scale**2, exact, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("queries", [False, True])
+def test_one_tile_at_a_time_and_none_left(monkeypatch, strips, queries):
+    """What the call allocates at its most, and what of it remains."""
+    from torch.profiler import ProfilerActivity, profile
+
+    monkeypatch.setattr(knn_module, "_TILES", {"cpu": (256, 1024)})
+    monkeypatch.setattr(knn_module, "_BY_STRIPS", ("cpu",) if strips else ())
+    features = clustered(3000, 8)
+    others = features[:600] if queries else None
+    knn(features, 4, queries=others)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = knn(features, 4, queries=others)
+    events = seen.profiler.kineto_results.events()
+    steps = [event.nbytes() for event in events if event.name() == "[memory]"]
+    held = np.cumsum(steps)
+    results = sum(t.numel() * t.element_size() for t in found)
+    rows = 600 if queries else 3000
+    capacity = 128 if strips and not queries else 70
+    # A tile, padded; candidates with 8 bytes each; some numbers for each row and feature.
+    limit = 4 * 256 * (1024 + 8) + 8 * capacity * rows + 200 * (rows + 3000)
+    assert limit / 3 < held.max() < limit
+    assert held[-1] <= results + 4096
+
+
+def test_products_on_cuda_are_made_where_they_are_asked_for():
+    there = UnreadDevice()
+    left, right = there.of(torch.ones(4, 8).half()), there.of(torch.ones(8, 6).half())
+    out = there.of(torch.ones(4, 6))
+    with there.unread():
+        assert fp32_sums(left, right, out).untyped_storage()._cdata == out.untyped_storage()._cdata
+        assert fp32_sums(left, right).dtype == torch.float32
 
 
 @pytest.mark.parametrize("queries", [False, True])
