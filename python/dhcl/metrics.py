@@ -32,9 +32,10 @@ def cameras_apart(
 
 
 def check_ranks(ranks: Sequence[int]) -> None:
-    """Raise :class:`dhcl.errors.ConfigError` unless there are ranks, and none below 1."""
-    if not ranks or min(ranks) < 1:
-        raise ConfigError(f"ranks: must be numbers from 1 (got {' '.join(map(str, ranks))})")
+    """Raise :class:`dhcl.errors.ConfigError` unless there are ranks, all from 1 to a million."""
+    if not ranks or min(ranks) < 1 or max(ranks) > 1_000_000:
+        got = " ".join(map(str, ranks)) or "none"
+        raise ConfigError(f"ranks: must be numbers from 1 to 1000000 (got {got})")
 
 
 def by_name(metrics: RankingMetrics, ranks: Sequence[int] = RANKS) -> dict[str, Any]:

@@ -57,6 +57,6 @@ def test_a_table_has_the_ranks_of_its_rows():
 
 def test_ranks_are_checked():
     check_ranks(RANKS)
-    for ranks in ((), (1, 0), (-5,)):
-        with pytest.raises(ConfigError, match="ranks: must be numbers from 1"):
+    for ranks, got in (((), "none"), ((1, 0), "1 0"), ((-5,), "-5"), ((10**7,), "10000000")):
+        with pytest.raises(ConfigError, match=rf"ranks: must be numbers from 1 to .*got {got}\)"):
             check_ranks(ranks)

@@ -503,7 +503,8 @@ class ReID:
             progress: as of :func:`dhcl_ops.cluster`.
 
         Returns:
-            :class:`dhcl_ops.Clustering`; ``labels`` (N,) int64, -1 for images in no cluster.
+            :class:`dhcl_ops.Clustering`; ``labels`` (N,) int64, -1 for images in no cluster. Where
+            identities are known, :func:`dhcl.metrics.agreement` says how well they agree.
 
         Raises:
             DataError: images, as :meth:`features`. ValueError: a number out of range, cameras of

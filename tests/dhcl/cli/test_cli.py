@@ -50,7 +50,7 @@ def test_train_then_eval(pictures, tmp_path, capsys):
     assert head.split("|")[2:5] == ["    mAP ", "  rank1 ", " rank20 "]
     assert f" {100 * stored['last']['rank1']:.1f} " in row
     assert main([*given, "--ranks", "0"]) == 2
-    assert "ranks: must be numbers from 1 (got 0)" in capsys.readouterr().err
+    assert "ranks: must be numbers from 1 to 1000000 (got 0)" in capsys.readouterr().err
 
 
 def test_resume_takes_what_decides_nothing_only(pictures, tmp_path, capsys):

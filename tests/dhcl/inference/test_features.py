@@ -435,7 +435,7 @@ def test_metrics_at_other_ranks_and_with_the_older_average_precision(people, cap
     assert main([*given, *other, "--rerank"]) == 0
     assert "|  rank1 | rank20 |" in capsys.readouterr().out
     assert main([*given, "--ranks", "0"]) == 2
-    assert "dhcl: ranks: must be numbers from 1 (got 0)" in capsys.readouterr().err
+    assert "dhcl: ranks: must be numbers from 1 to 1000000 (got 0)" in capsys.readouterr().err
 
 
 def test_cluster_says_how_well_it_agrees_with_identities_in_the_file(people, capsys):
