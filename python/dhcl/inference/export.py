@@ -23,6 +23,7 @@ from dhcl.files import write_atomic
 from dhcl.inference.reid import OnBad, ReID
 from dhcl.inference.writing import feature_writer
 from dhcl.models import MIN_IMAGES, CameraBatchNorm, ReIDModel
+from dhcl.models.norms import FollowedBatchNorm
 from dhcl.models.tensors import safetensors_bytes
 from dhcl.words import first_line
 
@@ -113,8 +114,11 @@ def plain_model(model: ReIDModel, camera: int | None = None) -> ReIDModel:
     return plain
 
 
-class _PlainBatchNorm(_BatchNorm):
+class _PlainBatchNorm(FollowedBatchNorm):
     """Batch norm of (B, F) and of (B, F, H, W)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.followed(super().forward(input))
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         pass
@@ -131,6 +135,7 @@ def _make_plain(module: nn.Module, camera: int | None) -> None:
 def _plain_norm(norm: CameraBatchNorm, camera: int | None) -> _BatchNorm:
     plain = _PlainBatchNorm(norm.num_features, norm.eps)
     plain.weight, plain.bias = norm.weight, norm.bias
+    plain.follow_as(norm)
     mean, var = norm.running_mean, norm.running_var
     if camera is not None:
         images = int(norm.camera_images[camera])

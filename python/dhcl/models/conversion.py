@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dhcl.models.norms import CameraBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d
+from dhcl.models.norms import (
+    CameraBatchNorm,
+    FollowedBatchNorm,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+)
 
 __all__ = ["calibrate", "camera_batch_norm", "ghost_batch_norm"]
 
 
-def _replace(module: nn.Module, make: Callable[[_BatchNorm], _BatchNorm]) -> nn.Module:
+def _replace(module: nn.Module, make: Callable[[_BatchNorm], FollowedBatchNorm]) -> nn.Module:
     """``module`` with every batch norm replaced; parameters and running statistics carry over."""
     if isinstance(module, _BatchNorm):
-        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d) or not (
+        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d) or not (
             module.affine and module.track_running_stats
         ):
             raise ValueError(
-                "batch norm over groups: only plain BatchNorm1d/2d layers with parameters and "
-                f"running statistics can be replaced (got {module!r})"
+                "batch norm over groups: only plain BatchNorm1d/2d layers, and timm's with an "
+                "activation, with parameters and running statistics can be replaced "
+                f"(got {module!r})"
             )
         new = make(module).to(module.weight.device)
+        if isinstance(module, BatchNormAct2d):
+            new.follow_as(module)
         new.weight, new.bias = module.weight, module.bias
         new.load_state_dict(module.state_dict(), strict=False)
         return new.train(module.training)
@@ -35,7 +44,7 @@ def _replace(module: nn.Module, make: Callable[[_BatchNorm], _BatchNorm]) -> nn.
 def ghost_batch_norm(module: nn.Module, samples_per_bn: int) -> nn.Module:
     """Replace every batch norm in ``module`` by a ghost batch norm with the same parameters."""
 
-    def make(norm: _BatchNorm) -> _BatchNorm:
+    def make(norm: _BatchNorm) -> FollowedBatchNorm:
         kind = GhostBatchNorm2d if isinstance(norm, nn.BatchNorm2d) else GhostBatchNorm1d
         return kind(norm.num_features, samples_per_bn, norm.eps, norm.momentum or 0.1)
 

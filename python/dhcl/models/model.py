@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import cast
@@ -14,7 +15,7 @@ from torch import nn
 from dhcl.models.backbones import Backbone, make_backbone
 from dhcl.models.conversion import camera_batch_norm, ghost_batch_norm
 from dhcl.models.neck import Pool, checked_pooling
-from dhcl.models.norms import using_cameras
+from dhcl.models.norms import FollowedBatchNorm, using_cameras
 from dhcl.models.weights import LoadReport, chosen_state, load_into, read_states, strip_prefixes
 from dhcl.words import show
 
@@ -124,7 +125,8 @@ def build_model(
     Args:
         backbone: ``small`` (8 convolutions, for CPUs and small images), a residual network of
             torchvision (last stride 1), ``resnet50_ibn_a`` or ``resnet101_ibn_a``, ``vit_small``,
-            ``vit_base`` (16 x 16 patches), or ``timm:<name>``.
+            ``vit_base`` (16 x 16 patches), or ``timm:<name>`` (last stride 1 where convolutions or
+            poolings halve the maps last; the description says so).
         pretrained: load the ImageNet weights of the library; ``small`` has none and starts from
             random numbers all the same.
         weights: a file to load instead (.pth, .pt, .safetensors), of the backbone, of a whole
@@ -166,6 +168,8 @@ def build_model(
         model.num_cameras = num_cameras
     elif samples_per_bn:
         ghost_batch_norm(model, samples_per_bn)
+    if num_cameras or samples_per_bn:
+        _check_norms(model, backbone, image_size)
     if weights is not None:
         # After the norms are replaced: a file of a whole model has statistics per camera too.
         part, state = chosen_state(read_states(weights), model.backbone)
@@ -215,6 +219,34 @@ def _load_pretrained(model: ReIDModel, parts: Backbone) -> str:
 
 
 @torch.no_grad()
+def _check_norms(model: ReIDModel, name: str, image_size: tuple[int, int]) -> None:
+    """Refuse norms over something else than images, whose groups would be others than theirs."""
+    images = 3
+    wrong: list[str] = []
+
+    def look(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].dim() not in (2, 4) or len(inputs[0]) != images:
+            wrong.append(f"{type(norm).__name__} of {tuple(inputs[0].shape)}")
+
+    norms = [m for m in model.backbone.modules() if isinstance(m, FollowedBatchNorm)]
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    model.eval()
+    try:
+        model.maps(torch.zeros(images, 3, *image_size))
+    except ValueError as error:
+        wrong.append(str(error))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train()
+    if wrong:
+        raise ValueError(
+            f"batch norm over groups: {name} has batch norms over other rows than images, which "
+            f"can't be grouped by camera or by chunk (got {wrong[0]} for {images} images)"
+        )
+
+
+@torch.no_grad()
 def _check_size(model: ReIDModel, parts: Backbone, image_size: tuple[int, int]) -> None:
     """Pass one image through, to know the size of the maps and that there is one."""
     model.eval()
@@ -227,8 +259,12 @@ def _check_size(model: ReIDModel, parts: Backbone, image_size: tuple[int, int]) 
     if out.dim() == 4:
         model._grid = (out.shape[2], out.shape[3])
     else:
+        patches = out.shape[1] - (parts.prefix_tokens or 0)
         grid = getattr(getattr(parts.module, "patch_embed", None), "grid_size", None)
-        model._grid = tuple(grid) if grid else (1, out.shape[1] - (parts.prefix_tokens or 0))
+        # Networks that merge patches have fewer in the end.
+        model._grid = (1, patches)
+        if isinstance(grid, tuple) and math.prod(grid) == patches:
+            model._grid = (int(grid[0]), int(grid[1]))
     if model.pool is not None and model.pool.halves and model._grid[0] < 2:
         raise ValueError(
             f"pooling: halves need maps of 2 rows, {parts.name} has {model._grid[0]} at "

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 __all__ = [
     "MIN_IMAGES",
     "CameraBatchNorm",
+    "FollowedBatchNorm",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "using_cameras",
@@ -138,10 +139,27 @@ def _check_input(norm: _BatchNorm, x: torch.Tensor) -> None:
         )
 
 
+class FollowedBatchNorm(_BatchNorm):
+    """A batch norm that may stand in for one of timm with dropout and an activation in it."""
+
+    def follow_as(self, norm: nn.Module) -> None:
+        """Do after the norm what this layer does after it, under the same names."""
+        for name in ("drop", "act"):
+            if isinstance(part := getattr(norm, name, None), nn.Module):
+                setattr(self, name, part)
+
+    def followed(self, x: torch.Tensor) -> torch.Tensor:
+        """What comes after the norm."""
+        for name in ("drop", "act"):
+            if (part := self._modules.get(name)) is not None:
+                x = part(x)
+        return x
+
+
 # ---- chunks -------------------------------------------------------------------------------------
 
 
-class _GhostBatchNorm(_BatchNorm):
+class _GhostBatchNorm(FollowedBatchNorm):
     def __init__(
         self, num_features: int, samples_per_bn: int, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
@@ -154,7 +172,7 @@ class _GhostBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         _check_input(self, x)
         if not self.training or len(x) <= self.samples_per_bn + 1:
-            return super().forward(x)
+            return self.followed(super().forward(x))
         chunks, rest = divmod(len(x), self.samples_per_bn)
         chunks += rest > 1
         index = torch.arange(len(x), device=x.device) // self.samples_per_bn
@@ -170,7 +188,7 @@ class _GhostBatchNorm(_BatchNorm):
             for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
                 assert running is not None
                 running += step * (new.mean(0) - running)
-        return _normalise(x, mean, var, groups.index, self)
+        return self.followed(_normalise(x, mean, var, groups.index, self))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, samples_per_bn={self.samples_per_bn}"
@@ -215,7 +233,7 @@ def using_cameras(cameras: torch.Tensor, num_cameras: int) -> Iterator[None]:
         _CAMERAS.reset(token)
 
 
-class CameraBatchNorm(_BatchNorm):
+class CameraBatchNorm(FollowedBatchNorm):
     """Batch norm with statistics per camera and shared affine parameters.
 
     Takes (B, F) or (B, F, H, W). The camera of each image comes from :func:`using_cameras`; outside
@@ -308,7 +326,7 @@ class CameraBatchNorm(_BatchNorm):
         assert self.running_var is not None
         if not self.training:
             general = (self.running_mean.double(), self.running_var.double())
-            return _normalise(x, *self._running(general), groups.index, self)
+            return self.followed(_normalise(x, *self._running(general), groups.index, self))
         image_mean, image_var = _image_moments(x)
         mean, var = _group_moments(image_mean, image_var, groups)
         all_mean = image_mean.mean(0)
@@ -318,7 +336,7 @@ class CameraBatchNorm(_BatchNorm):
         use_mean, use_var = torch.where(enough, mean, old_mean), torch.where(enough, var, old_var)
         with torch.no_grad():
             self._update(groups, mean, var, all_mean, all_var)
-        return _normalise(x, use_mean, use_var, groups.index, self)
+        return self.followed(_normalise(x, use_mean, use_var, groups.index, self))
 
     def _update(
         self,
