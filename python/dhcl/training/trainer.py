@@ -571,7 +571,10 @@ class Trainer:
                 "to go on, the data must be as it was"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
+            group["fused"] = own["fused"]  # how it computes is this run's, not the checkpoint's
+        self.optimizer.load_state_dict(saved)
         if state["scaler"]:
             self.engine.accelerator.scaler.load_state_dict(state["scaler"])
         self.bank = self._new_bank(len(state["bank"]["features"]))

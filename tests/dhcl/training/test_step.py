@@ -146,6 +146,30 @@ def test_a_loss_that_is_not_finite_is_named_before_a_checkpoint(
     assert all(map(math.isfinite, at["totals"]))
 
 
+def test_a_run_whose_adam_was_not_fused_goes_on_with_one_that_is(pictures, tmp_path):
+    """As runs in fp16 were, before the scaler could skip a step without a look."""
+    config = options(pictures, tmp_path / "run", epochs=1)
+    trainer = make_trainer(config)
+    trainer.fit()
+    state = load_checkpoint(trainer.checkpoint)
+    assert not state["optimizer"]["param_groups"][0]["fused"]
+    learned = [p for p in trainer.model.parameters() if p.requires_grad]
+    fused = torch.optim.Adam(learned, 1e-3, fused=True)
+    trainer.optimizer = trainer.engine.accelerator.prepare(fused)
+    trainer._restore(state)
+    trainer.log.close()
+    # What the scaler of fp16 hands over, which other forms of Adam refuse.
+    fused.grad_scale, fused.found_inf = torch.ones(()), torch.ones(())
+    before = [p.detach().clone() for p in learned]
+    for parameter in learned:
+        parameter.grad = torch.ones_like(parameter)
+    fused.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, learned, strict=True))
+    fused.found_inf = torch.zeros(())
+    fused.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, learned, strict=True))
+
+
 # ---- replayed steps -----------------------------------------------------------------------------
 
 
