@@ -125,8 +125,8 @@ def test_moved_data_are_told_from_others_by_the_training_images(tree, tmp_path, 
     told = []
 
     class Watched(Evaluator):
-        def __init__(self, *given, same_cameras):
-            super().__init__(*given, same_cameras=same_cameras)
+        def __init__(self, *given, same_cameras, **others):
+            super().__init__(*given, same_cameras=same_cameras, **others)
             told.append(same_cameras)
 
     monkeypatch.setattr(dhcl.training.runs, "Evaluator", Watched)
