@@ -21,8 +21,12 @@
 
 namespace dhcl {
 
-// Elements of work below which waking another thread costs more than it saves.
-constexpr int64_t kParallelElements = 1 << 18;
+// Elements of work below which waking another thread costs more than it saves. Tests of threads
+// lower it.
+#ifndef DHCL_PARALLEL_ELEMENTS
+#define DHCL_PARALLEL_ELEMENTS (1 << 18)
+#endif
+constexpr int64_t kParallelElements = DHCL_PARALLEL_ELEMENTS;
 
 // Runs body(task) for every task in [0, tasks) on torch's threads; a thread that is done takes the
 // next block of tasks, so that tasks of uneven size keep all threads busy. elements is the whole
