@@ -210,6 +210,21 @@ def test_halves(kernels, d, offset):
     assert same_bits(got[1], expected[1])
 
 
+@pytest.mark.parametrize("name", ["knn_select_", "knn_select_both_", "knn_rank_"])
+def test_the_sample_has_the_bits_of_the_reference(kernels, name):
+    """As the doctor compares them on a GPU; whole states, not only what they keep."""
+    ours, expected = (_ops.OPS[name].sample(torch.device("cpu")) for _ in range(2))
+    host_ops = {"knn_select_": host_select, "knn_select_both_": host_select_both}
+    if name in host_ops:
+        host_ops[name](kernels, ours[:4], *ours[4:])
+    else:
+        host_rank(kernels, *ours)
+    call("reference", name, *expected)
+    for got, wanted in zip(ours, expected, strict=True):
+        if isinstance(got, torch.Tensor):
+            assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("d", [0, 1, 3, 127, 128, 132, 517])
 def test_scores(kernels, d):
     features, queries = clustered(9, d, unit=False), clustered(3, d, seed=1, unit=False)
