@@ -287,6 +287,8 @@ def metrics(given: MetricsArguments) -> None:
         )
     if given.json:
         say(json.dumps(rows, indent=1))
+        if kept:
+            print(f"hint: {kept}", file=sys.stderr)
         return
     say(table(rows))
     valid = rows["features"]["queries"]

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ImageList", "Integers", "ReIDData", "identifier", "image_list"]
+__all__ = [
+    "ImageList",
+    "Integers",
+    "ReIDData",
+    "identifier",
+    "image_list",
+    "matches_across_cameras",
+]
 
 Integers = NDArray[np.int64]
 
@@ -94,6 +101,25 @@ def identifier(text: str | None) -> int | str:
     return int(digits) if re.fullmatch(r"-?[0-9]{1,18}", digits) else text
 
 
+def matches_across_cameras(
+    query_ids: Integers, gallery_ids: Integers, query_cameras: Integers, gallery_cameras: Integers
+) -> bool:
+    """Whether some query has a right match that another, or an unknown, camera saw.
+
+    Args:
+        query_ids, gallery_ids: (Q,) and (G,) int64, -1 for junk or unknown.
+        query_cameras, gallery_cameras: (Q,) and (G,) int64, negative for unknown.
+    """
+    people = Counter(gallery_ids.tolist())
+    own = Counter(zip(gallery_ids.tolist(), gallery_cameras.tolist(), strict=True))
+    queries = zip(query_ids.tolist(), query_cameras.tolist(), strict=True)
+    return any(
+        people[one] > (own[one, camera] if camera >= 0 else 0)
+        for one, camera in queries
+        if one >= 0
+    )
+
+
 @dataclass
 class ReIDData:
     """A data set: what to train on, and, where there is any, what to evaluate on.
@@ -126,14 +152,8 @@ class ReIDData:
     @property
     def across_cameras(self) -> bool:
         """Whether some query has a right match that another, or an unknown, camera saw."""
-        people = Counter(self.gallery.ids.tolist())
-        own = Counter(zip(self.gallery.ids.tolist(), self.gallery.cameras.tolist(), strict=True))
-        queries = zip(self.query.ids.tolist(), self.query.cameras.tolist(), strict=True)
-        return any(
-            people[one] > (own[one, camera] if camera >= 0 else 0)
-            for one, camera in queries
-            if one >= 0
-        )
+        query, gallery = self.query, self.gallery
+        return matches_across_cameras(query.ids, gallery.ids, query.cameras, gallery.cameras)
 
     def compared(self) -> tuple[ImageList, ImageList]:
         """Query and gallery as evaluation takes them.

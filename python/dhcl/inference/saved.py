@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from dhcl.data.lists import matches_across_cameras
 from dhcl.errors import ConfigError
 from dhcl.files import write_atomic
 from dhcl.inference.features import Features, common_numbers
@@ -91,8 +92,8 @@ def evaluate_saved(
     check_ranks(ranks)
     labels = _both("ids", query, gallery, needed=True)
     cameras = _both("cameras", query, gallery)
-    why = _kept_own_cameras(cameras)
-    if cameras:
+    why = _kept_own_cameras(labels, cameras)
+    if not why:
         labels += cameras_apart(*cameras)
     cosine = metric == "cosine"
     pair = (query.unit(), gallery.unit()) if cosine else (query.values, gallery.values)
@@ -105,13 +106,15 @@ def evaluate_saved(
     return rows, why
 
 
-def _kept_own_cameras(cameras: list[torch.Tensor]) -> str:
+def _kept_own_cameras(ids: list[torch.Tensor], cameras: list[torch.Tensor]) -> str:
     """Why matches in the query's own camera are not left out, or nothing if they are."""
     known = [column[column >= 0].unique() for column in cameras]
     if not all(len(names) for names in known) or not known:
         return "no cameras are known, so none is left out"
     if not torch.isin(*known).any():
         return "no camera of the queries is one of the gallery's, so none is left out"
+    if not matches_across_cameras(*(column.numpy() for column in (*ids, *cameras))):
+        return "none has one in another camera, so those within the camera count"
     return ""
 
 

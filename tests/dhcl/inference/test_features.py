@@ -366,6 +366,30 @@ def test_metrics_say_where_no_camera_is_on_both_sides(people, capsys):
     pair = ["--query", str(people / "north.npz"), "--gallery", str(people / "gallery.npz")]
     assert main(["metrics", *pair]) == 0
     assert "no camera of the queries is one of the gallery's" in capsys.readouterr().out
+    assert main(["metrics", *pair, "--json"]) == 0
+    assert "no camera of the queries is one of the gallery's" in capsys.readouterr().err
+
+
+def test_metrics_of_one_camera_are_within_it(people, capsys):
+    import json
+
+    def measured(cameras):
+        pair = []
+        for name in ("query", "gallery"):
+            with np.load(people / f"{name}.npz") as file:
+                content = {key: value for key, value in file.items() if key != "cameras"}
+            if cameras:
+                content["cameras"] = np.full(len(content["ids"]), "north")
+            np.savez(people / f"{name} one.npz", **content)
+            pair += [f"--{name}", str(people / f"{name} one.npz")]
+        assert main(["metrics", *pair, "--json"]) == 0
+        said = capsys.readouterr()
+        return json.loads(said.out), said.err
+
+    expected, _ = measured(False)
+    found, hint = measured(True)
+    assert found == expected
+    assert "those within the camera count" in hint
 
 
 def test_rerank_of_saved_features(people, capsys):
