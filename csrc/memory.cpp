@@ -210,16 +210,30 @@ void normalize_class(const SegmentMeanParams& p, int64_t k, std::vector<A>& scra
 constexpr int64_t kGiantClass = 4096;
 constexpr int64_t kGiantSlice = 256;
 
+// The class that an entry of the list names.
+int64_t listed_class(const SegmentMeanParams& p, int64_t entry) {
+  constexpr const char* op = "update_segment_mean_";
+  int64_t k = p.listed[entry];
+  if (p.class_of != nullptr) {
+    check(k >= 0 && k < p.num_rows, op, ": rows must be in [0, ", p.num_rows, ") (got ", k, ")");
+    k = p.class_of[k];
+  }
+  check(k >= 0 && k < p.num_classes, op, ": classes must be in [0, ", p.num_classes, ") (got ", k,
+        ")");
+  return k;
+}
+
 template <typename T, typename A>
 void mean_of_classes(const SegmentMeanParams& p) {
   std::vector<int64_t> small, giant;
   const auto place = [&](int64_t k) {
     (p.offsets[k + 1] - p.offsets[k] < kGiantClass ? small : giant).push_back(k);
   };
-  if (p.classes == nullptr) {
+  if (p.listed == nullptr) {
     for (int64_t k = 0; k < p.num_classes; ++k) place(k);
   } else {
-    std::vector<int64_t> listed(p.classes, p.classes + p.num_listed);
+    std::vector<int64_t> listed(p.num_listed);
+    for (int64_t i = 0; i < p.num_listed; ++i) listed[i] = listed_class(p, i);
     std::sort(listed.begin(), listed.end());
     listed.erase(std::unique(listed.begin(), listed.end()), listed.end());
     for (const int64_t k : listed) place(k);
@@ -250,12 +264,7 @@ void mean_of_classes(const SegmentMeanParams& p) {
 }
 
 void run_segment_mean(const SegmentMeanParams& p) {
-  if (p.classes != nullptr)
-    for (int64_t i = 0; i < p.num_listed; ++i)
-      check(p.classes[i] >= 0 && p.classes[i] < p.num_classes,
-            "update_segment_mean_: classes must be in [0, ", p.num_classes, ") (got ", p.classes[i],
-            ")");
-  if (p.num_listed == 0 || p.dim == 0) return;
+  if ((p.listed == nullptr ? p.num_classes : p.num_listed) == 0 || p.dim == 0) return;
   switch (p.dtype) {
     case Dtype::kFloat16:
       return mean_of_classes<Half, float>(p);
@@ -370,8 +379,9 @@ void check_segments(const char* op, const Tensor& rows, const Tensor& members,
 }
 
 template <typename Device>
-void update_means(const Tensor& means, const Tensor& rows, const Tensor& members,
-                  const Tensor& offsets, const std::optional<Tensor>& classes, bool normalize) {
+void update_segment_mean(const Tensor& means, const Tensor& rows, const Tensor& members,
+                         const Tensor& offsets, const std::optional<Tensor>& classes,
+                         bool normalize, const std::optional<Tensor>& class_of) {
   constexpr const char* op = "update_segment_mean_";
   check_segments(op, rows, members, offsets);
   check_rank(op, "means", means, 2);
@@ -383,22 +393,30 @@ void update_means(const Tensor& means, const Tensor& rows, const Tensor& members
   const Tensor r = torch::stable::contiguous(rows);
   const Tensor m = torch::stable::contiguous(members);
   const Tensor o = torch::stable::contiguous(offsets);
-  std::optional<Tensor> c;
+  SegmentMeanParams p{};
+  std::optional<Tensor> listed, owners;
   if (classes.has_value()) {
     check_rank(op, "classes", *classes, 1);
     check_int64(op, "classes", *classes);
-    c = torch::stable::contiguous(*classes);
+    listed = torch::stable::contiguous(*classes);
+    // An empty list has no address, and null means "all": nothing to do, then.
+    if (listed->size(0) == 0) return;
+    p.listed = int64_data(*listed);
+    p.num_listed = listed->size(0);
   }
-  SegmentMeanParams p{};
+  if (class_of.has_value()) {
+    check_int64(op, "class_of", *class_of);
+    check(class_of->dim() == 1 && class_of->size(0) == rows.size(0), op, ": class_of must have ",
+          rows.size(0), " elements (got ", class_of->numel(), ")");
+    owners = torch::stable::contiguous(*class_of);
+    p.class_of = int64_data(*owners);
+  }
   p.means = means.mutable_data_ptr();
   p.rows = r.const_data_ptr();
   p.members = int64_data(m);
   p.offsets = int64_data(o);
-  // An empty list has no address, and null means "all": nothing to do, then.
-  if (c.has_value() && c->size(0) == 0) return;
-  p.classes = c.has_value() ? int64_data(*c) : nullptr;
+  p.num_rows = r.size(0);
   p.num_classes = o.size(0) - 1;
-  p.num_listed = c.has_value() ? c->size(0) : p.num_classes;
   p.dim = r.size(1);
   p.normalize = normalize;
   p.dtype = dtype_of(op, "rows", r, true);
@@ -408,14 +426,8 @@ void update_means(const Tensor& means, const Tensor& rows, const Tensor& members
 template <typename Device>
 Tensor segment_mean(const Tensor& rows, const Tensor& members, const Tensor& offsets) {
   Tensor means = torch::stable::new_empty(rows, {offsets.size(0) - 1, rows.size(1)});
-  update_means<Device>(means, rows, members, offsets, std::nullopt, false);
+  update_segment_mean<Device>(means, rows, members, offsets, std::nullopt, false, std::nullopt);
   return means;
-}
-
-template <typename Device>
-void update_segment_mean(const Tensor& means, const Tensor& rows, const Tensor& members,
-                         const Tensor& offsets, const Tensor& classes, bool normalize) {
-  update_means<Device>(means, rows, members, offsets, classes, normalize);
 }
 
 template <typename Device>

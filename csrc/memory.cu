@@ -1,9 +1,9 @@
 // CUDA kernels of the memory bank.
 //
 // All are bound by memory: a momentum update reads a bank row and a feature row and writes the bank
-// row (12 bytes per element in fp32), a prototype reads each member row once. One warp owns one
-// output row (or a 128-column slice of it) and nobody else writes there, so there are no atomics on
-// floats and the result has the same bits every time.
+// row (12 bytes per element in fp32), a prototype reads each member row once. One block or warp
+// owns one output row (or a 128-column slice of it) and nobody else writes there, so there are no
+// atomics on floats and the result has the same bits every time.
 #include "common/device.h"
 #include "memory.h"
 
@@ -11,109 +11,174 @@ namespace dhcl {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
-// Batch positions whose indices one block stages in shared memory: 32 KiB.
-constexpr int64_t kChunk = 4096;
 
-// v = m * old + (1 - m) * f, four columns.
-template <bool kAligned, typename BankT, typename FeatureT>
-__device__ __forceinline__ void mix4(const BankT* bank_row, const FeatureT* feature_row,
-                                     int64_t col, int64_t d, float m, float one_minus_m,
-                                     float (&v)[4]) {
-  BankT old[4];
-  FeatureT f[4];
-  load4<kAligned>(bank_row, col, d, old);
-  load4<kAligned>(feature_row, col, d, f);
-#pragma unroll
-  for (int c = 0; c < 4; ++c)
-    v[c] = add_rn(mul_rn(m, to_float(old[c])), mul_rn(one_minus_m, to_float(f[c])));
+// ---- momentum update
+
+// A block per batch position. Thread c has the elements c, c + 128, .. of its row, which are those
+// of column c of the sum, so a batch of 256 brings 32,768 threads and their loads go out together.
+constexpr int kUpdateThreads = static_cast<int>(kSumColumns);
+// Elements of a row that a thread keeps in registers; longer rows are read twice.
+constexpr int kHeld = 16;
+// Batch positions of one launch: every block looks at all of them.
+constexpr int64_t kChunk = 1024;
+
+// The first position from `from` on whose bit is set, or count.
+__device__ __forceinline__ int next_position(const unsigned* named, int from, int count) {
+  for (int word = from / kWarp; word * kWarp < count; ++word) {
+    unsigned bits = named[word];
+    if (word == from / kWarp) bits &= ~0u << (from % kWarp);
+    if (bits != 0) return word * kWarp + __ffs(static_cast<int>(bits)) - 1;
+  }
+  return count;
 }
 
-// One warp per batch position. The warp of a row's first occurrence in the chunk applies all its
-// occurrences in batch order; the others leave. Chunks are launches of their own, one after another
-// on the stream, so order holds across them too.
-template <bool kAligned, typename BankT, typename FeatureT>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    momentum_update_kernel(BankT* bank, const FeatureT* __restrict__ features,
-                           const int64_t* __restrict__ indices, int64_t* skipped, int64_t num_rows,
-                           int count, int64_t d, float m, float one_minus_m, float eps) {
-  DHCL_DYNAMIC_SHARED(int64_t, rows);
-  const int lane = threadIdx.x;
-  for (int i = threadIdx.y * kWarp + lane; i < count; i += kWarp * kWarpsPerBlock)
-    rows[i] = indices[i];
+// The norm from the threads' columns, in the order of sums.h; every thread gets it. Two of
+// `columns` in turn spare a second barrier.
+__device__ __forceinline__ float norm_of_columns(float own, float* columns) {
+  columns[threadIdx.x] = own;
   __syncthreads();
-  const int position = static_cast<int>(blockIdx.x) * kWarpsPerBlock + threadIdx.y;
-  if (position >= count) return;
-  const int64_t row = rows[position];
-  DHCL_DEVICE_ASSERT(row >= 0 && row < num_rows,
-                     "momentum_update_: indices must be in [0, %lld) (got %lld at batch position "
-                     "%d)\n",
-                     static_cast<long long>(num_rows), static_cast<long long>(row), position);
-  bool seen = false;
-  for (int i = lane; i < position; i += kWarp) seen |= rows[i] == row;
-  if (__any_sync(kFullWarp, seen)) return;
+  const int c = lane_id();
+  float sum = add_rn(add_rn(columns[c], columns[c + 64]), add_rn(columns[c + 32], columns[c + 96]));
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    sum = add_rn(sum, __shfl_xor_sync(kFullWarp, sum, offset));
+  return sqrt_rn(sum);
+}
 
-  BankT* bank_row = bank + row * d;
-  for (int base = position; base < count; base += kWarp) {
-    unsigned occurrences =
-        __ballot_sync(kFullWarp, base + lane < count && rows[base + lane] == row);
-    while (occurrences != 0) {
-      const int occurrence = base + __ffs(static_cast<int>(occurrences)) - 1;
-      occurrences &= occurrences - 1;
-      const FeatureT* feature_row = features + occurrence * d;
-      float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-      for (int64_t col = 4 * lane; col < d; col += kSumColumns) {
-        float v[4];
-        mix4<kAligned>(bank_row, feature_row, col, d, m, one_minus_m, v);
+__device__ __forceinline__ bool usable(float norm, float divisor) {
+  return isfinite(norm) && divisor > 0.0f;
+}
+
+__device__ __forceinline__ void count_skipped(int64_t* skipped) {
+  if (threadIdx.x == 0 && skipped != nullptr) add_to(skipped, 1);
+}
+
+template <typename T>
+__device__ __forceinline__ void load_own(const T* row, int64_t d, T (&own)[kHeld]) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) squares[c] = add_rn(squares[c], mul_rn(v[c], v[c]));
-      }
-      const float norm = sqrt_rn(fold_columns(squares));
-      const float divisor = fmaxf(norm, eps);
-      if (!(isfinite(norm) && divisor > 0.0f)) {
-        if (lane == 0 && skipped != nullptr)
-          atomicAdd(reinterpret_cast<unsigned long long*>(skipped), 1ull);
-        continue;
-      }
-      // The mixed row is computed again rather than kept: its inputs are in L1 by now, and d is not
-      // bounded by registers.
-#pragma unroll 4
-      for (int64_t col = 4 * lane; col < d; col += kSumColumns) {
-        float v[4];
-        BankT out[4];
-        mix4<kAligned>(bank_row, feature_row, col, d, m, one_minus_m, v);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) out[c] = from_float<BankT>(div_rn(v[c], divisor));
-        store4<kAligned>(bank_row, col, d, out);
-      }
-    }
+  for (int s = 0; s < kHeld; ++s) {
+    const int64_t j = threadIdx.x + s * kSumColumns;
+    own[s] = j < d ? row[j] : from_float<T>(0.0f);
   }
+}
+
+// Applies the occurrences of a row of at most kHeld * 128 elements. It stays in registers from the
+// first to the last, and the next feature is on its way while a norm is summed up.
+template <typename BankT, typename FeatureT>
+__device__ __forceinline__ void update_held_row(const MomentumParams& p, BankT* bank_row,
+                                                const FeatureT* features, const unsigned* named,
+                                                int first, int count, float (*columns)[kSumColumns],
+                                                FeatureT (&feature)[kHeld]) {
+  BankT row[kHeld];
+  load_own(bank_row, p.dim, row);
+  bool moved = false;
+  int buffer = 0;
+  for (int at = first; at < count; buffer ^= 1) {
+    float mixed[kHeld];
+    float own = 0.0f;
+#pragma unroll
+    for (int s = 0; s < kHeld; ++s) {
+      mixed[s] = add_rn(mul_rn(p.momentum, to_float(row[s])),
+                        mul_rn(p.one_minus_momentum, to_float(feature[s])));
+      own = add_rn(own, mul_rn(mixed[s], mixed[s]));
+    }
+    at = next_position(named, at + 1, count);
+    if (at < count) load_own(features + at * p.dim, p.dim, feature);
+    const float norm = norm_of_columns(own, columns[buffer]);
+    const float divisor = fmaxf(norm, p.eps);
+    if (!usable(norm, divisor)) {
+      count_skipped(p.skipped);
+      continue;
+    }
+    moved = true;
+#pragma unroll
+    for (int s = 0; s < kHeld; ++s)
+      if (threadIdx.x + s * kSumColumns < p.dim)
+        row[s] = from_float<BankT>(div_rn(mixed[s], divisor));
+  }
+  if (!moved) return;
+#pragma unroll
+  for (int s = 0; s < kHeld; ++s) {
+    const int64_t j = threadIdx.x + s * kSumColumns;
+    if (j < p.dim) bank_row[j] = row[s];
+  }
+}
+
+// The same for rows of any length: the mixed row is computed again rather than kept.
+template <typename BankT, typename FeatureT>
+__device__ __forceinline__ void update_long_row(const MomentumParams& p, BankT* bank_row,
+                                                const FeatureT* features, const unsigned* named,
+                                                int first, int count,
+                                                float (*columns)[kSumColumns]) {
+  int buffer = 0;
+  for (int at = first; at < count; at = next_position(named, at + 1, count), buffer ^= 1) {
+    const FeatureT* feature = features + at * p.dim;
+    const auto mixed = [&](int64_t j) {
+      return add_rn(mul_rn(p.momentum, to_float(bank_row[j])),
+                    mul_rn(p.one_minus_momentum, to_float(feature[j])));
+    };
+    float own = 0.0f;
+#pragma unroll 8
+    for (int64_t j = threadIdx.x; j < p.dim; j += kUpdateThreads) {
+      const float v = mixed(j);
+      own = add_rn(own, mul_rn(v, v));
+    }
+    const float norm = norm_of_columns(own, columns[buffer]);
+    const float divisor = fmaxf(norm, p.eps);
+    if (!usable(norm, divisor)) {
+      count_skipped(p.skipped);
+      continue;
+    }
+#pragma unroll 8
+    for (int64_t j = threadIdx.x; j < p.dim; j += kUpdateThreads)
+      bank_row[j] = from_float<BankT>(div_rn(mixed(j), divisor));
+  }
+}
+
+// The block of a row's first occurrence among the positions [start, start + count) applies all of
+// them in batch order; the others leave. Chunks are launches of their own, one after another on the
+// stream, so order holds across them too.
+template <bool kFits, typename BankT, typename FeatureT>
+__global__ void __launch_bounds__(kUpdateThreads)
+    momentum_update_kernel(const MomentumParams p, int64_t start, int count) {
+  __shared__ unsigned named[kChunk / kWarp];
+  __shared__ float columns[2][kSumColumns];
+  const int position = static_cast<int>(blockIdx.x);
+  const int64_t* indices = p.indices + start;
+  const auto* features = static_cast<const FeatureT*>(p.features) + start * p.dim;
+  const int64_t row = indices[position];
+  DHCL_DEVICE_ASSERT(row >= 0 && row < p.num_rows,
+                     "momentum_update_: indices must be in [0, %lld) (got %lld at batch position "
+                     "%lld)\n",
+                     static_cast<long long>(p.num_rows), static_cast<long long>(row),
+                     static_cast<long long>(start + position));
+  FeatureT feature[kHeld];
+  if (kFits) load_own(features + position * p.dim, p.dim, feature);
+  for (int base = 0; base < count; base += kUpdateThreads) {
+    const int i = base + static_cast<int>(threadIdx.x);
+    const unsigned found = __ballot_sync(kFullWarp, i < count && indices[i] == row);
+    if (lane_id() == 0) named[base / kWarp + warp_id()] = found;
+  }
+  __syncthreads();
+  if (next_position(named, 0, count) != position) return;
+  BankT* bank_row = static_cast<BankT*>(p.bank) + row * p.dim;
+  if constexpr (kFits)
+    update_held_row(p, bank_row, features, named, position, count, columns, feature);
+  else
+    update_long_row(p, bank_row, features, named, position, count, columns);
 }
 
 template <typename BankT, typename FeatureT>
 void momentum_update(const MomentumParams& p, cudaStream_t stream) {
-  const auto misaligned = [](const void* pointer, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % bytes != 0;
-  };
-  const bool aligned = p.dim % 4 == 0 && !misaligned(p.bank, 4 * sizeof(BankT)) &&
-                       !misaligned(p.features, 4 * sizeof(FeatureT));
   for (int64_t start = 0; start < p.batch; start += kChunk) {
     const int count = static_cast<int>(p.batch - start < kChunk ? p.batch - start : kChunk);
-    const dim3 grid(static_cast<unsigned>(ceil_div(count, kWarpsPerBlock)));
-    const dim3 block(kWarp, kWarpsPerBlock);
-    const size_t smem = count * sizeof(int64_t);
-    auto* bank = static_cast<BankT*>(p.bank);
-    const auto* features = static_cast<const FeatureT*>(p.features) + start * p.dim;
-    const int64_t* indices = p.indices + start;
-    if (aligned) {
-      DHCL_LAUNCH((momentum_update_kernel<true, BankT, FeatureT>), grid, block, smem, stream, bank,
-                  features, indices, p.skipped, p.num_rows, count, p.dim, p.momentum,
-                  p.one_minus_momentum, p.eps);
-    } else {
-      DHCL_LAUNCH((momentum_update_kernel<false, BankT, FeatureT>), grid, block, smem, stream, bank,
-                  features, indices, p.skipped, p.num_rows, count, p.dim, p.momentum,
-                  p.one_minus_momentum, p.eps);
-    }
+    const dim3 grid(static_cast<unsigned>(count)), block(kUpdateThreads);
+    if (p.dim <= kHeld * kSumColumns)
+      DHCL_LAUNCH((momentum_update_kernel<true, BankT, FeatureT>), grid, block, 0, stream, p, start,
+                  count);
+    else
+      DHCL_LAUNCH((momentum_update_kernel<false, BankT, FeatureT>), grid, block, 0, stream, p,
+                  start, count);
   }
 }
 
@@ -129,62 +194,123 @@ void momentum_update_for(const MomentumParams& p, cudaStream_t stream) {
   }
 }
 
-// True in every thread of the block where an earlier entry of the list names the same class.
-__device__ __forceinline__ bool repeated(const int64_t* classes, int64_t entry) {
-  bool seen = false;
-  for (int64_t i = threadIdx.y * kWarp + threadIdx.x; i < entry; i += kWarp * kWarpsPerBlock)
-    seen |= classes[i] == classes[entry];
-  return __syncthreads_or(seen) != 0;
-}
+// ---- class means
 
-// Block (x: entry of the list, y: group of slices), one warp per 128-column slice of the mean.
+// Four columns of the sum of one run's rows; for a warp, which has 128.
 template <bool kAligned, typename T, typename A>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    segment_mean_kernel(T* means, const T* __restrict__ rows, const int64_t* __restrict__ members,
-                        const int64_t* __restrict__ offsets, const int64_t* __restrict__ classes,
-                        int64_t num_classes, int64_t d) {
-  const int64_t entry = blockIdx.x;
-  if (classes != nullptr && repeated(classes, entry)) return;
-  const int64_t k = classes == nullptr ? entry : classes[entry];
-  DHCL_DEVICE_ASSERT(k >= 0 && k < num_classes,
-                     "update_segment_mean_: classes must be in [0, %lld) (got %lld)\n",
-                     static_cast<long long>(num_classes), static_cast<long long>(k));
-  const int64_t begin = offsets[k];
-  const int64_t end = offsets[k + 1];
-  const int64_t first =
-      4 * threadIdx.x +
-      kSumColumns * (static_cast<int64_t>(blockIdx.y) * kWarpsPerBlock + threadIdx.y);
-  for (int64_t col = first; col < d; col += kSumColumns * kWarpsPerBlock * gridDim.y) {
-    A total[4] = {A(0), A(0), A(0), A(0)};
-    for (int64_t run = begin; run < end; run += kRunLength) {
-      const int64_t stop = run + kRunLength < end ? run + kRunLength : end;
-      A part[4] = {A(0), A(0), A(0), A(0)};
+__device__ __forceinline__ void sum_run(const SegmentMeanParams& p, int64_t begin, int64_t end,
+                                        int64_t col, A (&sum)[4]) {
+  const T* rows = static_cast<const T*>(p.rows);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) sum[c] = A(0);
 #pragma unroll 4
-      for (int64_t j = run; j < stop; ++j) {
-        T value[4];
-        load4<kAligned>(rows + members[j] * d, col, d, value);
+  for (int64_t j = begin; j < end; ++j) {
+    T value[4];
+    load4<kAligned>(rows + p.members[j] * p.dim, col, p.dim, value);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) part[c] = add_rn(part[c], A(to_float(value[c])));
-      }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) total[c] = add_rn(total[c], part[c]);
-    }
-    T out[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-      out[c] = from_accumulator<T>(end > begin ? div_rn(total[c], A(end - begin)) : A(0));
-    store4<kAligned>(means + k * d, col, d, out);
+    for (int c = 0; c < 4; ++c) sum[c] = add_rn(sum[c], A(to_float(value[c])));
   }
 }
 
-// One block per entry of the list; its first warp normalises the row.
+template <bool kAligned, typename T, typename A>
+__device__ __forceinline__ void store_mean(const SegmentMeanParams& p, int64_t k, int64_t col,
+                                           const A (&total)[4]) {
+  const int64_t size = p.offsets[k + 1] - p.offsets[k];
+  T out[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    out[c] = from_accumulator<T>(size > 0 ? div_rn(total[c], A(size)) : A(0));
+  store4<kAligned>(static_cast<T*>(p.means) + k * p.dim, col, p.dim, out);
+}
+
+// A class of one run is summed by a warp for each slice of 128 columns, a longer one by the block.
+__device__ __forceinline__ bool is_long(const SegmentMeanParams& p, int64_t k) {
+  return p.offsets[k + 1] - p.offsets[k] > kRunLength;
+}
+
+template <bool kAligned, typename T, typename A>
+__device__ __forceinline__ void short_mean(const SegmentMeanParams& p, int64_t k, int64_t slice) {
+  const int64_t col = slice * kSumColumns + 4 * threadIdx.x;
+  A total[4];
+  sum_run<kAligned, T, A>(p, p.offsets[k], p.offsets[k + 1], col, total);
+  store_mean<kAligned, T, A>(p, k, col, total);
+}
+
+// Each warp sums a run, and the first one adds the runs' sums in order.
+template <bool kAligned, typename T, typename A>
+__device__ void long_mean(const SegmentMeanParams& p, int64_t k, int64_t slice) {
+  __shared__ A parts[kWarpsPerBlock][4 * kWarp];
+  const int64_t col = slice * kSumColumns + 4 * threadIdx.x;
+  const int64_t begin = p.offsets[k], end = p.offsets[k + 1];
+  A total[4] = {A(0), A(0), A(0), A(0)};
+  for (int64_t base = begin; base < end; base += kRunLength * kWarpsPerBlock) {
+    const int64_t run = base + kRunLength * threadIdx.y;
+    A part[4];
+    sum_run<kAligned, T, A>(p, run, run + kRunLength < end ? run + kRunLength : end, col, part);
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < 4; ++c) parts[threadIdx.y][4 * threadIdx.x + c] = part[c];
+    __syncthreads();
+    for (int w = 0; w < kWarpsPerBlock && base + kRunLength * w < end; ++w)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) total[c] = add_rn(total[c], parts[w][4 * threadIdx.x + c]);
+  }
+  if (threadIdx.y == 0) store_mean<kAligned, T, A>(p, k, col, total);
+}
+
+// All classes: a warp per slice, slices of one class after another.
 template <bool kAligned, typename T, typename A>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    normalize_rows_kernel(T* means, const int64_t* __restrict__ classes, int64_t d) {
-  const int64_t entry = blockIdx.x;
-  if (classes != nullptr && repeated(classes, entry)) return;
-  if (threadIdx.y != 0) return;
-  T* row = means + (classes == nullptr ? entry : classes[entry]) * d;
+    all_means_kernel(const SegmentMeanParams p, int64_t slices) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock;
+  const int64_t own = first + threadIdx.y, count = p.num_classes * slices;
+  const bool waits = own < count && is_long(p, own / slices);
+  if (own < count && !waits) short_mean<kAligned, T, A>(p, own / slices, own % slices);
+  if (__syncthreads_or(waits) == 0) return;
+  for (int64_t at = first; at < first + kWarpsPerBlock && at < count; ++at)
+    if (is_long(p, at / slices)) long_mean<kAligned, T, A>(p, at / slices, at % slices);
+}
+
+// The class that an entry of the list names.
+__device__ __forceinline__ int64_t listed_class(const SegmentMeanParams& p, int64_t entry) {
+  const int64_t named = p.listed[entry];
+  if (p.class_of == nullptr) return named;
+  DHCL_DEVICE_ASSERT(named >= 0 && named < p.num_rows,
+                     "update_segment_mean_: rows must be in [0, %lld) (got %lld)\n",
+                     static_cast<long long>(p.num_rows), static_cast<long long>(named));
+  return p.class_of[named];
+}
+
+// True in every thread of the block where an earlier entry of the list names the same class.
+__device__ __forceinline__ bool repeated(const SegmentMeanParams& p, int64_t entry, int64_t k) {
+  bool seen = false;
+  for (int64_t i = threadIdx.y * kWarp + threadIdx.x; i < entry; i += kWarp * kWarpsPerBlock)
+    seen |= listed_class(p, i) == k;
+  return __syncthreads_or(seen) != 0;
+}
+
+// Block (x: entry of the list, y: group of slices).
+template <bool kAligned, typename T, typename A>
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+    listed_means_kernel(const SegmentMeanParams p, int64_t slices) {
+  const int64_t k = listed_class(p, blockIdx.x);
+  if (repeated(p, blockIdx.x, k)) return;
+  DHCL_DEVICE_ASSERT(k >= 0 && k < p.num_classes,
+                     "update_segment_mean_: classes must be in [0, %lld) (got %lld)\n",
+                     static_cast<long long>(p.num_classes), static_cast<long long>(k));
+  const bool together = is_long(p, k);
+  for (int64_t group = static_cast<int64_t>(blockIdx.y) * kWarpsPerBlock; group < slices;
+       group += kWarpsPerBlock * gridDim.y) {
+    if (!together && group + threadIdx.y < slices)
+      short_mean<kAligned, T, A>(p, k, group + threadIdx.y);
+    for (int64_t slice = group; together && slice < group + kWarpsPerBlock && slice < slices;
+         ++slice)
+      long_mean<kAligned, T, A>(p, k, slice);
+  }
+}
+
+template <bool kAligned, typename T, typename A>
+__device__ __forceinline__ void normalize_row(T* row, int64_t d) {
   A squares[4] = {A(0), A(0), A(0), A(0)};
   for (int64_t col = 4 * threadIdx.x; col < d; col += kSumColumns) {
     T value[4];
@@ -205,6 +331,23 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
       value[c] = from_accumulator<T>(div_rn(A(to_float(value[c])), divisor));
     store4<kAligned>(row, col, d, value);
   }
+}
+
+// A warp per class.
+template <bool kAligned, typename T, typename A>
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+    normalize_all_kernel(const SegmentMeanParams p) {
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.y;
+  if (k < p.num_classes) normalize_row<kAligned, T, A>(static_cast<T*>(p.means) + k * p.dim, p.dim);
+}
+
+// A block per entry of the list; its first warp normalises the row.
+template <bool kAligned, typename T, typename A>
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+    normalize_listed_kernel(const SegmentMeanParams p) {
+  const int64_t k = listed_class(p, blockIdx.x);
+  if (repeated(p, blockIdx.x, k) || threadIdx.y != 0) return;
+  normalize_row<kAligned, T, A>(static_cast<T*>(p.means) + k * p.dim, p.dim);
 }
 
 // Block (x: position in members, y: group of slices), one warp per 128-column slice.
@@ -233,19 +376,38 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
 }
 
 template <bool kAligned, typename T, typename A>
-void segment_mean_aligned(const SegmentMeanParams& p, cudaStream_t stream) {
-  const int64_t groups = ceil_div(p.dim, kSumColumns * kWarpsPerBlock);
+void all_means(const SegmentMeanParams& p, cudaStream_t stream) {
+  const dim3 block(kWarp, kWarpsPerBlock);
+  const int64_t slices = ceil_div(p.dim, kSumColumns);
+  const auto blocks = [](int64_t warps) {
+    return dim3(static_cast<unsigned>(ceil_div(warps, kWarpsPerBlock)));
+  };
+  DHCL_LAUNCH((all_means_kernel<kAligned, T, A>), blocks(p.num_classes * slices), block, 0, stream,
+              p, slices);
+  if (p.normalize)
+    DHCL_LAUNCH((normalize_all_kernel<kAligned, T, A>), blocks(p.num_classes), block, 0, stream, p);
+}
+
+template <bool kAligned, typename T, typename A>
+void listed_means(const SegmentMeanParams& p, cudaStream_t stream) {
+  const dim3 block(kWarp, kWarpsPerBlock);
+  const int64_t slices = ceil_div(p.dim, kSumColumns);
   // Few entries: spread the columns over more blocks. Many: one block each, so that the search for
   // repeats is done once per entry.
-  const int64_t spread = p.num_listed >= 4096 ? 1 : groups;
-  const dim3 block(kWarp, kWarpsPerBlock);
-  DHCL_LAUNCH((segment_mean_kernel<kAligned, T, A>),
-              dim3(static_cast<unsigned>(p.num_listed), static_cast<unsigned>(spread)), block, 0,
-              stream, static_cast<T*>(p.means), static_cast<const T*>(p.rows), p.members, p.offsets,
-              p.classes, p.num_classes, p.dim);
+  const int64_t spread = p.num_listed >= 4096 ? 1 : ceil_div(slices, kWarpsPerBlock);
+  const auto entries = static_cast<unsigned>(p.num_listed);
+  DHCL_LAUNCH((listed_means_kernel<kAligned, T, A>), dim3(entries, static_cast<unsigned>(spread)),
+              block, 0, stream, p, slices);
   if (p.normalize)
-    DHCL_LAUNCH((normalize_rows_kernel<kAligned, T, A>), dim3(static_cast<unsigned>(p.num_listed)),
-                block, 0, stream, static_cast<T*>(p.means), p.classes, p.dim);
+    DHCL_LAUNCH((normalize_listed_kernel<kAligned, T, A>), dim3(entries), block, 0, stream, p);
+}
+
+template <bool kAligned, typename T, typename A>
+void segment_mean_aligned(const SegmentMeanParams& p, cudaStream_t stream) {
+  if (p.listed == nullptr)
+    all_means<kAligned, T, A>(p, stream);
+  else
+    listed_means<kAligned, T, A>(p, stream);
 }
 
 template <typename T, typename A>
@@ -282,7 +444,7 @@ void launch_momentum_update(const MomentumParams& p, void* stream) {
 }
 
 void launch_segment_mean(const SegmentMeanParams& p, void* stream) {
-  if (p.num_listed == 0 || p.dim == 0) return;
+  if ((p.listed == nullptr ? p.num_classes : p.num_listed) == 0 || p.dim == 0) return;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
     case Dtype::kFloat16:

@@ -41,11 +41,14 @@ struct SegmentMeanParams {
   const void* rows;        // [N, d] dtype
   const int64_t* members;  // [N] row ids by class; those past offsets[K] belong to no class
   const int64_t* offsets;  // [K + 1]
-  const int64_t* classes;  // [L] the classes to refresh, repeats allowed; null for all K
-  int64_t num_listed;      // L, or K where classes is null
-  int64_t num_classes;     // K
-  int64_t dim;             // d
-  bool normalize;          // divide each refreshed mean by its norm
+  // Which classes to refresh: all K where the list is null.
+  const int64_t* listed;    // [L] classes, or rows of these classes where class_of is given
+  const int64_t* class_of;  // [N] the class of every row, or null
+  int64_t num_listed;       // L; repeats are allowed
+  int64_t num_rows;         // N
+  int64_t num_classes;      // K
+  int64_t dim;              // d
+  bool normalize;           // divide each refreshed mean by its norm
   Dtype dtype;
 };
 

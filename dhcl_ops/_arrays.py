@@ -25,6 +25,16 @@ def is_array(value: object) -> bool:
     return isinstance(value, np.ndarray) or _is_cupy(value)
 
 
+def any_array(values: Iterable[object]) -> bool:
+    """Whether one of the values is a NumPy or CuPy array; quick, since every call asks."""
+    cupy = sys.modules.get("cupy")
+    kinds = np.ndarray if cupy is None else (np.ndarray, cupy.ndarray)
+    for value in values:  # noqa: SIM110, a generator takes twice the time
+        if isinstance(value, kinds):
+            return True
+    return False
+
+
 def to_tensor(op: str, name: str, array: Any, *, mutated: bool = False) -> torch.Tensor:
     """View an array as a tensor; an array that is to be changed in place is never copied."""
     if _is_cupy(array):
@@ -109,9 +119,7 @@ def takes_arrays(*names: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not (
-                any(map(is_array, args)) or any(map(is_array, kwargs.values()))
-            ):
+            if torch.compiler.is_compiling() or not (any_array(args) or any_array(kwargs.values())):
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments

@@ -161,34 +161,36 @@ class MemoryBank(nn.Module):
         _checks.dtype(op, "labels", labels, (torch.int64, torch.int32))
         _checks.shape(op, "labels", labels, tuple(self.labels.shape), "one per training image")
         labels = labels.to(torch.int64)
-        lowest, highest = (int(x) for x in torch.aminmax(labels))
+        count = labels.numel()
+        outlier = labels < 0
+        # Which clusters occur, behind a place for the outliers.
+        occurs = torch.zeros(count + 1, dtype=torch.bool, device=labels.device)
+        occurs.scatter_(0, labels.clamp(-1, count - 1) + 1, True)
+        facts = [*torch.aminmax(labels), outlier.sum(), occurs[1:].sum()]
+        # The one place where this waits for the device.
+        lowest, highest, outliers, distinct = torch.stack(facts).tolist()
         if lowest < -1:
             raise ValueError(f"{op}: labels must be >= -1 (got {lowest})")
         clusters = highest + 1
-        if clusters > labels.numel():
+        if clusters > count:
             raise ValueError(
                 f"{op}: clusters must be numbered without gaps "
-                f"(got label {highest} for {labels.numel()} images)"
+                f"(got label {highest} for {count} images)"
             )
-        sizes = torch.bincount(labels[labels >= 0], minlength=clusters)
-        if bool((sizes == 0).any()):
-            gap = int((sizes == 0).nonzero()[0])
+        if distinct < clusters:
+            gap = int((~occurs[1:]).nonzero()[0])
             raise ValueError(
                 f"{op}: clusters must be numbered without gaps (got none with label {gap}, "
                 f"and the highest is {highest})"
             )
-        outlier = labels < 0
-        proto_of = torch.where(outlier, clusters - 1 + outlier.cumsum(0), labels)
         self.labels.copy_(labels)
-        self._proto_of = proto_of
+        self._proto_of = torch.where(outlier, highest + outlier.cumsum(0), labels)
         self._num_clusters = clusters
-        self._rebuild_members()
-        self._prototypes = self.features.new_zeros(
-            self._offsets.shape[0] - 1, self.features.shape[1]
-        )
+        self._members, self._offsets = class_csr(self._proto_of, clusters + outliers)
+        # Every class is written, also one without rows.
+        self._prototypes = self.features.new_empty(clusters + outliers, self.features.shape[1])
         self._refresh_all()
 
-    @torch.no_grad()
     def update_(self, features: torch.Tensor, indices: torch.Tensor) -> None:
         """Move the rows of these images towards new features and refresh their prototypes.
 
@@ -197,27 +199,41 @@ class MemoryBank(nn.Module):
             indices: (B,) int64 image indices; repeats are applied one after another.
         """
         given = features, indices
-        features = self._as_tensor("MemoryBank.update_", "features", features)
-        indices = self._as_tensor("MemoryBank.update_", "indices", indices)
+        # Not attribute by attribute, which a module looks up by name each time.
+        state: dict[str, Any] = self._buffers
+        bank, proto_of = state["features"], state["_proto_of"]
+        device = bank.device
+        if not self._is_plain(features, device):
+            features = self._as_tensor("MemoryBank.update_", "features", features)
+        if not self._is_plain(indices, device):
+            indices = self._as_tensor("MemoryBank.update_", "indices", indices)
         momentum_update_(
-            self.features, features, indices, self.momentum, eps=self.eps, skipped=self.skipped
+            bank, features, indices, self.momentum, eps=self.eps, skipped=state["skipped"]
         )
-        if self._proto_of.shape[0]:
+        if proto_of.shape[0]:
             update_segment_mean_(
-                self._prototypes,
-                self.features,
-                self._members,
-                self._offsets,
-                self._proto_of[indices],
+                state["_prototypes"],
+                bank,
+                state["_members"],
+                state["_offsets"],
+                indices,
                 self.normalize_prototypes,
+                proto_of,
             )
-        _arrays.caller_waits(zip(given, (features, indices), strict=True))
+        if features is not given[0] or indices is not given[1]:
+            _arrays.caller_waits(zip(given, (features, indices), strict=True))
 
     def extra_repr(self) -> str:
         """Sizes and momentum, for ``print``."""
         n, d = self.features.shape
         classes = f", {self._num_clusters} clusters, {self._prototypes.shape[0]} prototypes"
         return f"{n} x {d}, momentum={self.momentum}{classes if self._proto_of.shape[0] else ''}"
+
+    @staticmethod
+    def _is_plain(value: object, device: torch.device) -> bool:
+        return (
+            type(value) is torch.Tensor and value.layout == torch.strided and value.device == device
+        )
 
     def _as_tensor(self, op: str, name: str, value: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling() and _arrays.is_array(value):
@@ -231,18 +247,13 @@ class MemoryBank(nn.Module):
             )
         return tensor
 
-    def _rebuild_members(self) -> None:
-        outliers = int((self.labels < 0).sum())
-        self._members, self._offsets = class_csr(self._proto_of, self._num_clusters + outliers)
-
     def _refresh_all(self) -> None:
-        every_class = torch.arange(self._prototypes.shape[0], device=self._prototypes.device)
         update_segment_mean_(
             self._prototypes,
             self.features,
             self._members,
             self._offsets,
-            every_class,
+            None,
             self.normalize_prototypes,
         )
 
@@ -256,7 +267,9 @@ class MemoryBank(nn.Module):
                 setattr(self, name, getattr(self, name).new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self._proto_of.shape[0]:
-            self._num_clusters = int(self.labels.max()) + 1
-            self._rebuild_members()
+            facts = torch.stack([self.labels.max(), (self.labels < 0).sum()])
+            highest, outliers = facts.tolist()
+            self._num_clusters = highest + 1
+            self._members, self._offsets = class_csr(self._proto_of, highest + 1 + outliers)
         else:
             self._num_clusters = 0

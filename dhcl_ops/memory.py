@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dhcl_ops import _arrays, _checks, _sums
-from dhcl_ops._ops import define
+from dhcl_ops._ops import define, in_place
 
 __all__ = ["least_similar", "momentum_update_", "prototypes"]
 
@@ -92,7 +92,7 @@ def _momentum_update_sample(device: torch.device) -> tuple[Any, ...]:
     return bank, features, indices, 0.2, 0.0, torch.zeros(1, dtype=torch.int64, device=device)
 
 
-_momentum_update = define(
+_momentum_update: Any = define(
     "momentum_update_(Tensor(a!) bank, Tensor features, Tensor indices, float momentum, "
     "float eps, Tensor(b!)? skipped) -> ()",
     family="memory",
@@ -100,6 +100,70 @@ _momentum_update = define(
     fake=lambda bank, features, indices, momentum, eps, skipped: None,
     sample=_momentum_update_sample,
 )
+_move_rows = in_place(_momentum_update)
+
+
+def _is_plain(
+    bank: torch.Tensor, features: torch.Tensor, indices: torch.Tensor, skipped: torch.Tensor | None
+) -> bool:
+    """A glance that knows what nearly every update is given; the rest is checked word by word."""
+    if not type(bank) is type(features) is type(indices) is torch.Tensor:
+        return False
+    if not bank.layout is features.layout is indices.layout is torch.strided:
+        return False
+    device = bank.device
+    return (
+        bank.dtype in _checks.FLOATS
+        and features.dtype in _checks.FLOATS
+        and indices.dtype is torch.int64
+        and bank.dim() == 2
+        and indices.dim() == 1
+        and features.shape == (indices.shape[0], bank.shape[1])
+        and features.device == device
+        and indices.device == device
+        and bank.is_contiguous()
+        and not bank.requires_grad
+        and (
+            skipped is None
+            or (
+                type(skipped) is torch.Tensor
+                and skipped.layout is torch.strided
+                and skipped.dtype is torch.int64
+                and skipped.shape == (1,)
+                and skipped.device == device
+            )
+        )
+    )
+
+
+def _check_update(
+    op: str,
+    bank: torch.Tensor,
+    features: torch.Tensor,
+    indices: torch.Tensor,
+    skipped: torch.Tensor | None,
+) -> None:
+    for name, value in (("bank", bank), ("features", features), ("indices", indices)):
+        _checks.tensor(op, name, value)
+    _checks.rank(op, "bank", bank, 2)
+    _checks.dtype(op, "bank", bank, _checks.FLOATS)
+    _checks.dtype(op, "features", features, _checks.FLOATS)
+    _checks.dtype(op, "indices", indices, (torch.int64,))
+    _checks.rank(op, "indices", indices, 1)
+    wanted = (indices.shape[0], bank.shape[1])
+    _checks.shape(op, "features", features, wanted, "one row of the bank's width per index")
+    _checks.same_device(op, bank=bank, features=features, indices=indices)
+    if not bank.is_contiguous():
+        raise ValueError(
+            f"{op}: bank is changed in place and must be contiguous (got strides {bank.stride()})"
+        )
+    if bank.requires_grad:
+        raise ValueError(f"{op}: bank is changed in place and must not require a gradient")
+    if skipped is not None:
+        _checks.tensor(op, "skipped", skipped)
+        _checks.dtype(op, "skipped", skipped, (torch.int64,))
+        _checks.shape(op, "skipped", skipped, (1,), "one counter")
+        _checks.same_device(op, bank=bank, skipped=skipped)
 
 
 @_arrays.takes_arrays("bank", "features", "indices", "skipped", mutates=("bank", "skipped"))
@@ -141,32 +205,18 @@ def momentum_update_(
             own indexing.
     """
     op = "momentum_update_"
-    for name, value in (("bank", bank), ("features", features), ("indices", indices)):
-        _checks.tensor(op, name, value)
-    _checks.rank(op, "bank", bank, 2)
-    _checks.dtype(op, "bank", bank, _checks.FLOATS)
-    _checks.dtype(op, "features", features, _checks.FLOATS)
-    _checks.dtype(op, "indices", indices, (torch.int64,))
-    _checks.rank(op, "indices", indices, 1)
-    wanted = (indices.shape[0], bank.shape[1])
-    _checks.shape(op, "features", features, wanted, "one row of the bank's width per index")
-    _checks.same_device(op, bank=bank, features=features, indices=indices)
-    if not bank.is_contiguous():
-        raise ValueError(
-            f"{op}: bank is changed in place and must be contiguous (got strides {bank.stride()})"
-        )
-    if bank.requires_grad:
-        raise ValueError(f"{op}: bank is changed in place and must not require a gradient")
-    if skipped is not None:
-        _checks.tensor(op, "skipped", skipped)
-        _checks.dtype(op, "skipped", skipped, (torch.int64,))
-        _checks.shape(op, "skipped", skipped, (1,), "one counter")
-        _checks.same_device(op, bank=bank, skipped=skipped)
-    momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
-    eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
-    if not torch.compiler.is_compiling():
-        _checks.indices_in_range(op, "indices", indices, bank.shape[0])
-    _momentum_update(bank, features.detach(), indices, momentum, eps, skipped)
+    compiling = torch.compiler.is_compiling()
+    if compiling or not _is_plain(bank, features, indices, skipped):
+        _check_update(op, bank, features, indices, skipped)
+    if not (type(momentum) is float and (momentum == 0.0 or 1e-30 <= momentum <= 1.0)):
+        momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
+    if not (type(eps) is float and (eps == 0.0 or 1e-30 <= eps <= 1e30)):
+        eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
+    if compiling:
+        _momentum_update(bank, features.detach(), indices, momentum, eps, skipped)
+        return bank
+    _checks.indices_in_range(op, "indices", indices, bank.shape[0])
+    _move_rows(bank, features, indices, momentum, eps, skipped)
     return bank
 
 
@@ -222,10 +272,13 @@ def least_similar(
 def _class_csr_by_sorting(
     labels: torch.Tensor, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    keys = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
-    ordered, members = torch.sort(keys, stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(num_classes + 1, device=labels.device))
-    return members, offsets
+    # A radix sort takes as many passes as keys have digits.
+    narrow = torch.int16 if num_classes < 2**15 else torch.int32
+    dtype = narrow if num_classes < 2**31 else torch.int64
+    inside = (labels >= 0) & (labels < num_classes)
+    ordered, members = torch.sort(torch.where(inside, labels, num_classes).to(dtype), stable=True)
+    classes = torch.arange(num_classes + 1, dtype=dtype, device=labels.device)
+    return members, torch.searchsorted(ordered, classes)
 
 
 class_csr = define(
@@ -276,15 +329,21 @@ def _update_segment_mean_reference(
     rows: torch.Tensor,
     members: torch.Tensor,
     offsets: torch.Tensor,
-    classes: torch.Tensor,
+    classes: torch.Tensor | None,
     normalize: bool,
+    class_of: torch.Tensor | None = None,
 ) -> None:
-    _checks.indices_in_range("update_segment_mean_", "classes", classes, len(means))
-    if classes.numel() == 0 or means.shape[1] == 0:
+    op = "update_segment_mean_"
+    if classes is not None and class_of is not None:
+        _checks.indices_in_range(op, "rows", classes, len(class_of))
+        classes = class_of[classes]
+    if classes is not None:
+        _checks.indices_in_range(op, "classes", classes, len(means))
+    if means.numel() == 0 or (classes is not None and classes.numel() == 0):
         return
-    touched = classes.unique()
+    touched = None if classes is None else classes.unique()
     fresh = _segment_means(rows, members, offsets, touched)
-    means[touched] = _normalized(fresh) if normalize else fresh
+    means[slice(None) if touched is None else touched] = _normalized(fresh) if normalize else fresh
 
 
 def _segment_mean_backward_reference(
@@ -337,12 +396,13 @@ _segment_mean_backward: Any = define(
     backward=lambda ctx, grad: (_segment_mean(grad, *ctx.saved_tensors), None, None),
 )
 
-update_segment_mean_: Any = define(
+_update_segment_mean: Any = define(
+    # classes: those to refresh, all where there is no list; with class_of, rows of these classes.
     "update_segment_mean_(Tensor(a!) means, Tensor rows, Tensor members, Tensor offsets, "
-    "Tensor classes, bool normalize) -> ()",
+    "Tensor? classes, bool normalize, Tensor? class_of=None) -> ()",
     family="memory",
     reference=_update_segment_mean_reference,
-    fake=lambda means, rows, members, offsets, classes, normalize: None,
+    fake=lambda means, rows, members, offsets, classes, normalize, class_of=None: None,
     sample=lambda device: (
         torch.zeros(4, 40, device=device),
         *_segments_sample(device),
@@ -350,6 +410,7 @@ update_segment_mean_: Any = define(
         True,
     ),
 )
+update_segment_mean_ = in_place(_update_segment_mean)
 
 
 def _count_classes(op: str, labels: torch.Tensor, num_classes: int | None) -> int:

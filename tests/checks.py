@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dhcl_ops import _ops
 
@@ -111,6 +114,59 @@ def captured_in_graph(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         function()
     return graph
+
+
+# What makes torch's CUDA code read numbers back, since a result or its size depends on them.
+READS_BACK = {
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::equal",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+    # Ours that make rows of lists, once each.
+    "dhcl::jaccard_join",
+    "dhcl::k_reciprocal",
+    "dhcl::mirror_csr",
+    "dhcl::query_expand",
+}
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op._schema.name
+        by_mask = name.startswith("aten::index") and any(
+            t is not None and t.dtype == torch.bool for t in tree_leaves(args[1:2])
+        )
+        unsized = name == "aten::repeat_interleave" and not (kwargs or {}).get("output_size")
+        if name in READS_BACK or by_mask or unsized:
+            self.seen.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+class _WatchLists(TorchFunctionMode):
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if call is torch.Tensor.tolist:
+            self.seen.append("tolist")
+        return call(*args, **(kwargs or {}))
+
+
+def host_reads(function: Callable[[], Any]) -> list[str]:
+    """Where a call would wait for a CUDA device to give it numbers; found without one."""
+    seen: list[str] = []
+    with _WatchLists(seen), _Watch(seen):
+        function()
+    return seen
 
 
 def no_host_synchronisation(function: Callable[[], Any]) -> None:

@@ -34,19 +34,21 @@ void momentum_update(py::array bank, const py::array& features, const py::array&
 }
 
 void segment_mean(py::array means, const py::array& rows, const py::array& members,
-                  const py::array& offsets, py::object classes, bool normalize, int dtype) {
+                  const py::array& offsets, py::object classes, bool normalize, int dtype,
+                  py::object class_of) {
   dhcl::SegmentMeanParams p{};
   p.means = means.mutable_data();
   p.rows = rows.data();
   p.members = int64s(members);
   p.offsets = int64s(offsets);
+  p.num_rows = rows.shape(0);
   p.num_classes = offsets.shape(0) - 1;
-  p.num_listed = p.num_classes;
   if (!classes.is_none()) {
     const auto listed = classes.cast<py::array>();
-    p.classes = int64s(listed);
+    p.listed = int64s(listed);
     p.num_listed = listed.shape(0);
   }
+  if (!class_of.is_none()) p.class_of = int64s(class_of.cast<py::array>());
   p.dim = rows.shape(1);
   p.normalize = normalize;
   p.dtype = static_cast<Dtype>(dtype);
@@ -72,6 +74,8 @@ void segment_mean_backward(py::array grad_rows, const py::array& grad, const py:
 PYBIND11_MODULE(memory_host, m) {
   m.def("set_schedule", &cuda_host::set_schedule);
   m.def("momentum_update", &momentum_update);
-  m.def("segment_mean", &segment_mean);
+  const auto a = [](const char* name) { return py::arg(name); };
+  m.def("segment_mean", &segment_mean, a("means"), a("rows"), a("members"), a("offsets"),
+        a("classes"), a("normalize"), a("dtype"), a("class_of") = py::none());
   m.def("segment_mean_backward", &segment_mean_backward);
 }

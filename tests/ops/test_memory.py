@@ -853,6 +853,65 @@ def test_bank_refuses_labels_and_keeps_the_old_ones(labels, message):
     assert all(torch.equal(bank.state_dict()[k], v) for k, v in before.items())
 
 
+@pytest.mark.parametrize("labels", [[2, -1, 0, 1, -1, 0], [-1] * 6, [0] * 6])
+def test_bank_takes_labels_with_one_wait_for_the_device(labels):
+    bank = filled_bank(n=6, d=5)
+    assert checks.host_reads(lambda: bank.set_labels(torch.tensor(labels))) == ["tolist"]
+    assert_current(bank)
+
+
+def test_bank_update_reads_nothing_back():
+    bank = filled_bank(n=6, d=5)
+    features, indices = batch(6, 4, 5)
+    reads = checks.host_reads(lambda: bank.update_(features, indices))
+    # The range of CPU indices, for a plain error; CUDA's kernel looks at its own.
+    assert reads == ["aten::_local_scalar_dense"] * 2
+
+
+@pytest.mark.parametrize("implementation", ["reference", "compiled"])
+def test_classes_of_listed_rows(implementation):
+    rows = unit_rows(30, 12)
+    class_of = torch.arange(30) % 7
+    lists = call("reference", "class_csr", class_of, 7)
+    touched = torch.tensor([29, 3, 8, 1, 29, 15])
+    expected, got = torch.zeros(2, 7, 12)
+    call("reference", "update_segment_mean_", expected, rows, *lists, class_of[touched], True)
+    call(implementation, "update_segment_mean_", got, rows, *lists, touched, True, class_of)
+    assert same_bits(got, expected)
+    before = got.clone()
+    with pytest.raises((IndexError, RuntimeError), match=r"rows must be in \[0, 30\) \(got 30"):
+        call(implementation, "update_segment_mean_", got, rows, *lists, touched + 1, True, class_of)
+    assert same_bits(got, before)
+
+
+@pytest.mark.parametrize("k", [2**15 - 1, 2**15, 40_000])
+def test_class_lists_at_the_ends_of_narrow_keys(k):
+    labels = torch.tensor([k - 1, -1, 0, k, k - 2, k - 1, 2**40, -(2**40), 2**15 - 1, 2**16])
+    expected = call("compiled", "class_csr", labels, k)
+    got = call("reference", "class_csr", labels, k)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    inside = (labels >= 0) & (labels < k)
+    assert got[1][-1] == inside.sum()
+
+
+def test_update_of_tensors_of_inference_mode():
+    with torch.inference_mode():
+        bank = unit_rows(4, 8)
+        features, indices = batch(4, 6, 8)
+        expected = torch.zeros(4, 8).copy_(bank)
+        call("reference", "momentum_update_", expected, features, indices, 0.2, 0.0, None)
+        momentum_update_(bank, features, indices, 0.2)
+        assert same_bits(bank, expected)
+
+
+def test_bank_update_bumps_the_version_counters():
+    bank = filled_bank(n=6, d=5)
+    versions = [bank.features._version, bank.prototypes._version, bank.skipped._version]
+    bank.update_(*batch(6, 4, 5))
+    after = [bank.features._version, bank.prototypes._version, bank.skipped._version]
+    assert all(b > a for a, b in zip(versions, after, strict=True))
+
+
 def test_bank_takes_numpy_labels_and_int32():
     bank = MemoryBank(4, 5)
     bank.init(unit_rows(4, 5).numpy())

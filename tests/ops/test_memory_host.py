@@ -106,7 +106,43 @@ def test_empty_launches(host):
     )
 
 
-def host_means(host, rows, members, offsets, *, classes=None, normalize=False, into=None):
+@pytest.mark.parametrize("d", [130, 2048, 2100])
+@pytest.mark.parametrize("bank_dtype", [torch.float32, torch.float16])
+def test_one_row_256_times(kernels, d, bank_dtype):
+    bank = unit_rows(3, d, dtype=bank_dtype)
+    features, _ = batch(3, 256, d)
+    features[[0, 7, 255], 1] = float("inf")
+    indices = torch.full((256,), 1)
+    expected = bank.clone()
+    skipped, expected_skipped = torch.zeros(2, 1, dtype=torch.int64)
+    call("reference", "momentum_update_", expected, features, indices, 0.6, 0.0, expected_skipped)
+    got = host_update(kernels, bank, features, indices, 0.6, skipped=skipped)
+    assert same_bits(got, expected)
+    assert skipped == expected_skipped == 3
+
+
+def test_a_row_that_can_only_be_left_alone_keeps_its_bits(host):
+    bank = torch.full((2, 5), float("nan"))
+    bank.view(torch.int32)[1] = -1  # a NaN that no arithmetic gives
+    before = bank.clone()
+    features, _ = batch(2, 3, 5)
+    host_update(host, bank, features, torch.tensor([1, 1, 0]), 0.2)
+    assert same_bits(bank.view(torch.int32), before.view(torch.int32))
+
+
+def test_a_row_named_in_several_chunks_far_apart(host):
+    bank = unit_rows(1100, 3)
+    features, _ = batch(4, 2050, 3)
+    indices = torch.arange(2050) % 1100
+    indices[[0, 31, 32, 1023, 1024, 1055, 2047, 2048, 2049]] = 1099
+    expected = bank.clone()
+    call("reference", "momentum_update_", expected, features, indices, 0.9, 0.0, None)
+    assert same_bits(host_update(host, bank, features, indices, 0.9), expected)
+
+
+def host_means(
+    host, rows, members, offsets, *, classes=None, normalize=False, into=None, class_of=None
+):
     means = rows.new_full((len(offsets) - 1, rows.shape[1]), 7.0) if into is None else into
     host.segment_mean(
         as_array(means),
@@ -116,6 +152,7 @@ def host_means(host, rows, members, offsets, *, classes=None, normalize=False, i
         None if classes is None else classes.numpy(),
         normalize,
         CODE[rows.dtype],
+        class_of=None if class_of is None else class_of.numpy(),
     )
     return means
 
@@ -141,6 +178,52 @@ def test_segment_mean_of_a_class_longer_than_a_run(kernels):
     lists = call("reference", "class_csr", torch.zeros(600, dtype=torch.int64), 1)
     expected = call("reference", "segment_mean", rows, *lists)
     assert same_bits(host_means(kernels, rows, *lists), expected)
+
+
+# Runs are of 256, and a block sums eight at a time.
+SIZES = [0, 1, 257, 3, 0, 256, 700, 2049 + 256, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("d", [5, 132])
+def test_classes_of_all_sizes(kernels, dtype, normalize, d):
+    labels = torch.arange(len(SIZES)).repeat_interleave(torch.tensor(SIZES))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    rows = unit_rows(len(labels), d, dtype=dtype)
+    lists = call("reference", "class_csr", labels, len(SIZES))
+    expected = rows.new_full((len(SIZES), d), 7.0)
+    call("reference", "update_segment_mean_", expected, rows, *lists, None, normalize)
+    assert same_bits(host_means(kernels, rows, *lists, normalize=normalize), expected)
+    some = torch.tensor([6, 0, 6, 2, 7])
+    before = unit_rows(len(SIZES), d, seed=8, dtype=dtype)
+    got = host_means(kernels, rows, *lists, classes=some, normalize=normalize, into=before.clone())
+    assert same_bits(got[some], expected[some])
+    assert same_bits(got[[1, 3, 4, 5, 8]], before[[1, 3, 4, 5, 8]])
+
+
+def test_every_row_its_own_class(kernels):
+    rows = unit_rows(50, 130)
+    lists = call("reference", "class_csr", torch.arange(50).flip(0), 50)
+    assert same_bits(host_means(kernels, rows, *lists), rows.flip(0))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_classes_of_listed_rows(kernels, normalize):
+    rows = unit_rows(30, 132)
+    class_of = torch.arange(30) % 7
+    lists = call("reference", "class_csr", class_of, 7)
+    expected, got = torch.zeros(2, 7, 132)
+    touched = torch.tensor([29, 3, 8, 1, 29, 15])
+    arguments = (rows, *lists, touched, normalize, class_of)
+    call("reference", "update_segment_mean_", expected, *arguments)
+    host_means(
+        kernels, rows, *lists, classes=touched, normalize=normalize, into=got, class_of=class_of
+    )
+    assert same_bits(got, expected)
+    assert [bool(row.any()) for row in got] == [False, True, False, True, False, False, False]
+    with pytest.raises(RuntimeError, match=r"rows must be in \[0, 30\) \(got 30\)"):
+        host_means(kernels, rows, *lists, classes=touched + 1, into=got, class_of=class_of)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
