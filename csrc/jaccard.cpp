@@ -369,6 +369,7 @@ NewRows jaccard_join(const Tensor& offsets, const Tensor& columns, const Tensor&
   p.lines.begin = begin;
   p.lines.rows = end - begin;
   p.table.cells = kTableCells;
+  p.table.large_cells = kLargeCells;
   q.give_to(p);
   lists.give_to(p);
   p.order = int32_data(order);

@@ -157,81 +157,116 @@ __device__ __forceinline__ unsigned candidate_weight(float w) {
   return static_cast<unsigned>(static_cast<double>(w) * kCandidateScale);
 }
 
-// What a block counts of its row.
-struct JoinCounts {
-  int64_t bound;        // entries of the lists of the head, of rows that have it in theirs
-  int64_t behind;       // entries of the lists behind the head
-  int64_t rest_weight;  // weight of the columns behind the head
-  int alive;            // candidates that can still reach the needed weight
+// The lists of columns of a row, in its order, as far as they are laid out at a time. What leads to
+// a list, four loads that wait for each other, is then loaded once, by a thread for each column.
+constexpr int kStaged = 128;
+struct StagedLists {
+  int64_t begin[kStaged];
+  int32_t heads[kStaged];  // entries of rows that have the column in their head; they come first
+  int32_t size[kStaged];
+  float value[kStaged];  // of the row itself
 };
 
 // A block per row of the upper triangle, a warp per list or per pair.
-template <bool kWide>
+template <Tier kTier>
 struct JoinRow {
   const JoinParams& p;
-  JoinCounts& counts;  // in shared memory
+  StagedLists& lists;  // in shared memory
   int64_t needed;
   int64_t i;
   int64_t begin = p.offsets[i];
   int64_t size = p.offsets[i + 1] - begin;
   int64_t head = p.prefix[i];
   int32_t self = static_cast<int32_t>(i);
-  int64_t rest = 0;  // weight of the columns whose minima have not been added up
-  Cells<kWide> cells{};
+  int64_t staged = -1;  // the column that lists begin with
+  int64_t behind = 0;   // entries of the lists behind the head
+  int64_t rest = 0;     // weight of the columns whose minima have not been added up
+  Cells<kTier == kWide> cells{};
 
-  __device__ __forceinline__ int64_t entry(int64_t k) const { return begin + p.order[begin + k]; }
-
-  __device__ __forceinline__ void count() {
+  // Lays out the lists from column k of the order on.
+  __device__ __forceinline__ void stage(int64_t k) {
+    if (k == staged) return;
+    staged = k;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      counts.bound = counts.behind = counts.rest_weight = 0;
-      counts.alive = 0;
-    }
-    __syncthreads();
-    for (int64_t k = threadIdx.x; k < size; k += kRowThreads) {
-      const int64_t c = p.columns[entry(k)];
-      if (k < head) {
-        add_to(&counts.bound, p.list_split[c] - p.list_offsets[c]);
-      } else {
-        add_to(&counts.behind, p.list_offsets[c + 1] - p.list_offsets[c]);
-        add_to(&counts.rest_weight, candidate_weight(p.values[entry(k)]));
-      }
+    if (threadIdx.x < kStaged && k + threadIdx.x < size) {
+      const int64_t e = begin + p.order[begin + k + threadIdx.x];
+      const int64_t c = p.columns[e];
+      const int64_t first = p.list_offsets[c];
+      lists.begin[threadIdx.x] = first;
+      lists.heads[threadIdx.x] = static_cast<int32_t>(p.list_split[c] - first);
+      lists.size[threadIdx.x] = static_cast<int32_t>(p.list_offsets[c + 1] - first);
+      lists.value[threadIdx.x] = p.values[e];
     }
     __syncthreads();
   }
 
-  // Rows after this one that have a column of its head in theirs. False where there is no room.
-  __device__ __forceinline__ bool find_candidates() {
+  // Calls walk(place) for the staged columns [first, last) of the order, a warp for each.
+  template <typename Walk>
+  __device__ __forceinline__ void for_each_list(int64_t first, int64_t last, const Walk& walk) {
+    for (int64_t base = first / kStaged * kStaged; base < last; base += kStaged) {
+      stage(base);
+      const int64_t stop = last - base < kStaged ? last - base : kStaged;
+      int64_t place = first > base ? first - base : 0;
+      for (place += warp_id(); place < stop; place += blockDim.x / kWarp)
+        walk(static_cast<int>(place));
+    }
+  }
+
+  // What is known of the lists before any is walked; returns the entries of those of the head, of
+  // rows that have the column in theirs.
+  __device__ __forceinline__ int64_t count() {
+    int64_t own_bound = 0, own_behind = 0, own_rest = 0;
+    for (int64_t base = 0; base < size; base += kStaged) {
+      stage(base);
+      if (threadIdx.x >= kStaged || base + threadIdx.x >= size) continue;
+      if (base + threadIdx.x < head) {
+        own_bound += lists.heads[threadIdx.x];
+      } else {
+        own_behind += lists.size[threadIdx.x];
+        own_rest += candidate_weight(lists.value[threadIdx.x]);
+      }
+    }
+    behind = block_sum(own_behind).total;
+    rest = block_sum(own_rest).total;
+    return block_sum(own_bound).total;
+  }
+
+  __device__ __forceinline__ void add_weight(int64_t cell, float v, int64_t l) {
+    atomicAdd(cells.sums + cell, candidate_weight(least(v, p.list_values[l])));
+  }
+
+  // Rows after this one that have a column of its head in theirs, with the minima of these columns.
+  // Rows ascend in both parts of a list, so each is walked backwards down to this row. False where
+  // there is no room.
+  __device__ __forceinline__ bool find_candidates(int64_t bound) {
     const int64_t n = p.num_rows;
-    const int64_t most = counts.bound + 1 < n - i ? counts.bound + 1 : n - i;
-    cells = make_cells<kWide>(p.table, n, most);
+    cells = make_cells<kTier>(p.table, n, bound + 1 < n - i ? bound + 1 : n - i);
     bool full = false;
     if (threadIdx.x == 0) full = cells.insert(self) < 0;
-    for (int64_t k = warp_id(); k < head; k += kRowWarps) {
-      const int64_t c = p.columns[entry(k)];
-      for (int64_t l = p.list_split[c] - 1 - lane_id();
-           l >= p.list_offsets[c] && p.list_rows[l] > self && !full; l -= kWarp)
-        full = cells.insert(p.list_rows[l]) < 0;
-    }
+    for_each_list(0, head, [&](int place) {
+      const int64_t first = lists.begin[place];
+      const float v = lists.value[place];
+      for (int64_t l = first + lists.heads[place] - 1 - lane_id();
+           l >= first && p.list_rows[l] > self && !full; l -= kWarp) {
+        const int64_t cell = cells.insert(p.list_rows[l]);
+        full = cell < 0;
+        if (!full) add_weight(cell, v, l);
+      }
+    });
     return __syncthreads_or(full) == 0;
   }
 
-  // Rows ascend in both parts of a list, so each is walked backwards down to this row.
+  // Adds up the minima of candidates over the entries [first, last) of the lists.
   __device__ __forceinline__ void add_part(int64_t first, int64_t last, float v) {
     for (int64_t l = last - 1 - lane_id(); l >= first && p.list_rows[l] > self; l -= kWarp) {
       const int64_t cell = cells.find(p.list_rows[l]);
-      if (cell >= 0) atomicAdd(cells.sums + cell, candidate_weight(least(v, p.list_values[l])));
+      if (cell >= 0) add_weight(cell, v, l);
     }
   }
 
-  // Adds up the minima of candidates over the columns [first, last) of the row's order.
-  __device__ __forceinline__ void add_columns(int64_t first, int64_t last) {
-    for (int64_t k = first + warp_id(); k < last; k += kRowWarps) {
-      const int64_t e = entry(k), c = p.columns[e];
-      add_part(p.list_offsets[c], p.list_split[c], p.values[e]);
-      add_part(p.list_split[c], p.list_offsets[c + 1], p.values[e]);
-    }
-    __syncthreads();
+  __device__ __forceinline__ void add_tail(int place) {
+    const int64_t first = lists.begin[place];
+    add_part(first + lists.heads[place], first + lists.size[place], lists.value[place]);
   }
 
   __device__ __forceinline__ bool can_reach(int64_t cell) const {
@@ -239,28 +274,31 @@ struct JoinRow {
            (cells.keys[cell] >= 0 && static_cast<int64_t>(cells.sums[cell]) + rest >= needed);
   }
 
-  // The minima over the head, and over the columns behind it unless the lists there, the longest
-  // ones, cost more than looking at the candidates that can still reach the needed weight: this is
-  // what a hub cannot hurt.
+  // The minima over the rest of the head's lists, and over the columns behind it unless the lists
+  // there, the longest ones, cost more than looking at the candidates that can still reach the
+  // needed weight: this is what a hub cannot hurt.
   __device__ __forceinline__ void weigh_candidates() {
-    add_columns(0, head);
-    rest = counts.rest_weight;
-    int own = 0;
-    for (int64_t c = threadIdx.x; c < cells.count; c += kRowThreads) own += can_reach(c);
-    if (own > 0) atomicAdd(&counts.alive, own);
+    for_each_list(0, head, [&](int place) { add_tail(place); });
     __syncthreads();
+    int64_t own = 0;
+    for (int64_t c = threadIdx.x; c < cells.count; c += blockDim.x) own += can_reach(c);
+    const int64_t alive = block_sum(own).total;
     // Of a list's rows about (n - i) / n come after row i.
-    const double ahead = static_cast<double>(p.num_rows - i) * static_cast<double>(counts.behind);
-    if (ahead <= static_cast<double>(p.num_rows) * static_cast<double>(counts.alive * p.mean_row)) {
-      add_columns(head, size);
-      rest = 0;
-    }
+    const double ahead = static_cast<double>(p.num_rows - i) * static_cast<double>(behind);
+    if (ahead > static_cast<double>(p.num_rows) * static_cast<double>(alive * p.mean_row)) return;
+    for_each_list(head, size, [&](int place) {
+      const int64_t first = lists.begin[place];
+      add_part(first, first + lists.heads[place], lists.value[place]);
+      add_tail(place);
+    });
+    rest = 0;
+    __syncthreads();
   }
 
   // What can reach the weight is summed exactly. From here on the number beside a key is its
   // distance.
   __device__ __forceinline__ void measure_survivors() {
-    for (int64_t base = warp_id() * kWarp; base < cells.count; base += kRowThreads) {
+    for (int64_t base = warp_id() * kWarp; base < cells.count; base += blockDim.x) {
       const int64_t cell = base + lane_id();
       const bool survives = cell < cells.count && can_reach(cell);
       if (cell < cells.count && cells.keys[cell] >= 0 && !survives) cells.keys[cell] = kDropped;
@@ -281,21 +319,22 @@ struct JoinRow {
   }
 };
 
-// A table of kTableCells takes 32 KiB, of which seven fit into a multiprocessor's shared memory; so
-// many blocks must find registers, and no more.
-constexpr int kJoinBlocks = 7;
+// A near table takes 32 KiB, of which six fit into a multiprocessor's shared memory. Lists are read
+// with little to do between, so every such block has eight warps, which must find registers.
+constexpr int kJoinThreads = 256;
+constexpr int kJoinBlocks = 6;
 
 // Finding and weighing candidates only saves work: the result is that of the exact sums.
-template <bool kWide>
-__global__ void __launch_bounds__(kRowThreads, kJoinBlocks)
+template <Tier kTier>
+__global__ void __launch_bounds__(kTier == kNear ? kJoinThreads : kManyThreads,
+                                  kTier == kNear ? kJoinBlocks : 1)
     jaccard_join_kernel(const JoinParams p) {
-  __shared__ JoinCounts counts;
+  __shared__ StagedLists lists;
   const int64_t needed =
       static_cast<int64_t>(floor(shared_weight_needed(p.eps, *p.longest) * kCandidateScale));
-  for_each_row<kWide>(p.lines, [&](int64_t r) {
-    JoinRow<kWide> row{p, counts, needed, p.lines.begin + r};
-    row.count();
-    if (!row.find_candidates()) return false;
+  for_each_row<kTier>(p.lines, [&](int64_t r) {
+    JoinRow<kTier> row{p, lists, needed, p.lines.begin + r};
+    if (!row.find_candidates(row.count())) return false;
     row.weigh_candidates();
     row.measure_survivors();
     write_line(p.lines, r, row.cells,
@@ -372,7 +411,8 @@ void launch_jaccard_join(const JoinParams& p, void* stream) {
   if (p.lines.rows == 0) return;
   const auto s = static_cast<cudaStream_t>(stream);
   if (p.table.wide == nullptr) longest_row(p.offsets, p.num_rows, p.longest, s);
-  launch_rows(jaccard_join_kernel<false>, jaccard_join_kernel<true>, p, s);
+  launch_rows<kJoinThreads>(jaccard_join_kernel<kNear>, jaccard_join_kernel<kLarge>,
+                            jaccard_join_kernel<kWide>, p, s);
 }
 
 void launch_mirror_count(const MirrorParams& p, void* stream) {

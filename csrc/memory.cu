@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(kUpdateThreads)
                      "%lld)\n",
                      static_cast<long long>(p.num_rows), static_cast<long long>(row),
                      static_cast<long long>(start + position));
-  FeatureT feature[kHeld];
-  if (kFits) load_own(features + position * p.dim, p.dim, feature);
+  [[maybe_unused]] FeatureT feature[kHeld];
+  if constexpr (kFits) load_own(features + position * p.dim, p.dim, feature);
   for (int base = 0; base < count; base += kUpdateThreads) {
     const int i = base + static_cast<int>(threadIdx.x);
     const unsigned found = __ballot_sync(kFullWarp, i < count && indices[i] == row);
@@ -271,14 +271,11 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     if (is_long(p, at / slices)) long_mean<kAligned, T, A>(p, at / slices, at % slices);
 }
 
-// The class that an entry of the list names.
+// The class that an entry of the list names; none, -1, for a row that isn't there.
 __device__ __forceinline__ int64_t listed_class(const SegmentMeanParams& p, int64_t entry) {
   const int64_t named = p.listed[entry];
   if (p.class_of == nullptr) return named;
-  DHCL_DEVICE_ASSERT(named >= 0 && named < p.num_rows,
-                     "update_segment_mean_: rows must be in [0, %lld) (got %lld)\n",
-                     static_cast<long long>(p.num_rows), static_cast<long long>(named));
-  return p.class_of[named];
+  return named >= 0 && named < p.num_rows ? p.class_of[named] : -1;
 }
 
 // True in every thread of the block where an earlier entry of the list names the same class.
@@ -294,10 +291,14 @@ template <bool kAligned, typename T, typename A>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     listed_means_kernel(const SegmentMeanParams p, int64_t slices) {
   const int64_t k = listed_class(p, blockIdx.x);
-  if (repeated(p, blockIdx.x, k)) return;
+  DHCL_DEVICE_ASSERT(
+      p.class_of == nullptr || (p.listed[blockIdx.x] >= 0 && p.listed[blockIdx.x] < p.num_rows),
+      "update_segment_mean_: rows must be in [0, %lld) (got %lld)\n",
+      static_cast<long long>(p.num_rows), static_cast<long long>(p.listed[blockIdx.x]));
   DHCL_DEVICE_ASSERT(k >= 0 && k < p.num_classes,
                      "update_segment_mean_: classes must be in [0, %lld) (got %lld)\n",
                      static_cast<long long>(p.num_classes), static_cast<long long>(k));
+  if (repeated(p, blockIdx.x, k)) return;
   const bool together = is_long(p, k);
   for (int64_t group = static_cast<int64_t>(blockIdx.y) * kWarpsPerBlock; group < slices;
        group += kWarpsPerBlock * gridDim.y) {

@@ -115,6 +115,7 @@ std::tuple<Tensor, Tensor> k_reciprocal(const Tensor& ranks_in, const Tensor& po
   p.lines.begin = begin;
   p.lines.rows = end - begin;
   p.table.cells = kSetCells;
+  p.table.large_cells = kLargeCells;
   p.ranks = int32_data(ranks);
   p.positions = positions.const_data_ptr<int16_t>();
   p.num_rows = ranks.size(0);
@@ -289,6 +290,7 @@ NewRows query_expand(const Tensor& ranks_in, const Tensor& offsets, const Tensor
   p.lines.begin = begin;
   p.lines.rows = end - begin;
   p.table.cells = kSetCells;
+  p.table.large_cells = kLargeCells;
   weights.give_to(p);
   p.ranks = int32_data(ranks);
   p.num_rows = weights.rows();

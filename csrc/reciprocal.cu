@@ -9,6 +9,10 @@
 namespace dhcl {
 namespace {
 
+// A near table of kSetCells takes 16 KiB, of which a dozen fit into a multiprocessor's shared
+// memory.
+constexpr int kSetBlocks = 12;
+
 // ---- reciprocal neighbours
 
 // The last place of an id in a list, -1 if it is not there; for the whole warp.
@@ -40,20 +44,22 @@ __global__ void __launch_bounds__(kThreads) reciprocal_positions_kernel(const Re
 
 // A block per row, a warp per mutual neighbour. The number beside a key is 1 for the mutual
 // neighbours themselves, 0 for what they bring.
-template <bool kWide>
-__global__ void __launch_bounds__(kRowThreads) k_reciprocal_kernel(const KReciprocalParams p) {
-  for_each_row<kWide>(p.lines, [&](int64_t r) {
+template <Tier kTier>
+__global__ void __launch_bounds__(kTier == kNear ? kRowThreads : kManyThreads,
+                                  kTier == kNear ? kSetBlocks : 1)
+    k_reciprocal_kernel(const KReciprocalParams p) {
+  for_each_row<kTier>(p.lines, [&](int64_t r) {
     const int64_t i = p.lines.begin + r;
     const int32_t* list = p.ranks + i * p.width;
     const int16_t* back = p.positions + i * p.width;
     int64_t members = 0;
-    for (int64_t base = 0; base < p.k; base += kRowThreads) {
+    for (int64_t base = 0; base < p.k; base += blockDim.x) {
       const int64_t at = base + threadIdx.x;
       members += __syncthreads_count(at < p.k && back[at] >= 0 && back[at] < p.k);
     }
-    const Cells<kWide> cells = make_cells<kWide>(p.table, p.num_rows, members * (p.half + 1));
+    const auto cells = make_cells<kTier>(p.table, p.num_rows, members * (p.half + 1));
     bool full = false;
-    for (int64_t at = threadIdx.x; at < p.k; at += kRowThreads) {
+    for (int64_t at = threadIdx.x; at < p.k; at += blockDim.x) {
       if (back[at] < 0 || back[at] >= p.k) continue;
       const int64_t cell = cells.insert(list[at]);
       // A list that names an id twice has two threads say so.
@@ -63,7 +69,7 @@ __global__ void __launch_bounds__(kRowThreads) k_reciprocal_kernel(const KRecipr
         full = true;
     }
     if (__syncthreads_or(full)) return false;
-    for (int64_t at = warp_id(); at < p.k; at += kRowWarps) {
+    for (int64_t at = warp_id(); at < p.k; at += blockDim.x / kWarp) {
       if (back[at] < 0 || back[at] >= p.k) continue;
       const int32_t* near = p.ranks + list[at] * p.width;
       const int16_t* near_back = p.positions + list[at] * p.width;
@@ -96,7 +102,7 @@ template <bool kAligned>
 __global__ void __launch_bounds__(kRowThreads) pair_dots_kernel(const PairDotsParams p) {
   const int64_t r = blockIdx.x;
   const int64_t i = p.begin + r;
-  for (int64_t e = p.offsets[r] + warp_id(); e < p.offsets[r + 1]; e += kRowWarps) {
+  for (int64_t e = p.offsets[r] + warp_id(); e < p.offsets[r + 1]; e += kRowThreads / kWarp) {
     const int64_t c = p.columns[e];
     const int64_t place =
         p.similarities == nullptr ? -1 : place_in(p.ranks + i * p.width, p.width, p.columns[e]);
@@ -130,19 +136,21 @@ __global__ void __launch_bounds__(kThreads) softmax_rows_kernel(const SoftmaxPar
 
 // A block per row. The columns of one neighbour are distinct, so each sum has one writer until the
 // barrier, and neighbours come in order.
-template <bool kWide>
-__global__ void __launch_bounds__(kRowThreads) query_expand_kernel(const QueryExpandParams p) {
-  for_each_row<kWide>(p.lines, [&](int64_t r) {
+template <Tier kTier>
+__global__ void __launch_bounds__(kTier == kNear ? kRowThreads : kManyThreads,
+                                  kTier == kNear ? kSetBlocks : 1)
+    query_expand_kernel(const QueryExpandParams p) {
+  for_each_row<kTier>(p.lines, [&](int64_t r) {
     const int32_t* near = p.ranks + (p.lines.begin + r) * p.width;
     int64_t entries = 0;
     for (int64_t q = 0; q < p.k2; ++q) {
       entries += p.offsets[near[q] + 1] - p.offsets[near[q]];
     }
-    const Cells<kWide> cells = make_cells<kWide>(p.table, p.num_rows, entries);
+    const auto cells = make_cells<kTier>(p.table, p.num_rows, entries);
     for (int64_t q = 0; q < p.k2; ++q) {
       const int64_t end = p.offsets[near[q] + 1];
       bool full = false;
-      for (int64_t e = p.offsets[near[q]] + threadIdx.x; e < end; e += kRowThreads) {
+      for (int64_t e = p.offsets[near[q]] + threadIdx.x; e < end; e += blockDim.x) {
         const int64_t cell = cells.insert(p.columns[e]);
         if (cell < 0) {
           full = true;
@@ -169,8 +177,8 @@ void launch_reciprocal_positions(const ReciprocalParams& p, void* stream) {
 
 void launch_k_reciprocal(const KReciprocalParams& p, void* stream) {
   if (p.lines.rows == 0) return;
-  launch_rows(k_reciprocal_kernel<false>, k_reciprocal_kernel<true>, p,
-              static_cast<cudaStream_t>(stream));
+  launch_rows<kRowThreads>(k_reciprocal_kernel<kNear>, k_reciprocal_kernel<kLarge>,
+                           k_reciprocal_kernel<kWide>, p, static_cast<cudaStream_t>(stream));
 }
 
 void launch_pair_dots(const PairDotsParams& p, void* stream) {
@@ -191,8 +199,8 @@ void launch_softmax_rows(const SoftmaxParams& p, void* stream) {
 
 void launch_query_expand(const QueryExpandParams& p, void* stream) {
   if (p.lines.rows == 0) return;
-  launch_rows(query_expand_kernel<false>, query_expand_kernel<true>, p,
-              static_cast<cudaStream_t>(stream));
+  launch_rows<kRowThreads>(query_expand_kernel<kNear>, query_expand_kernel<kLarge>,
+                           query_expand_kernel<kWide>, p, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dhcl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from dhcl_ops import _arrays, _checks
 from dhcl_ops._progress import Progress
 from dhcl_ops._ties import warn_of_tie
 from dhcl_ops.camera_neighbours import camera_neighbours
-from dhcl_ops.dbscan import dbscan
+from dhcl_ops.dbscan import labels_of
 from dhcl_ops.defaults import SPCL
-from dhcl_ops.jaccard import check_eps, inverted_index, join
+from dhcl_ops.jaccard import Index, check_eps, inverted_index, join
 from dhcl_ops.knn import Neighbours
 from dhcl_ops.reciprocal import Convention, encode
 
@@ -40,15 +41,34 @@ class SelfPaced(NamedTuple):
     compactness: torch.Tensor
 
 
+def _groups(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of each row's label among those that occur, ascending, and rows by number.
+
+    Both are as long as the labels, so that nothing has to be read back from a device.
+    """
+    ordered, order = labels.sort()
+    numbers = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
+    number = torch.empty_like(labels).scatter_(0, order, numbers)
+    return number, torch.zeros_like(labels).scatter_add_(0, number, torch.ones_like(labels))
+
+
 def _overlap(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Intersection over union of each row's two clusters, both given without -1."""
-    _, pair, together = torch.unique(
-        labels * (int(others.max()) + 1) + others, return_inverse=True, return_counts=True
-    )
+    (own, own_sizes), (other, other_sizes) = _groups(labels), _groups(others)
+    pair, together = _groups(own * len(labels) + other)
     both = together[pair]
-    one, other = torch.bincount(labels)[labels], torch.bincount(others)[others]
-    overlap: torch.Tensor = both.float() / (one + other - both).float()
+    overlap: torch.Tensor = both.float() / (own_sizes[own] + other_sizes[other] - both).float()
     return overlap
+
+
+def _percentile(values: torch.Tensor, chosen: torch.Tensor) -> float | None:
+    """Of K chosen values, ascending, the one at round(0.9 K), half to even, or the last."""
+    ordered = torch.where(chosen, values, torch.inf).sort().values
+    count = chosen.sum()
+    place = torch.minimum((0.9 * count.double()).round().long(), count - 1).clamp(min=0)
+    facts = torch.stack([count.double(), ordered.gather(0, place[None])[0].double()])
+    number, value = facts.tolist()
+    return float(value) if number else None
 
 
 def _each_outlier_alone(labels: torch.Tensor) -> torch.Tensor:
@@ -101,28 +121,25 @@ def self_paced_labels(
     if n == 0:
         nothing = torch.empty(0, device=labels.device)
         return SelfPaced(labels.clone(), threshold, nothing, nothing.clone())
-    own = _each_outlier_alone(labels)
-    compactness = _overlap(own, _each_outlier_alone(tight))
-    independence = _overlap(own, _each_outlier_alone(loose))
+    alone = _each_outlier_alone(labels)
+    compactness = _overlap(alone, _each_outlier_alone(tight))
+    independence = _overlap(alone, _each_outlier_alone(loose))
     # As distances, where 0 is a cluster that stays the same, and in float32 as SpCL has them, so
     # that thresholds agree. A cluster is judged by its best image, the smallest distance.
     apart, spread = 1.0 - independence, 1.0 - compactness
-    count = int(own.max()) + 1
-    worst = torch.full((count,), torch.inf, device=labels.device)
+    own, sizes = _groups(alone)
+    worst = torch.full((n,), torch.inf, device=labels.device)
     cluster_apart = worst.scatter_reduce(0, own, apart, "amin")
     cluster_spread = worst.scatter_reduce(0, own, spread, "amin")
     if threshold is None:
-        several = torch.bincount(own, minlength=count) > 1
-        ordered = cluster_apart[several].sort().values
-        if len(ordered):
-            threshold = float(ordered[min(len(ordered) - 1, round(0.9 * len(ordered)))])
+        threshold = _percentile(cluster_apart, sizes > 1)
     kept = labels >= 0
     if threshold is not None:
         kept &= (cluster_apart[own] <= threshold) & (spread <= cluster_spread[own])
     # Images of clusters that are left out become outliers; the other clusters keep their order and
-    # are numbered anew without gaps.
-    fresh = torch.full_like(labels, -1)
-    fresh[kept] = torch.unique(labels[kept], return_inverse=True)[1]
+    # are numbered anew without gaps, behind the outliers where there are any.
+    number, _ = _groups(torch.where(kept, labels, -1))
+    fresh = torch.where(kept, number - (~kept).any().long(), -1)
     return SelfPaced(fresh, threshold, independence, compactness)
 
 
@@ -137,7 +154,7 @@ class Clustering:
         labels: (N,) int64, -1 for outliers; an array if the features were one.
         num_clusters: number of clusters.
         num_outliers: number of rows labelled -1.
-        seconds: wall time of each stage, in seconds.
+        seconds: wall time of each stage, in seconds; on CUDA that on the stream.
         sizes: ``pairs``, the entries of the eps-graph; ``set_entries``, those of all expanded sets;
             ``longest_column``, the most rows that share one element, and ``index_work``, the sum of
             the squares of that (a plain inverted index would take as many additions): watch both
@@ -161,19 +178,49 @@ class Clustering:
 
 
 class Stages:
-    """Seconds between calls, by name."""
+    """Seconds between calls, by name; on CUDA by events on the stream, for which nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
         self._device = device
-        self._last = time.perf_counter()
+        self._names: list[str] = []
+        self._marks = [self._now()]
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def __call__(self, stage: str) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+        self._names.append(stage)
+        self._marks.append(self._now())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each stage; on CUDA this waits for the last one."""
+        if self._device.type != "cuda":
+            lengths = [end - start for start, end in itertools.pairwise(self._marks)]
+        else:
+            self._marks[-1].synchronize()
+            lengths = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self._marks)]
+        total = dict.fromkeys(self._names, 0.0)
+        for name, length in zip(self._names, lengths, strict=True):
+            total[name] += length
+        return total
+
+
+def _counts(
+    index: Index, labels: torch.Tensor, uncertified: torch.Tensor
+) -> tuple[int, int, dict[str, int]]:
+    """The numbers of clusters and outliers, and sizes, read back from the device at once."""
+    names = ("longest_column", "index_work", "uncertified_rows")
+    if len(labels) == 0:
+        return 0, 0, dict.fromkeys(names, 0)
+    lengths = index.list_offsets.diff()
+    facts = [labels.max() + 1, (labels < 0).sum(), lengths.max(), (lengths * lengths).sum()]
+    clusters, outliers, *sizes = torch.stack([*facts, uncertified]).tolist()
+    return clusters, outliers, dict(zip(names, sizes, strict=True))
 
 
 @torch.no_grad()
@@ -253,27 +300,21 @@ def cluster(
     timer("index")
     graph = join(encoded.rows, index, radii.largest, progress)
     timer("pairs")
-    several = dbscan(graph, [radius for radius in radii if radius is not None], min_samples)
-    # Copies: a row is a view of all rows, and saving it in a checkpoint would save them all.
-    labels = several[1 if self_paced else 0].clone()
-    loose_labels = None if radii.loose is None else several[-1].clone()
+    parts = (graph.crow_indices(), graph.col_indices(), graph.values())
+    several = [labels_of(*parts, r, min_samples) for r in radii if r is not None]
+    labels = several[1 if self_paced else 0]
+    loose_labels = None if radii.loose is None else several[-1]
     if self_paced:
         labels, threshold, *_ = self_paced_labels(labels, several[0], several[-1], threshold)
     timer("clusters")
-    lengths = index.list_offsets.diff()
-    sizes = {
-        "pairs": len(graph.values()),
-        "set_entries": len(encoded.rows.columns),
-        "longest_column": int(lengths.max()) if len(lengths) else 0,
-        "index_work": int((lengths * lengths).sum()),
-        "uncertified_rows": encoded.uncertified,
-    }
+    clusters, outliers, sizes = _counts(index, labels, encoded.uncertified)
+    known = {"pairs": len(graph.values()), "set_entries": len(encoded.rows.columns)}
     return Clustering(
         labels=_arrays.like(given, labels),
-        num_clusters=int(labels.max()) + 1 if len(labels) else 0,
-        num_outliers=int((labels < 0).sum()),
+        num_clusters=clusters,
+        num_outliers=outliers,
         seconds=timer.seconds,
-        sizes=sizes,
+        sizes=known | sizes,
         threshold=threshold,
         graph=graph,
         loose_labels=_arrays.like(given, loose_labels),

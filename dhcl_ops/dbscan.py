@@ -139,10 +139,12 @@ def _check_entries(
 
 def _check_ascending(op: str, offsets: torch.Tensor, columns: torch.Tensor) -> None:
     """Refuse a graph whose columns do not ascend: edges would be missed without a word."""
-    falls = torch.nn.functional.pad(columns[1:] <= columns[:-1], (1, 0))
-    starts = offsets[:-1]
-    falls[starts[starts < len(columns)]] = False
-    if len(columns) and bool(falls.any()):
+    if len(columns) == 0:
+        return
+    # One place more than entries, for rows that begin behind the last.
+    falls = torch.nn.functional.pad(columns[1:] <= columns[:-1], (1, 1))
+    falls.index_fill_(0, offsets[:-1], 0)
+    if bool(falls.any()):
         entry = falls.nonzero()[0]
         row = int(torch.searchsorted(offsets, entry, right=True)) - 1
         raise ValueError(f"{op}: columns must ascend within each row (got others in row {row})")

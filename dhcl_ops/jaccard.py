@@ -22,7 +22,7 @@ from torch import nn
 from dhcl_ops import _arrays, _checks, _csr
 from dhcl_ops._csr import Rows
 from dhcl_ops._ops import define
-from dhcl_ops._progress import Progress, slices
+from dhcl_ops._progress import Progress, rows_at_once, slices
 from dhcl_ops._ties import warn_of_tie
 from dhcl_ops.defaults import SPCL
 from dhcl_ops.knn import Neighbours
@@ -262,7 +262,7 @@ def join(rows: Rows, index: Index, eps: float, progress: Progress | None) -> tor
     count = len(rows.offsets) - 1
     parts = [
         jaccard_join(*rows, *index, eps, begin, end)
-        for begin, end in slices(count, "pairs", progress)
+        for begin, end in slices(count, "pairs", progress, rows_at_once(rows.columns.device))
     ]
     return _csr.sparse_tensor(*_mirror_csr(*_csr.joined(parts, rows.columns)))
 

@@ -12,7 +12,7 @@ a dense computation, to the bit, given the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -22,7 +22,7 @@ from dhcl_ops import _arrays, _checks, _csr, _sums
 from dhcl_ops._csr import Rows
 from dhcl_ops._ops import define
 from dhcl_ops._products import full_precision
-from dhcl_ops._progress import Progress, slices
+from dhcl_ops._progress import Progress, rows_at_once, slices
 from dhcl_ops.knn import Neighbours, knn
 
 Convention = Literal["spcl", "zhong"]
@@ -244,15 +244,30 @@ def list_width(op: str, n: int, k1: int, k2: int, convention: str) -> tuple[int,
     return k, min(round(k1 / 2) + 1, k), min(k2, n)
 
 
-def expanded_sets(lists: Lists, progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The expanded mutual neighbours of every row: offsets and columns."""
+def _ranges(lists: Lists, stage: str, progress: Progress | None) -> Iterator[tuple[int, int]]:
+    return slices(len(lists.ranks), stage, progress, rows_at_once(lists.ranks.device))
+
+
+def _parts_of_sets(
+    lists: Lists, progress: Progress | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ranks, k, half, _ = lists
     positions = _reciprocal_positions(ranks)
-    parts = [
+    return [
         k_reciprocal(ranks, positions, k, half, begin, end)
-        for begin, end in slices(len(ranks), "mutual neighbours", progress)
+        for begin, end in _ranges(lists, "mutual neighbours", progress)
     ]
-    return cast("tuple[torch.Tensor, torch.Tensor]", _csr.joined(parts, ranks)[:2])
+
+
+def _joined(
+    parts: list[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cast("tuple[torch.Tensor, torch.Tensor]", _csr.joined(parts, like)[:2])
+
+
+def expanded_sets(lists: Lists, progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The expanded mutual neighbours of every row: offsets and columns."""
+    return _joined(_parts_of_sets(lists, progress), lists.ranks)
 
 
 def expanded_weights(lists: Lists, weights: Rows, progress: Progress | None) -> Rows:
@@ -261,7 +276,7 @@ def expanded_weights(lists: Lists, weights: Rows, progress: Progress | None) -> 
         return weights
     parts = [
         query_expand(lists.ranks, *weights, lists.k2, begin, end)
-        for begin, end in slices(len(lists.ranks), "query expansion", progress)
+        for begin, end in _ranges(lists, "query expansion", progress)
     ]
     return Rows(*_csr.joined(parts, lists.ranks))
 
@@ -310,15 +325,16 @@ def feature_weights(
     progress: Progress | None,
 ) -> Rows:
     """Expanded sets with their weights: softmax(-d2), of d2 / scale where a scale (N,) is given."""
-    offsets, columns = expanded_sets(lists, progress)
-    dots = []
-    for begin, end in slices(len(features), "weights", progress):
-        lines = offsets[begin : end + 1]
-        own = columns[int(lines[0]) : int(lines[-1])]
-        dots.append(_pair_dots(features, lists.ranks, similarities, lines - lines[0], own, begin))
+    parts = _parts_of_sets(lists, progress)
+    dots = [
+        _pair_dots(features, lists.ranks, similarities, *part, begin)
+        for (begin, _), part in zip(_ranges(lists, "weights", progress), parts, strict=True)
+    ]
+    offsets, columns = _joined(parts, lists.ranks)
     squares = 2.0 - 2.0 * (torch.cat(dots) if dots else features.new_empty(0))
     if scale is not None:
-        squares = squares / scale.repeat_interleave(offsets.diff())
+        sizes, total = offsets.diff(), len(columns)
+        squares = squares / scale.repeat_interleave(sizes, output_size=total)
     return Rows(offsets, columns, softmax_rows(offsets, -squares))
 
 
@@ -328,13 +344,13 @@ def neighbour_lists(
     width: int,
     ranks: Neighbours | torch.Tensor | None,
     progress: Progress | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Ranks (N, width) int32, their similarities where known, and the uncertified rows."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Ranks (N, width) int32, their similarities where known, and how many are not certified."""
     n = len(features)
     if ranks is None:
         found = knn(features, width, progress=progress)
-        return found.indices.int(), found.similarities, int(found.uncertified)
-    similarities, uncertified = None, 0
+        return found.indices.int(), found.similarities, found.uncertified
+    similarities, uncertified = None, torch.zeros((), dtype=torch.int64, device=features.device)
     if isinstance(ranks, tuple):
         pair: list[torch.Tensor] = _arrays.as_tensors(op, similarities=ranks[0], indices=ranks[1])
         similarities, ranks = pair
@@ -359,7 +375,7 @@ def neighbour_lists(
             )
     ranks = ranks[:, :width]
     if ranks.numel():
-        low, high = int(ranks.min()), int(ranks.max())
+        low, high = torch.stack(torch.aminmax(ranks)).tolist()
         if low < 0 or high >= n:
             raise ValueError(f"{op}: ranks must be in [0, {n}) (got {low if low < 0 else high})")
     return ranks.int().contiguous(), similarities, uncertified
@@ -369,7 +385,7 @@ class Encoded(NamedTuple):
     """Rows after the query expansion, and what is known of the way there."""
 
     rows: Rows
-    uncertified: int
+    uncertified: torch.Tensor
 
 
 def encode(

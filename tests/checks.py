@@ -141,8 +141,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op._schema.name
-        by_mask = name.startswith("aten::index") and any(
-            t is not None and t.dtype == torch.bool for t in tree_leaves(args[1:2])
+        by_mask = name in {"aten::index", "aten::index_put_"} and any(
+            t is not None and t.dtype == torch.bool for t in tree_leaves(args[1])
         )
         unsized = name == "aten::repeat_interleave" and not (kwargs or {}).get("output_size")
         if name in READS_BACK or by_mask or unsized:

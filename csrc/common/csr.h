@@ -22,22 +22,31 @@ struct ScanParams {
 // Rows [begin, begin + rows) of a CSR matrix in the making. The CPU code reads the range only.
 struct LinesParams {
   int64_t* offsets;  // [rows + 1] the length of row r goes to r + 1
-  int64_t* starts;   // [rows] where row r starts in the pool; -1 if it needs a wide table
+  int64_t* starts;   // [rows] where row r starts in the pool
+  int64_t* left;     // [2, rows] scratch: the rows that did not fit into near and large tables
   uint64_t* pool;    // [capacity] column << 32 | bits of the value; what goes beyond is not written
-  int64_t* state;    // [2] entries asked for; rows that need a wide table
+  int64_t* state;    // [3] entries asked for; rows left by near tables, and by large ones
   int64_t capacity;
   int64_t begin;
   int64_t rows;
 };
 
-// The hash table of a block lies in shared memory and has at most `cells` cells, a power of two
-// (kTableCells fit). A row that does not fit is left to a second launch, with a wide table in
-// global memory for each of `slices` blocks: one cell per column, which fits any row.
+// A block builds its row in a table of columns. There are three kinds, and a row that one does not
+// hold is left to the next:
+//
+// * near: a hash table in shared memory, small enough for several blocks on a multiprocessor;
+// * large: one in as much shared memory as a block may ask for, without a word from the host;
+// * wide: one cell per column in global memory, for each of `slices` blocks, which fits any row. It
+//   is a launch of its own, once the host has seen that rows are left and found the memory.
+//
+// Cells are a power of two; an entry is a key and a number, 8 bytes.
 constexpr int64_t kTableCells = 4096;
+constexpr int64_t kLargeCells = 16384;
 struct TableParams {
-  int32_t* wide;   // [slices, 2, N] scratch, or null for the first launch
-  int64_t slices;  // blocks of the second launch
-  int64_t cells;
+  int32_t* wide;   // [slices, 2, N] scratch, or null for the launch of near and large tables
+  int64_t slices;  // blocks of the launch of wide tables
+  int64_t cells;   // of a near table
+  int64_t large_cells;
 };
 
 struct GatherParams {

@@ -12,7 +12,10 @@ namespace dhcl {
 
 constexpr int kThreads = 256;     // kernels over elements, or with a warp per row
 constexpr int kRowThreads = 128;  // kernels with a block per row
-constexpr int kRowWarps = kRowThreads / kWarp;
+// Kernels with a block per row whose table is large or wide: few blocks, so many threads in each.
+constexpr int kManyThreads = 512;
+constexpr int kManyWarps = kManyThreads / kWarp;
+constexpr int64_t kLargeBlocks = 264;  // two for each multiprocessor of the largest GPUs
 // Longer rows are sorted where they lie, in global memory.
 constexpr int64_t kSharedSort = 1024;
 constexpr int kProbes = 128;
@@ -74,6 +77,33 @@ __device__ __forceinline__ void sort_and_put(uint64_t* keys, int64_t n, const Pu
   for (int64_t t = threadIdx.x; t < n; t += blockDim.x) put(t, sorted[t]);
 }
 
+// ---- sums over a block
+
+// Adds a number per thread: what the threads before this one have, and all of them. Shuffles, since
+// 64-bit atomics on shared memory are loops.
+struct BlockSum {
+  int64_t before;
+  int64_t total;
+};
+__device__ __forceinline__ BlockSum block_sum(int64_t own) {
+  __shared__ int64_t sums[kManyWarps];
+  long long through = own;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const long long lower = __shfl_up_sync(kFullWarp, through, offset);
+    if (lane_id() >= offset) through += lower;
+  }
+  if (lane_id() == kWarp - 1) sums[warp_id()] = through;
+  __syncthreads();
+  BlockSum result{through - own, 0};
+  for (int w = 0; w * kWarp < static_cast<int>(blockDim.x); ++w) {
+    if (w < warp_id()) result.before += sums[w];
+    result.total += sums[w];
+  }
+  __syncthreads();
+  return result;
+}
+
 // ---- tables of columns
 
 // Keys with a number each. A wide table has a cell for every column and needs no probing.
@@ -125,19 +155,22 @@ struct Cells {
   }
 };
 
+enum Tier { kNear, kLarge, kWide };
+
 // An empty table for up to `bound` keys, as far as the cells reach.
-template <bool kWide>
-__device__ __forceinline__ Cells<kWide> make_cells(const TableParams& table, int64_t columns,
-                                                   int64_t bound) {
+template <Tier kTier>
+__device__ __forceinline__ Cells<kTier == kWide> make_cells(const TableParams& table,
+                                                            int64_t columns, int64_t bound) {
   DHCL_DYNAMIC_SHARED(int32_t, shared);
-  Cells<kWide> cells{};
-  if (kWide) {
+  Cells<kTier == kWide> cells{};
+  if constexpr (kTier == kWide) {
     cells.keys = table.wide + static_cast<int64_t>(blockIdx.x) * 2 * columns;
     cells.count = columns;
   } else {
+    const int64_t most = kTier == kNear ? table.cells : table.large_cells;
     cells.keys = shared;
-    cells.count = table.cells < 64 ? table.cells : 64;
-    while (cells.count < 2 * bound && cells.count < table.cells) cells.count *= 2;
+    cells.count = most < 64 ? most : 64;
+    while (cells.count < 2 * bound && cells.count < most) cells.count *= 2;
   }
   cells.sums = reinterpret_cast<unsigned*>(cells.keys + cells.count);
   __syncthreads();
@@ -149,20 +182,24 @@ __device__ __forceinline__ Cells<kWide> make_cells(const TableParams& table, int
   return cells;
 }
 
-// row(r) makes a row and returns, in all threads alike, whether its table held it. The wide launch
-// makes the rows that did not fit.
-template <bool kWide, typename Row>
-__device__ __forceinline__ void for_each_row(const LinesParams& lines, const Row& row) {
-  if (kWide) {
-    for (int64_t r = blockIdx.x; r < lines.rows; r += gridDim.x)
-      if (lines.starts[r] < 0) row(r);
-    return;
-  }
-  const int64_t r = blockIdx.x;
-  if (row(r) || threadIdx.x != 0) return;
-  lines.starts[r] = -1;
+// Leaves a row to the tables after this kind.
+template <Tier kTier>
+__device__ __forceinline__ void leave_row(const LinesParams& lines, int64_t r) {
+  if (threadIdx.x != 0) return;
   lines.offsets[r + 1] = 0;
-  add_to(lines.state + 1, 1);
+  lines.left[kTier * lines.rows + add_to(lines.state + 1 + kTier, 1)] = r;
+}
+
+// row(r) makes a row and returns, in all threads alike, whether its table held it.
+template <Tier kTier, typename Row>
+__device__ __forceinline__ void for_each_row(const LinesParams& lines, const Row& row) {
+  if constexpr (kTier == kNear) {
+    if (!row(blockIdx.x)) leave_row<kTier>(lines, blockIdx.x);
+  } else {
+    const int64_t* left = lines.left + (kTier - 1) * lines.rows;
+    for (int64_t m = blockIdx.x; m < lines.state[kTier]; m += gridDim.x)
+      if (!row(left[m]) && kTier == kLarge) leave_row<kLarge>(lines, left[m]);
+  }
 }
 
 // Writes the keys of a table to the pool as row r, with value(cell) beside each.
@@ -170,39 +207,48 @@ template <bool kWide, typename Value>
 __device__ __forceinline__ void write_line(const LinesParams& lines, int64_t r,
                                            const Cells<kWide>& cells, const Value& value) {
   __shared__ int64_t start;
-  __shared__ int size, next;
-  __syncthreads();
-  if (threadIdx.x == 0) size = next = 0;
   __syncthreads();
   int own = 0;
   for (int64_t c = threadIdx.x; c < cells.count; c += blockDim.x) own += cells.keys[c] >= 0;
-  if (own > 0) atomicAdd(&size, own);
-  __syncthreads();
+  const BlockSum entries = block_sum(own);
   if (threadIdx.x == 0) {
-    start = add_to(lines.state, size);
+    start = add_to(lines.state, entries.total);
     lines.starts[r] = start;
-    lines.offsets[r + 1] = size;
+    lines.offsets[r + 1] = entries.total;
   }
   __syncthreads();
+  int64_t place = start + entries.before;
   for (int64_t c = threadIdx.x; c < cells.count; c += blockDim.x) {
     if (cells.keys[c] < 0) continue;
-    const int64_t place = start + atomicAdd(&next, 1);
     if (place < lines.capacity) lines.pool[place] = pack(cells.keys[c], value(c));
+    ++place;
   }
   __syncthreads();
 }
 
-template <typename Kernel, typename WideKernel, typename Params>
-void launch_rows(Kernel* kernel, WideKernel* wide_kernel, const Params& p, cudaStream_t stream) {
+constexpr int64_t kCellBytes = sizeof(int32_t) + sizeof(unsigned);
+
+// The launch of near tables and, for what they leave, of large ones; or that of wide ones.
+template <int kNearThreads, typename Near, typename Large, typename Wide, typename Params>
+void launch_rows(Near* near, Large* large, Wide* wide, Params p, cudaStream_t stream) {
   if (p.table.wide != nullptr) {
-    DHCL_LAUNCH(wide_kernel, dim3(static_cast<unsigned>(p.table.slices)), dim3(kRowThreads), 0,
-                stream, p);
-  } else {
-    cudaMemsetAsync(p.lines.state, 0, 2 * sizeof(int64_t), stream);
-    const size_t bytes = p.table.cells * (sizeof(int32_t) + sizeof(unsigned));
-    DHCL_LAUNCH(kernel, dim3(static_cast<unsigned>(p.lines.rows)), dim3(kRowThreads), bytes, stream,
+    DHCL_LAUNCH(wide, dim3(static_cast<unsigned>(p.table.slices)), dim3(kManyThreads), 0, stream,
                 p);
+    return;
   }
+  cudaMemsetAsync(p.lines.state, 0, 3 * sizeof(int64_t), stream);
+  DHCL_LAUNCH(near, dim3(static_cast<unsigned>(p.lines.rows)), dim3(kNearThreads),
+              p.table.cells * kCellBytes, stream, p);
+  // More shared memory than 48 KiB has to be asked for, and not every GPU has so much.
+  while (p.table.large_cells > kTableCells &&
+         cudaFuncSetAttribute(large, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(p.table.large_cells * kCellBytes)) != cudaSuccess) {
+    cudaGetLastError();
+    p.table.large_cells /= 2;
+  }
+  const int64_t blocks = p.lines.rows < kLargeBlocks ? p.lines.rows : kLargeBlocks;
+  DHCL_LAUNCH(large, dim3(static_cast<unsigned>(blocks)), dim3(kManyThreads),
+              p.table.large_cells * kCellBytes, stream, p);
 }
 
 }  // namespace dhcl

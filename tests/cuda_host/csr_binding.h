@@ -5,6 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <utility>
 #include <vector>
 
 #include "common/csr.h"
@@ -22,7 +23,7 @@ using Short = Array<int16_t>;
 using Float = Array<float>;
 
 // How often each path was taken since the last reset.
-int64_t wide_rows = 0, second_pools = 0;
+int64_t large_rows = 0, wide_rows = 0, second_pools = 0;
 
 template <typename T>
 std::vector<T> scratch(int64_t n) {
@@ -32,27 +33,32 @@ std::vector<T> scratch(int64_t n) {
 
 template <typename Params>
 py::tuple make_lines(Params p, int64_t begin, int64_t end, int64_t capacity, int64_t cells,
-                     bool valued, void (*launch)(const Params&, void*)) {
+                     int64_t large_cells, bool valued, void (*launch)(const Params&, void*)) {
   const int64_t rows = end - begin;
   Long offsets(rows + 1);
   std::vector<int64_t> starts = scratch<int64_t>(rows);
   std::vector<uint64_t> pool;
   std::vector<int32_t> wide;
-  int64_t state[2] = {0, 0};
+  std::vector<int64_t> left = scratch<int64_t>(2 * rows);
+  int64_t state[3] = {0, 0, 0};
   p.lines.offsets = offsets.mutable_data();
   p.lines.starts = starts.data();
   p.lines.state = state;
+  p.lines.left = left.data();
   p.lines.begin = begin;
   p.lines.rows = rows;
   p.table.cells = cells;
+  // By default a row that a near table does not hold is one for a wide table.
+  p.table.large_cells = large_cells > 0 ? large_cells : cells;
   for (;;) {
     pool = scratch<uint64_t>(capacity);
     p.lines.pool = pool.data();
     p.lines.capacity = capacity;
     p.table.wide = nullptr;
     launch(p, nullptr);
-    wide_rows += state[1];
-    if (state[1] > 0) {
+    large_rows += state[1] - state[2];
+    wide_rows += state[2];
+    if (state[2] > 0) {
       p.table.slices = 2;
       wide = scratch<int32_t>(p.table.slices * 2 * p.num_rows);
       p.table.wide = wide.data();
@@ -85,6 +91,7 @@ inline void def_common(py::module_& m) {
     wide_rows = second_pools = 0;
     return taken;
   });
+  m.def("large_rows", [] { return std::exchange(large_rows, 0); });
 }
 
 }  // namespace

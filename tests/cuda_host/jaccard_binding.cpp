@@ -37,7 +37,8 @@ py::tuple inverted_index(const Long& offsets, const Int& columns, const Float& v
 py::tuple jaccard_join(const Long& offsets, const Int& columns, const Float& values,
                        const Int& order, const Int& prefix, const Long& list_offsets,
                        const Long& list_split, const Int& list_rows, const Float& list_values,
-                       double eps, int64_t begin, int64_t end, int64_t capacity, int64_t cells) {
+                       double eps, int64_t begin, int64_t end, int64_t capacity, int64_t cells,
+                       int64_t large_cells) {
   int64_t longest = 12345;
   dhcl::JoinParams p{};
   p.offsets = offsets.data();
@@ -53,7 +54,7 @@ py::tuple jaccard_join(const Long& offsets, const Int& columns, const Float& val
   p.num_rows = offsets.shape(0) - 1;
   p.mean_row = p.num_rows == 0 ? 0 : columns.shape(0) / p.num_rows + 1;
   p.eps = static_cast<float>(eps);
-  return make_lines(p, begin, end, capacity, cells, true, dhcl::launch_jaccard_join);
+  return make_lines(p, begin, end, capacity, cells, large_cells, true, dhcl::launch_jaccard_join);
 }
 
 py::tuple mirror_csr(const Long& offsets, const Int& columns, const Float& values) {
@@ -102,12 +103,13 @@ Float jaccard_rows(const Long& offsets, const Int& columns, const Float& values,
 
 PYBIND11_MODULE(jaccard_host, m) {
   def_common(m);
-  const auto capacity = py::arg("capacity") = 1024, cells = py::arg("cells") = dhcl::kTableCells;
+  const auto capacity = py::arg("capacity") = 1024, cells = py::arg("cells") = dhcl::kTableCells,
+             large_cells = py::arg("large_cells") = 0;
   const auto a = [](const char* name) { return py::arg(name); };
   m.def("inverted_index", &inverted_index);
   m.def("jaccard_join", &jaccard_join, a("offsets"), a("columns"), a("values"), a("order"),
         a("prefix"), a("list_offsets"), a("list_split"), a("list_rows"), a("list_values"), a("eps"),
-        a("begin"), a("end"), capacity, cells);
+        a("begin"), a("end"), capacity, cells, large_cells);
   m.def("mirror_csr", &mirror_csr);
   m.def("jaccard_rows", &jaccard_rows);
 }

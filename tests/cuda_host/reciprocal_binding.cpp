@@ -12,7 +12,8 @@ Short reciprocal_positions(const Int& ranks) {
 }
 
 py::tuple k_reciprocal(const Int& ranks, const Short& positions, int64_t k, int64_t half,
-                       int64_t begin, int64_t end, int64_t capacity, int64_t cells) {
+                       int64_t begin, int64_t end, int64_t capacity, int64_t cells,
+                       int64_t large_cells) {
   dhcl::KReciprocalParams p{};
   p.ranks = ranks.data();
   p.positions = positions.data();
@@ -20,7 +21,7 @@ py::tuple k_reciprocal(const Int& ranks, const Short& positions, int64_t k, int6
   p.width = ranks.shape(1);
   p.k = k;
   p.half = half;
-  return make_lines(p, begin, end, capacity, cells, false, dhcl::launch_k_reciprocal);
+  return make_lines(p, begin, end, capacity, cells, large_cells, false, dhcl::launch_k_reciprocal);
 }
 
 Float pair_dots(const Float& features, const Int& ranks, py::object similarities,
@@ -51,7 +52,7 @@ Float softmax_rows(const Long& offsets, const Float& logits) {
 
 py::tuple query_expand(const Int& ranks, const Long& offsets, const Int& columns,
                        const Float& values, int64_t k2, int64_t begin, int64_t end,
-                       int64_t capacity, int64_t cells) {
+                       int64_t capacity, int64_t cells, int64_t large_cells) {
   dhcl::QueryExpandParams p{};
   p.ranks = ranks.data();
   p.offsets = offsets.data();
@@ -60,20 +61,21 @@ py::tuple query_expand(const Int& ranks, const Long& offsets, const Int& columns
   p.num_rows = offsets.shape(0) - 1;
   p.width = ranks.shape(1);
   p.k2 = k2;
-  return make_lines(p, begin, end, capacity, cells, true, dhcl::launch_query_expand);
+  return make_lines(p, begin, end, capacity, cells, large_cells, true, dhcl::launch_query_expand);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(reciprocal_host, m) {
   def_common(m);
-  const auto capacity = py::arg("capacity") = 1024, cells = py::arg("cells") = dhcl::kTableCells;
+  const auto capacity = py::arg("capacity") = 1024, cells = py::arg("cells") = dhcl::kTableCells,
+             large_cells = py::arg("large_cells") = 0;
   const auto a = [](const char* name) { return py::arg(name); };
   m.def("reciprocal_positions", &reciprocal_positions);
   m.def("k_reciprocal", &k_reciprocal, a("ranks"), a("positions"), a("k"), a("half"), a("begin"),
-        a("end"), capacity, cells);
+        a("end"), capacity, cells, large_cells);
   m.def("pair_dots", &pair_dots);
   m.def("softmax_rows", &softmax_rows);
   m.def("query_expand", &query_expand, a("ranks"), a("offsets"), a("columns"), a("values"), a("k2"),
-        a("begin"), a("end"), capacity, cells);
+        a("begin"), a("end"), capacity, cells, large_cells);
 }

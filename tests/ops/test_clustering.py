@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhcl_ops import camera_neighbours, cluster, dbscan, jaccard_graph, self_paced_labels
+from dhcl_ops.knn import knn
+from tests import checks
 from tests.checks import same_bits
 from tests.ops.jaccard_data import REGIMES, features_like
 
@@ -144,6 +146,39 @@ def test_cluster_by_camera_takes_camera_neighbours(own):
     for wrong in ({}, {"cameras": cameras, "ranks": ranks}):
         with pytest.raises(ValueError, match="k1_own goes with cameras and without ranks"):
             cluster(rows, k1_own=own, **wrong, **numbers)
+
+
+@pytest.mark.parametrize(
+    ("options", "choice"),
+    [({}, 0), ({"convention": "zhong"}, 0), ({"loose": True}, 0), ({"self_paced": True}, 1)],
+)
+def test_cluster_waits_for_the_device_once_a_list(options, choice):
+    """Once for each matrix whose size depends on data, for all counts, and for a choice."""
+    x = features_like("moderate", 300)
+    found = knn(x, 31)
+    reads = checks.host_reads(lambda: cluster(x, eps=0.55, ranks=found, **options))
+    lists = ["dhcl::k_reciprocal", "dhcl::query_expand", "dhcl::jaccard_join", "dhcl::mirror_csr"]
+    # Features of norm 1 and ranks in range are looked at before; then, after the lists:
+    assert reads[2:] == [*lists, *["tolist"] * (choice + 1)]
+
+
+def test_self_paced_labels_with_gaps_and_of_any_size():
+    generator = torch.Generator().manual_seed(0)
+    dense = [torch.randint(-1, high, (60,), generator=generator) for high in (8, 14, 5)]
+    sparse = [torch.where(labels < 0, labels, labels * 1_000_003 + 7) for labels in dense]
+    expected, got = self_paced_labels(*dense), self_paced_labels(*sparse)
+    assert (got.labels >= 0).any()
+    assert got.threshold == expected.threshold
+    for a, b in ((got.labels, expected.labels), (got.compactness, expected.compactness)):
+        assert same_bits(a, b)
+    assert checks.host_reads(lambda: self_paced_labels(*sparse, got.threshold)) == []
+
+
+def test_self_paced_labels_without_clusters():
+    alone = torch.full((5,), -1)
+    got = self_paced_labels(alone, alone, alone)
+    assert got.labels.tolist() == [-1] * 5
+    assert got.threshold is None
 
 
 def test_cluster_with_self_paced_choice():

@@ -64,6 +64,26 @@ def test_rows_that_do_not_fit_in_tables_and_pools(kernels):
     assert second == 0
 
 
+def test_rows_that_fit_in_large_tables(kernels):
+    features = identities(36, 20)
+    kernels.paths()
+    kernels.large_rows()
+    chain(kernels, features, 9, 4, 0.6, 3, cells=4, large_cells=64)
+    large = sum(module.large_rows() for module in kernels.modules[:2])
+    assert large > 36
+    assert kernels.paths()[0] == 0
+
+
+def test_a_list_that_names_a_row_twice(kernels):
+    ranks = torch.arange(12).int().view(12, 1).repeat(1, 4)
+    ranks[:, 1] = (ranks[:, 0] + 1) % 12
+    ranks[:, 2] = ranks[:, 1]
+    ranks[:, 3] = (ranks[:, 0] + 11) % 12
+    positions = check(kernels, "reciprocal_positions", ranks)
+    for tables in ({}, {"cells": 2, "large_cells": 4}):
+        k_reciprocal(kernels, ranks, positions, 4, 3, 0, 12, **tables)
+
+
 def test_ranges_of_rows(kernels):
     features = identities(24, 20)
     ranks, rows = weights(features, 6)
