@@ -202,12 +202,12 @@ __device__ __forceinline__ void for_each_row(const LinesParams& lines, const Row
   }
 }
 
-// Writes the keys of a table to the pool as row r, with value(cell) beside each.
+// Writes the keys of a table to the pool as row r, with value(cell) beside each. Since the last
+// barrier a thread may have changed the cells that are its own here.
 template <bool kWide, typename Value>
 __device__ __forceinline__ void write_line(const LinesParams& lines, int64_t r,
                                            const Cells<kWide>& cells, const Value& value) {
   __shared__ int64_t start;
-  __syncthreads();
   int own = 0;
   for (int64_t c = threadIdx.x; c < cells.count; c += blockDim.x) own += cells.keys[c] >= 0;
   const BlockSum entries = block_sum(own);
@@ -223,7 +223,6 @@ __device__ __forceinline__ void write_line(const LinesParams& lines, int64_t r,
     if (place < lines.capacity) lines.pool[place] = pack(cells.keys[c], value(c));
     ++place;
   }
-  __syncthreads();
 }
 
 constexpr int64_t kCellBytes = sizeof(int32_t) + sizeof(unsigned);
