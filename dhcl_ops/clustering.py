@@ -72,11 +72,10 @@ def _percentile(values: torch.Tensor, chosen: torch.Tensor) -> float | None:
 
 
 def _each_outlier_alone(labels: torch.Tensor) -> torch.Tensor:
+    """Clusters by their numbers among those that occur; each outlier has a number of its own."""
     outlier = labels < 0
-    if int(labels.max()) >= len(labels):
-        # Numbers with gaps, which may be huge: only which rows are together counts.
-        labels = torch.where(outlier, labels, labels.unique(return_inverse=True)[1])
-    return torch.where(outlier, labels.clamp(min=-1).amax() + outlier.cumsum(0), labels)
+    number, _ = _groups(labels.clamp(min=-1))
+    return torch.where(outlier, len(labels) + outlier.cumsum(0), number)
 
 
 @_arrays.takes_arrays("labels", "tight", "loose")
