@@ -28,6 +28,7 @@ HELP = {
     "export": OPTIONS,
     "index": OPTIONS,
     "search": OPTIONS,
+    "crops": OPTIONS,
     "cluster": OPS,
     "rerank": OPS,
     "metrics": OPS,
