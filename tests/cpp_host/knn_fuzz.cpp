@@ -14,7 +14,8 @@ void select(FuzzedDataProvider& in) {
   const int64_t keep = in.ConsumeIntegralInRange<int64_t>(1, 8);
   const int64_t capacity = keep + in.ConsumeIntegralInRange<int64_t>(1, 20);
   const bool mirror = in.ConsumeBool(), self_search = in.ConsumeBool();
-  std::vector<float> tile = harness::some_floats(in, rows * columns);
+  const int64_t stride = columns + in.ConsumeIntegralInRange<int64_t>(0, 7);
+  std::vector<float> tile = harness::some_floats(in, rows * stride);
   // Features are finite and their norms bounded, so products are finite.
   for (float& x : tile)
     if (!std::isfinite(x)) x = 3.0f;
@@ -28,6 +29,7 @@ void select(FuzzedDataProvider& in) {
   p.counts = counts.data();
   p.thresholds = thresholds.data();
   p.tile = tile.data();
+  p.tile_stride = stride;
   p.num_rows = state;
   p.capacity = capacity;
   p.tile_rows = rows;
@@ -40,7 +42,7 @@ void select(FuzzedDataProvider& in) {
     std::vector<float> all, kept;
     for (int64_t c = 0; c < others; ++c)
       if (!self_search || c != r)
-        all.push_back(mirror ? tile[c * columns + r] : tile[r * columns + c]);
+        all.push_back(mirror ? tile[c * stride + r] : tile[r * stride + c]);
     for (int64_t i = 0; i < counts[r]; ++i) kept.push_back(values[r * capacity + i]);
     std::sort(all.rbegin(), all.rend());
     std::sort(kept.rbegin(), kept.rend());
