@@ -260,6 +260,10 @@ class ReID:
         # The None was an option once; without it, indexes would not know their model any more.
         about = (_PREPROCESSING, self.config.model.backbone, None, self.image_size)
         digest.update(repr((*about, tuple(model.mean), tuple(model.std))).encode())
+        if self.config.model.backbone.startswith("timm:"):
+            # timm's networks are made finer after they are built, which no tensor shows.
+            steps = [getattr(module, "stride", None) for module in model.backbone.modules()]
+            digest.update(repr(steps).encode())
         for name, tensor in sorted(model.state_dict().items()):
             if name.endswith("num_batches_tracked"):
                 continue

@@ -10,6 +10,7 @@ import torch
 from dhcl import ReID
 from dhcl.config import ConfigError, read_run, with_changes
 from dhcl.data import DataError, image_files, path_reader, training_cameras
+from dhcl.models import build_model
 from dhcl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dhcl.training.engine import Engine
 from dhcl.training.evaluation import Evaluator
@@ -347,6 +348,15 @@ def test_cluster_by_camera_without_cameras(run, pictures):
     with pytest.warns(UserWarning, match="neighbours are taken from all images alike"):
         found = model.cluster(features)
     assert torch.equal(found.labels, model.cluster(features, k1_own=0).labels)
+
+
+def test_the_fingerprint_of_a_timm_network_is_of_its_strides_too(model, run):
+    name = "timm:mobilenetv3_small_050"
+    network = build_model(name, image_size=(64, 32), pretrained=False)
+    config = with_changes(model.config, {"backbone": name, "image_size": (64, 32)})
+    before = ReID(network, config, run, "last", torch.device("cpu")).id
+    next(m for m in network.backbone.modules() if isinstance(m, torch.nn.Conv2d)).stride = (1, 1)
+    assert ReID(network, config, run, "last", torch.device("cpu")).id != before
 
 
 def test_the_fingerprint_is_of_weights_and_preprocessing(model, run, tmp_path):
