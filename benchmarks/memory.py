@@ -22,6 +22,8 @@ SIZES = (12_936, 32_621, 1_000_000)
 QUICK_SIZES = (3_000,)
 BATCHES = (64, 256, 4096)
 WIDTH = 2048
+# Of the bank whose labels are set: what a head after the backbone gives, and a million fit.
+NARROW = 256
 MOMENTUM = 0.2
 IMAGES_PER_CLASS = 20
 
@@ -152,6 +154,40 @@ def bench_prototypes(bench: Bench, bank: torch.Tensor) -> None:
     )
 
 
+def bench_labels(bench: Bench, n: int) -> None:
+    """An epoch's new labels: classes of outliers, members of each class, and all prototypes."""
+    k = n // IMAGES_PER_CLASS
+    params = {"N": n, "K": k, "d": NARROW, "dtype": "float32"}
+    if not bench.wanted("set_labels", params):
+        return
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, k, (n,), generator=generator)
+    # Clusters are numbered without gaps.
+    labels = (labels.unique(return_inverse=True)[1] - 1).to(bench.device)
+    bank = dhcl_ops.MemoryBank(n, NARROW, device=bench.device)
+    bank.init(torch.randn(n, NARROW, device=bench.device))
+
+    def plain() -> torch.Tensor:
+        outlier = labels < 0
+        clusters = int(labels.max()) + 1
+        of = torch.where(outlier, clusters - 1 + outlier.cumsum(0), labels)
+        return plain_prototypes(bank.features, of, clusters + int(outlier.sum()))
+
+    def ours() -> torch.Tensor:
+        bank.set_labels(labels)
+        return bank.prototypes
+
+    row = NARROW * bank.features.element_size()
+    bench.run_case(
+        "set_labels",
+        params,
+        [Variant("pytorch index_add_", plain), Variant("dhcl", ours)],
+        baseline="pytorch index_add_",
+        bytes_read=n * row,
+        bytes_written=(k + int((labels < 0).sum())) * row,
+    )
+
+
 def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     """The update with repeated rows, class means and their gradient."""
     n, d, b = sizes
@@ -184,6 +220,7 @@ def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -
         bench_updates(bench, bank)
         bench_prototypes(bench, bank)
         del bank
+        bench_labels(bench, n)
     return bench.finish()
 
 
