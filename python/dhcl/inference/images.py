@@ -142,7 +142,7 @@ def missing_files(images: Sequence[Any]) -> list[tuple[int, str]]:
     return [
         (index, "no such file")
         for index, image in enumerate(images)
-        if isinstance(image, (str, os.PathLike)) and not Path(image).expanduser().is_file()
+        if isinstance(image, (str, os.PathLike)) and not Path(image).expanduser().exists()
     ]
 
 

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dhcl.training.runs import open_data
 from PIL import Image
 
 from dhcl_ops import cluster, knn, rerank
+from tests.dhcl.data.pictures import encoded
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,22 @@ def test_missing_files_are_all_named_before_anything_is_opened(model, mixed):
     cut = Image.open(mixed / "2 cut.png")
     with pytest.raises(DataError, match="images: 1 can't be read"):
         model.features([cut])
+
+
+def test_what_is_no_file_of_an_image_is_skipped_and_not_waited_for(model, files, tmp_path):
+    os.mkfifo(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").symlink_to("/dev/zero")
+    (tmp_path / "2.jpg").symlink_to("nowhere")
+    damaged = bytearray(encoded(Image.open(files[0]), "PNG"))
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "3.png").write_bytes(damaged)
+    shutil.copy(files[0], tmp_path / "4.jpg")
+    features, kept = model.features(tmp_path, on_bad="skip")
+    assert kept.tolist() == [4]
+    assert torch.allclose(features, model.features([files[0]]), atol=1e-6)
+    with pytest.raises(DataError) as error:
+        model.features(tmp_path / "0.jpg")
+    assert "not a regular file" in str(error.value)
 
 
 @pytest.mark.parametrize(
