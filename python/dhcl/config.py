@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from dhcl.errors import ConfigError, as_path
+from dhcl.stored import Damaged, read_text
 from dhcl.words import did_you_mean, show
 
 __all__ = [
@@ -517,6 +518,11 @@ def _sentence(error: Mapping[str, Any]) -> str:
 
 # ---- files --------------------------------------------------------------------------------------
 
+# Of a file of options: bytes, values, and bits of a number; Python prints no longer ones.
+_MAX_YAML = 1 << 20
+_MAX_VALUES = 10_000
+_MAX_BITS = 4096
+
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a YAML file says, by option, whether it has sections or not.
@@ -526,10 +532,15 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = as_path("config", path)
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(read_text(path, _MAX_YAML)) or {}
+        _check_size(content)
     except OSError as error:
         raise ConfigError(f"config: {show(path)} can't be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"config: {show(path)} is nested too deep") from error
+    except Damaged as error:
+        raise ConfigError(f"config: {show(path)} can't be used ({error})") from error
+    except Exception as error:  # tags, dates and numbers that are none have errors of any kind
         raise ConfigError(f"config: {show(path)} is not YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config: {show(path)} must hold `option: value` lines")
@@ -537,6 +548,25 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _by_name(content)
     except ConfigError as error:
         raise ConfigError(f"{show(path)}: {error}") from error
+
+
+def _check_size(content: Any) -> None:
+    """Raise :class:`Damaged` for more values than options have, or a number of endless digits.
+
+    Aliases count as what they stand for: a few lines of them could stand for billions of values.
+    """
+    rest, count = [content], 0
+    while rest and count <= _MAX_VALUES:
+        value = rest.pop()
+        count += 1
+        if isinstance(value, dict):
+            rest += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            rest += value
+        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise Damaged(f"a number must have at most {_MAX_BITS:,} bits")
+    if rest:
+        raise Damaged(f"it must hold at most {_MAX_VALUES:,} values, and aliases count")
 
 
 def load_config(path: str | os.PathLike[str], base: TrainConfig | None = None) -> TrainConfig:

@@ -5,10 +5,12 @@ Needs torch and NumPy alone; SciPy for .mat, pyarrow for .parquet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from dhcl.data.lists import identifier
 from dhcl.errors import FeatureError, as_path
 from dhcl.files import ForeignCode, load_tensors
+from dhcl.npy import NpyHeader, read_npy, read_npy_header
 from dhcl.words import first_line, show
 
 __all__ = [
@@ -32,6 +35,10 @@ __all__ = [
 
 FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".mat", ".parquet")
 """Files that :func:`read_features` takes."""
+
+# What a compressed array may become: so many bytes, or so many times its size.
+_UNPACKED = 1 << 30
+_EXPANSION = 100
 
 Role = Literal["", "query", "gallery"]
 
@@ -107,6 +114,7 @@ def read_features(
     identities under ``ids``, ``labels`` or ``pids``; cameras under ``cameras``, ``cams`` or
     ``camids``; paths under ``paths``. A file may hold both sides, as ``query_features`` and
     ``gallery_features`` (or ``query_f``, ``query_label``, ``query_cam``). Code in files is not run.
+    Of a ``.npz`` file only what is used is unpacked, to 1 GiB or 100 times its size at most.
 
     Args:
         path: a file with one of :data:`FEATURE_SUFFIXES`.
@@ -142,12 +150,13 @@ def read_features(
 # ---- kinds of files -----------------------------------------------------------------------------
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> Mapping[str, Any]:
     """What the file holds by name; a bare array is called by the empty name."""
     kind = path.suffix.lower()
-    read = {".npy": _npy, ".npz": _npz, ".mat": _mat, ".parquet": _parquet}.get(kind, _pt)
+    read: dict[str, Callable[[Path], Mapping[str, Any]]]
+    read = {".npy": _npy, ".npz": _Archive, ".mat": _mat, ".parquet": _parquet}
     try:
-        return read(path)
+        return read.get(kind, _pt)(path)
     except (FeatureError, MemoryError):
         raise
     except ForeignCode as error:
@@ -160,12 +169,62 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _npy(path: Path) -> dict[str, Any]:
-    return {"": np.load(path, allow_pickle=False)}
+    return {"": read_npy(path)}
 
 
-def _npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+class _Archive(Mapping[str, Any]):
+    """The arrays of a ``.npz`` file, each read when it is asked for: others take no memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with zipfile.ZipFile(path) as archive:
+            arrays = [one for one in archive.infolist() if one.filename.endswith(".npy")]
+        self._members = {one.filename.removesuffix(".npy"): one for one in arrays}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        self.header(name)
+        with self._open(name) as file:
+            array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+            return array
+
+    def header(self, name: str) -> NpyHeader:
+        """What an array is, without its numbers; one that can't be read is refused."""
+        member = self._members[name]
+        with self._open(name) as file:
+            header = read_npy_header(file)
+        if header.dtype.hasobject:
+            raise FeatureError(f"features: {name!r} in {show(self._path)} holds pickled objects")
+        # What the archive says of a member may be as wrong as what the member says of itself.
+        packed = min(member.compress_size, self._path.stat().st_size)
+        if header.size > member.file_size or header.size > max(_UNPACKED, _EXPANSION * packed):
+            raise FeatureError(
+                f"features: {name!r} in {show(self._path)} must have the {header.size:,} bytes of "
+                f"its header, and unpack to no more than {_UNPACKED:,} bytes or {_EXPANSION} times "
+                f"its size (got {member.file_size:,} bytes in {packed:,})"
+            )
+        return header
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        try:
+            with zipfile.ZipFile(self._path) as archive, archive.open(self._members[name]) as file:
+                yield file
+        except (FeatureError, MemoryError):
+            raise
+        except Exception as error:  # of zip files, of what packs them, and of headers
+            raise FeatureError(
+                f"features: {name!r} in {show(self._path)} can't be read "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
 
 
 def _pt(path: Path) -> dict[str, Any]:
@@ -264,6 +323,14 @@ def _is_matrix(value: Any) -> bool:
     )
 
 
+def _matrices(content: Mapping[str, Any]) -> list[str]:
+    """Names of the matrices of floating numbers."""
+    if not isinstance(content, _Archive):
+        return [name for name, value in content.items() if _is_matrix(value)]
+    headers = {name: content.header(name) for name in content}
+    return [name for name, is_ in headers.items() if len(is_.shape) == 2 and is_.dtype.kind == "f"]
+
+
 def _matrix(
     path: Path, content: Mapping[str, Any], role: Role, key: str | None, transposed: bool
 ) -> tuple[str, torch.Tensor]:
@@ -271,7 +338,7 @@ def _matrix(
         raise FeatureError(f"features: there is no {key!r} in {show(path)} ({_named(content)})")
     name = key if key is not None else ("" if "" in content else _find(content, "features", role))
     if name is None:
-        matrices = [each for each, value in content.items() if _is_matrix(value)]
+        matrices = _matrices(content)
         if len(matrices) != 1:
             raise FeatureError(
                 f"features: there is no 'features' in {show(path)} ({_named(content)}); --key NAME "
@@ -281,6 +348,8 @@ def _matrix(
     called = f"{name!r} in {show(path)}" if name else show(path)
     try:
         array = _array(content[name])
+    except FeatureError:
+        raise
     except (TypeError, ValueError) as error:
         raise FeatureError(f"features: {called} must be a matrix ({error})") from error
     if array.dtype.kind not in "fiu":

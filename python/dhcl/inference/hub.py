@@ -19,6 +19,7 @@ from dhcl.config import ConfigError, TrainConfig, with_changes
 from dhcl.errors import CheckpointError, UnavailableWeights
 from dhcl.files import write_together
 from dhcl.models.tensors import INDEX_FILE, WEIGHTS_FILE, read_safetensors, safetensors_bytes
+from dhcl.stored import read_json
 from dhcl.words import first_line, first_ones, show
 
 __all__ = [
@@ -132,7 +133,7 @@ def public_options(config: TrainConfig) -> dict[str, Any]:
 def is_model_folder(folder: Path) -> bool:
     """Whether the folder's ``config.json`` is that of a dhcl model."""
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / CONFIG_FILE)
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("library_name") == _LIBRARY
@@ -163,7 +164,7 @@ def _read_description(folder: Path) -> Description:
             f"({_listing(folder)})"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {show(file)} can't be read ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("library_name") != _LIBRARY:

@@ -33,7 +33,8 @@ from pydantic import (
 
 from dhcl.errors import ConfigError, DataError
 from dhcl.files import NpyRows, only_writer, write_atomic
-from dhcl.stored import Damaged, checksum, parse_json, read_json, read_npy, read_text
+from dhcl.npy import read_npy
+from dhcl.stored import Damaged, checksum, parse_json, read_json, read_text
 from dhcl.words import show
 
 __all__ = ["Record", "read_stored", "strangers", "write_generation", "writing"]

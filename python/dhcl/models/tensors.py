@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from dhcl.stored import read_json
 from dhcl.words import first_line, show
 
 __all__ = ["INDEX_FILE", "WEIGHTS_FILE", "is_safetensors", "read_safetensors", "safetensors_bytes"]
@@ -68,7 +68,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_parts(index: Path) -> dict[str, torch.Tensor]:
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(index)["weight_map"]
         names = sorted(set(places.values()))
         # Files beside the index alone: it may come from anywhere.
         beside = all(Path(name).name == name for name in names)

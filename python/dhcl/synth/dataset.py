@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 
+from dhcl.stored import read_json
 from dhcl.synth.cameras import make_camera
 from dhcl.synth.crops import render_crop
 from dhcl.synth.plan import GALLERY, QUERY, TRAIN, Job, plan, whole_number
@@ -225,7 +226,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _is_own(out: Path) -> bool:
     try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(out / MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("made_by") == _MADE_BY

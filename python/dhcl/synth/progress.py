@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dhcl.errors import ConfigError
+from dhcl.stored import read_json
 from dhcl.synth.dataset import MANIFEST, SynthSummary, render_dataset
 from dhcl.synth.sheet import contact_sheet
 from dhcl.words import show
@@ -49,7 +49,7 @@ def drawn_with(out: Path) -> dict[str, Any]:
         ConfigError: the folder does not say; it holds something else.
     """
     try:
-        found: dict[str, Any] = json.loads((out / MANIFEST).read_text())["arguments"]
+        found: dict[str, Any] = read_json(out / MANIFEST)["arguments"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"out: {show(out)} holds no pedestrians of dhcl synth") from error
     return found

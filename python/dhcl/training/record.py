@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from dhcl.config import (
     with_changes,
 )
 from dhcl.errors import as_path
+from dhcl.stored import Damaged, parse_json, read_json, read_text
 from dhcl.training.checkpoint import CheckpointError, Progress, load_checkpoint
 from dhcl.words import show
 
@@ -116,7 +116,7 @@ def measured(run: Path, which: str) -> dict[str, Any]:
     """
     try:
         state = load_checkpoint(run / "checkpoints" / f"{which}.pt")
-        stored: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+        stored: dict[str, Any] = read_json(run / "metrics.json")
         protocol = {"protocol": stored["protocol"]} if "protocol" in stored else {}
         if which == "best":
             return {**state["metrics"], "chosen_by": CHOSEN_BY, **protocol}
@@ -140,13 +140,13 @@ def _read_options(record: Record) -> None:
 def _read_log(record: Record) -> None:
     file, broken = record.run / "log.jsonl", 0
     try:
-        lines = file.read_text(errors="replace").splitlines()
-    except OSError as error:
+        lines = read_text(file, errors="replace").splitlines()
+    except (OSError, Damaged) as error:
         record.missing["log"] = f"log.jsonl can't be read ({_why(error)}), so nothing over epochs"
         return
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             record.log.append({**entry, "epoch": int(entry["epoch"])})
         except (ValueError, TypeError, KeyError):
             broken += 1
@@ -158,7 +158,7 @@ def _read_log(record: Record) -> None:
 
 def _read_metrics(record: Record) -> None:
     try:
-        metrics = json.loads((record.run / "metrics.json").read_text())
+        metrics = read_json(record.run / "metrics.json")
         record.metrics = metrics if isinstance(metrics, dict) else {}
     except FileNotFoundError:
         total, done = record.options.get("epochs"), len(record.log)

@@ -17,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from dhcl.config import TrainConfig, flat_options
 from dhcl.errors import ConfigError
 from dhcl.files import write_atomic
+from dhcl.stored import read_json
 from dhcl.words import first_line, show
 
 __all__ = ["Trackers", "check_trackers"]
@@ -93,7 +94,7 @@ class Trackers:
 
 def _read(file: Path) -> dict[str, str | None]:
     try:
-        known = json.loads(file.read_text())
+        known = read_json(file)
     except FileNotFoundError:
         return {}
     except ValueError as error:
