@@ -21,7 +21,7 @@ from PIL import Image
 from dhcl.data.folders import image_files
 from dhcl.data.images import read_image
 from dhcl.errors import DataError
-from dhcl.files import new_folder
+from dhcl.files import new_file, new_folder
 from dhcl.words import show
 
 __all__ = ["CROP_PATTERN", "Box", "CropReport", "read_mot", "write_crops"]
@@ -153,7 +153,8 @@ def write_crops(
                     without += 1
                     continue
                 name = f"{box.track:04d}_c{camera}_f{frame:06d}.png"
-                Image.fromarray(crop).save(partial / name)
+                with new_file(partial / name) as file:
+                    Image.fromarray(crop).save(file, "PNG")
                 crops += 1
                 tracks.add(box.track)
             if progress:

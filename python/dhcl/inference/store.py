@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from dhcl.errors import ConfigError, DataError
-from dhcl.files import NpyRows, only_writer, write_atomic
+from dhcl.files import NpyRows, Taken, write_atomic, writing_folder
 from dhcl.npy import read_npy
 from dhcl.stored import Damaged, checksum, parse_json, read_json, read_text
 from dhcl.words import show
@@ -252,32 +252,29 @@ def writing(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: at once, if another process is changing the index.
+        NotPlainFile: the lock's file is a link, a FIFO or a device.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(only_writer(folder / ".lock"))
-        except TimeoutError as error:
+            held.enter_context(writing_folder(folder, "index.json"))
+        except Taken as error:
             raise ConfigError(
-                f"index: another process is changing {show(folder)}; try again when it is done"
+                f"index: {show(str(error))} is changing {show(folder)}; try again when it is done"
             ) from error
         try:
             yield
         finally:
             _tidy(folder)
-            if made and not (folder / "index.json").exists():
-                (folder / ".lock").unlink()
-                folder.rmdir()
 
 
 def _tidy(folder: Path) -> None:
-    """Remove the files of other generations than the present one."""
+    """Remove the files of other generations than the present one, and half-written ones."""
     about = _read_about(folder) if (folder / "index.json").is_file() else {}
-    present = f"-{about.get('generation')}."
+    generation = about.get("generation")
+    present = (f"features-{generation}.npy", f"images-{generation}.jsonl")
     for pattern in ("features-*.npy", "images-*.jsonl", "*.partial"):
         for file in folder.glob(pattern):
-            if present not in file.name:
+            if file.name not in present:
                 file.unlink(missing_ok=True)
 
 
@@ -315,17 +312,20 @@ def write_generation(
     rows = NpyRows(folder / f"features-{generation}.npy", width)
     lines: list[str] = []
     crc = 0
-    for records, features in parts:
-        array = np.ascontiguousarray(np.asarray(features), dtype="<f4")
-        try:
-            crc = _checked(array, crc)
-        except Damaged as error:
-            raise DataError(f"index: {error}, after {rows.rows} rows") from error
-        rows.append(array)
-        lines.extend(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
-    if not rows.rows:
-        raise ConfigError(f"index: {show(folder)} would be empty; remove the folder instead")
-    rows.close()
+    try:
+        for records, features in parts:
+            array = np.ascontiguousarray(np.asarray(features), dtype="<f4")
+            try:
+                crc = _checked(array, crc)
+            except Damaged as error:
+                raise DataError(f"index: {error}, after {rows.rows} rows") from error
+            rows.append(array)
+            lines.extend(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
+        if not rows.rows:
+            raise ConfigError(f"index: {show(folder)} would be empty; remove the folder instead")
+        rows.close()
+    finally:
+        rows.discard()
     images = "".join(lines).encode()
     write_atomic(folder / f"images-{generation}.jsonl", images)
     counts = {"format": _FORMAT, "generation": generation, "images": rows.rows, "dim": width}

@@ -6,19 +6,18 @@ Needs torch and NumPy alone; pyarrow for .parquet.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dhcl.errors import FeatureError
-from dhcl.files import NpyRows
+from dhcl.files import NpyRows, replacing
 from dhcl.inference.features import pyarrow_parquet
 from dhcl.words import show
 
@@ -58,22 +57,16 @@ def feature_writer(path: Path, width: int, model: str) -> Iterator[FeatureWriter
         raise FeatureError(f"features: must be written to .npz or .parquet (got {show(path.name)})")
     if kind == ".parquet":
         pyarrow_parquet()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    rows = NpyRows(path.with_name(path.name + ".rows.partial"), width)
+    rows = NpyRows(path, width)  # which never gets that name
     columns = _Columns(rows)
     try:
         yield columns
-        rows.close()
         if not rows.rows:
             raise FeatureError(f"features: none to write to {show(path)}")
-        (_write_npz if kind == ".npz" else _write_parquet)(partial, columns, model)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as file:
+            (_write_npz if kind == ".npz" else _write_parquet)(file, columns, model)
     finally:
         rows.discard()
-        partial.unlink(missing_ok=True)
 
 
 class _Columns:
@@ -107,23 +100,20 @@ class _Columns:
         return arrays
 
 
-def _write_npz(path: Path, columns: _Columns, model: str) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with (
-            columns.rows.path.open("rb") as source,
-            archive.open("features.npy", "w", force_zip64=True) as target,
-        ):
-            shutil.copyfileobj(source, target, 1 << 20)
+def _write_npz(file: BinaryIO, columns: _Columns, model: str) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("features.npy", "w", force_zip64=True) as target:
+            shutil.copyfileobj(columns.rows.finish(), target, 1 << 20)
         for name, array in {**columns.arrays(), "model": np.array(model)}.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as target:
                 np.lib.format.write_array(target, array, allow_pickle=False)
 
 
-def _write_parquet(path: Path, columns: _Columns, model: str) -> None:
+def _write_parquet(file: BinaryIO, columns: _Columns, model: str) -> None:
     import pyarrow
 
     parquet = pyarrow_parquet()
-    features = np.load(columns.rows.path, mmap_mode="r")
+    features = columns.rows.mapped()
     arrays = columns.arrays()
     width = features.shape[1]
     kinds = {
@@ -134,7 +124,7 @@ def _write_parquet(path: Path, columns: _Columns, model: str) -> None:
         {"features": pyarrow.list_(pyarrow.float32(), width), **kinds},
         metadata={"dhcl.model": model},
     )
-    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for start in range(0, len(features), _ROW_GROUP):
             part = slice(start, start + _ROW_GROUP)
             flat = pyarrow.array(np.array(features[part]).reshape(-1))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 
+from dhcl.files import new_file, write_atomic
 from dhcl.stored import read_json
 from dhcl.synth.cameras import make_camera
 from dhcl.synth.crops import render_crop
@@ -177,7 +178,7 @@ def render_dataset(
         for folder in (TRAIN, QUERY, GALLERY):
             (partial / folder).mkdir()
         _run(partial, seed, asked.image_size, asked.camera_gap, jobs, workers, progress)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_atomic(partial / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         partial.chmod(0o777 & ~_umask())
         _check_target(out, overwrite)
         _put(partial, out)
@@ -191,7 +192,8 @@ def _render_all(root: str, seed: int, size: tuple[int, int], gap: float, jobs: l
     for job in jobs:
         crop = render_crop(seed, job.identity, job.camera, job.image, size, job.kind, gap)
         quality = make_camera(seed, job.camera, *size).jpeg_quality
-        crop.save(os.path.join(root, job.file), quality=quality)
+        with new_file(Path(root) / job.file) as file:
+            crop.save(file, "JPEG", quality=quality)
     return len(jobs)
 
 

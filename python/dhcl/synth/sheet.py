@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image as PILImage
 
+from dhcl.files import replacing
 from dhcl.synth.plan import whole_number
 from dhcl.words import show
 
@@ -49,7 +50,8 @@ def contact_sheet(folder: Path | str, out_png: Path | str, ids: int = 12, column
         for c, path in enumerate(row):
             with PILImage.open(path) as image:
                 sheet.paste(image.resize((width, height)), (c * (width + gap), r * (height + gap)))
-    sheet.save(out_png, format="PNG")
+    with replacing(Path(out_png)) as file:
+        sheet.save(file, format="PNG")
     return Path(out_png)
 
 

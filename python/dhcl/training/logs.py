@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dhcl.files import write_atomic
+from dhcl.files import open_log, write_atomic
 from dhcl.training.trackers import Trackers
 
 __all__ = ["RunLog", "flat"]
@@ -24,6 +24,9 @@ class RunLog:
         size: bytes of ``log.jsonl`` that count; what an interrupted run wrote after its last
             checkpoint is cut off.
         trackers: loggers of other projects.
+
+    Raises:
+        NotPlainFile: ``log.jsonl`` is a link, a FIFO or a device.
     """
 
     def __init__(self, folder: Path, size: int = 0, trackers: Trackers | None = None) -> None:
@@ -32,9 +35,10 @@ class RunLog:
 
         self._path = folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.truncate(min(size, file.tell()))
-        self.entries = [json.loads(line) for line in self._path.read_text().splitlines()]
+        with open_log(self._path) as file:
+            file.truncate(min(size, file.seek(0, os.SEEK_END)))
+            file.seek(0)
+            self.entries = [json.loads(line) for line in file.read().decode().splitlines()]
         # Later steps of an interrupted run are dropped there too.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(self.entries))
 
@@ -46,8 +50,8 @@ class RunLog:
     def add(self, entry: Mapping[str, Any]) -> None:
         """Add the entry of an epoch."""
         self.entries.append(dict(entry))
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with open_log(self._path) as file:
+            file.write((json.dumps(entry) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         rows = [flat(each) for each in self.entries]

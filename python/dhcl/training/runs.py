@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from dhcl.config import (
     run_text,
 )
 from dhcl.data import DataError, ReIDData, check_images, load_data
-from dhcl.files import write_atomic
+from dhcl.files import NotPlainFile, Taken, write_atomic, writing_folder
 from dhcl.metrics import RANKS, check_ranks, table
 from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.engine import Engine
@@ -127,19 +128,55 @@ def train(
         drawn: learn the identities instead of pseudo-labels, of people that ``dhcl synth`` drew.
 
     Raises:
-        ConfigError, DataError: wrong options or data.
+        ConfigError, DataError: wrong options or data; another process trains this run.
+        NotPlainFile: the run's lock or log is a link, a FIFO or a device.
         Interrupted, Diverged, NoClusters, CheckpointError: as
             :meth:`dhcl.training.trainer.Trainer.fit`.
     """
     check_trackers(config.log_with)
     engine = Engine(config)
-    started = (config.run / RUN_FILE).exists()
-    engine.accelerator.wait_for_everyone()
-    if started and not resume:
+    with _only_trainer(config.run, engine, resume):
+        return _train(config, engine, resume, quiet, drawn)
+
+
+@contextlib.contextmanager
+def _only_trainer(run: Path, engine: Engine, resume: bool) -> Iterator[None]:
+    """Hold the run's lock, on the first process; all raise where it or the folder can't be had."""
+    with contextlib.ExitStack() as held:
+        refused: list[Any] = [None]
+        if engine.is_main:
+            try:
+                held.enter_context(writing_folder(run, RUN_FILE))
+                _check_folder(run, resume)
+            except Taken as error:
+                refused = [f"out: {error} trains in {show(run)}; wait for it or end it"]
+            except (ConfigError, NotPlainFile) as error:
+                refused = [str(error)]
+            except OSError as error:
+                refused = [f"out: {show(run)} can't be written to ({error.strerror})"]
+        broadcast_object_list(refused)
+        if refused[0]:
+            raise ConfigError(refused[0])
+        yield
+
+
+def _check_folder(run: Path, resume: bool) -> None:
+    """Refuse a folder that holds a run already, or links to where others' files may be."""
+    if (run / RUN_FILE).exists() and not resume:
         raise ConfigError(
-            f"out: {show(config.run)} holds a run already; go on with --resume "
-            f"{show(config.run)}, or choose another --out"
+            f"out: {show(run)} holds a run already; go on with --resume {show(run)}, or choose "
+            "another --out"
         )
+    for name in ("checkpoints", "tensorboard", "wandb"):
+        if (run / name).is_symlink():
+            raise ConfigError(
+                f"out: {show(run / name)} must be a folder (got a symbolic link), nothing is "
+                "written through it; remove it, or put a copy in its place"
+            )
+
+
+def _train(config: TrainConfig, engine: Engine, resume: bool, quiet: bool, drawn: bool) -> Trained:
+    """What :func:`train` does once the folder is its own."""
     if not quiet:
         engine.say(config.to_yaml())
     data = open_data(config.data, engine, quiet=quiet)
