@@ -202,6 +202,15 @@ class _Plan:
     new: list[tuple[str, Record]]  # by absolute path; those of changed rows again
 
 
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Of a file; zeros where a link leads nowhere, which the model then names as a bad image."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
+
+
 def _plan(old: Index, rows: dict[str, int], wanted: _Wanted, sync: bool) -> _Plan:
     roots = list(old.roots)
     numbers = {root: number for number, root in enumerate(roots)}
@@ -209,11 +218,11 @@ def _plan(old: Index, rows: dict[str, int], wanted: _Wanted, sync: bool) -> _Pla
     changed: set[int] = set()
     new: list[tuple[str, Record]] = []
     for path, root in wanted.roots.items():
-        about = os.stat(path)
+        about = _size_and_time(path)
         row = rows.get(path)
         if row is not None:
             record = old.records[row]
-            if (record.size, record.mtime_ns) == (about.st_size, about.st_mtime_ns):
+            if (record.size, record.mtime_ns) == about:
                 continue
             changed.add(row)
             root = old.roots[record.root]
@@ -221,7 +230,7 @@ def _plan(old: Index, rows: dict[str, int], wanted: _Wanted, sync: bool) -> _Pla
             numbers[root] = len(roots)
             roots.append(root)
         name = Path(path).relative_to(root).as_posix()
-        record = Record(numbers[root], name, *read(name), about.st_size, about.st_mtime_ns)
+        record = Record(numbers[root], name, *read(name), *about)
         new.append((path, record))
     gone = {
         row

@@ -299,6 +299,23 @@ def test_what_an_interrupted_change_left_is_cleared(index, gallery, model, pictu
     check(index, model)
 
 
+def test_links_that_lead_nowhere_are_bad_images(index, gallery, model, tmp_path):
+    (gallery / "9_c1_link.png").symlink_to("nowhere")
+    (gallery / "9_c1_loop.png").symlink_to("9_c1_loop.png")
+    with pytest.raises(DataError, match=r"2 can't be read\n(.*\n)*.*9_c1_link.png"):
+        add_images(index, [gallery], model)
+    done = add_images(index, [gallery], model, on_bad="skip")
+    assert (done.unchanged, done.added, len(done.bad)) == (16, 0, 2)
+    assert len(check(index, model)) == 16
+    made = create_index(tmp_path / "new", [gallery], model, pattern=PATTERN, on_bad="skip")
+    assert (made.added, made.total, len(made.bad)) == (16, 16, 2)
+    known = image_files(gallery / "more images")[0]
+    known.unlink()
+    known.symlink_to("nowhere")
+    assert len(add_images(index, [gallery], model, on_bad="skip").bad) == 3
+    assert len(check(index, model)) == 15
+
+
 def test_damaged_indexes_say_so(index, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         Index.open(tmp_path / "none")
