@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dhcl.data.lists import identifier
 from dhcl.errors import FeatureError, as_path
 from dhcl.files import ForeignCode, load_tensors
+from dhcl.inference.mat import MatError, read_mat
 from dhcl.npy import NpyHeader, read_npy, read_npy_header
 from dhcl.words import first_line, show
 
@@ -241,16 +242,17 @@ def _pt(path: Path) -> dict[str, Any]:
 
 def _mat(path: Path) -> dict[str, Any]:
     try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError as error:
-        raise FeatureError("features: .mat files need SciPy: pip install scipy") from error
-    try:
-        content = loadmat(path)
-    except NotImplementedError as error:
+        return read_mat(path)
+    except MatError as error:
+        if error.kind == "ModuleNotFoundError":
+            raise FeatureError("features: .mat files need SciPy: pip install scipy") from error
+        if error.kind == "NotImplementedError":
+            raise FeatureError(
+                f"features: {show(path)} is a .mat file of version 7.3; save it with -v7"
+            ) from error
         raise FeatureError(
-            f"features: {show(path)} is a .mat file of version 7.3; save it with -v7"
+            f"features: {show(path)} can't be read as .mat ({error.kind}: {first_line(error)})"
         ) from error
-    return {name: value for name, value in content.items() if not name.startswith("__")}
 
 
 def _parquet(path: Path) -> dict[str, Any]:
