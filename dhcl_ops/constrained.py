@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dhcl_ops import _arrays, _checks, _csr
-from dhcl_ops.dbscan import dbscan
+from dhcl_ops.dbscan import checked_graph, dbscan
 from dhcl_ops.defaults import SPCL
 
 __all__ = ["constrained_dbscan"]
@@ -53,9 +53,10 @@ def constrained_dbscan(
     _checks.dtype(op, "apart", apart, (torch.int64,))
     if apart.dim() != 2 or apart.shape[1] != 2:
         raise ValueError(f"{op}: apart must be (P, 2) (got shape {tuple(apart.shape)})")
-    if isinstance(graph, torch.Tensor) and graph.dim() == 2 and len(apart):
+    offsets, columns, values = checked_graph(op, graph)
+    if len(apart):
         _check_pairs(op, apart, graph.shape[0])
-        graph = _without(graph, apart)
+        graph = _without(offsets, columns, values, apart)
     eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
     labels: torch.Tensor = dbscan(graph, eps, min_samples)
     pairs = apart.cpu()
@@ -78,17 +79,16 @@ def _check_pairs(op: str, apart: torch.Tensor, n: int) -> None:
         raise ValueError(f"{op}: apart must be pairs of two rows (got row {row} with itself)")
 
 
-def _without(graph: torch.Tensor, apart: torch.Tensor) -> torch.Tensor:
+def _without(
+    offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, apart: torch.Tensor
+) -> torch.Tensor:
     """The graph without the edges of these pairs."""
-    if graph.layout != torch.sparse_csr or graph.shape[0] != graph.shape[1]:
-        return graph  # which dbscan refuses
-    n = graph.shape[0]
-    offsets, columns = graph.crow_indices().long(), graph.col_indices().long()
+    n = len(offsets) - 1
     there = apart.to(columns.device)
     keys = torch.cat([there[:, 0] * n + there[:, 1], there[:, 1] * n + there[:, 0]])
     kept = ~torch.isin(_csr.row_ids(offsets) * n + columns, keys)
     before = torch.nn.functional.pad(kept.long().cumsum(0), (1, 0))
-    return _csr.sparse_tensor(before[offsets], columns[kept], graph.values()[kept])
+    return _csr.sparse_tensor(before[offsets], columns[kept], values[kept])
 
 
 class _Edges:

@@ -96,23 +96,29 @@ def dbscan(
         TypeError, ValueError: an argument of the wrong kind, layout, dtype, shape or range.
     """
     op = "dbscan"
-    _checks.tensor(op, "graph", graph, torch.sparse_csr)
-    if graph.dim() != 2 or graph.shape[0] != graph.shape[1]:
-        raise ValueError(f"{op}: graph must be square (got shape {tuple(graph.shape)})")
-    _checks.dtype(op, "graph", graph, (torch.float32,))
+    parts = checked_graph(op, graph)
     min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     several = isinstance(eps, Sequence)
     wanted = [
         _checks.number(op, "eps", e, 0.0, rule="finite and >= 0")
         for e in (eps if isinstance(eps, Sequence) else [eps])
     ]
-    parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
-    _check_entries(op, *parts)
-    _check_ascending(op, parts[0], parts[1])
     labels: list[torch.Tensor] = [labels_of(*parts, e, min_samples) for e in wanted]
     if not several:
         return labels[0]
     return torch.stack(labels) if labels else parts[0].new_empty(0, graph.shape[0])
+
+
+def checked_graph(op: str, graph: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Offsets, columns (int64) and distances of a graph; raises naming what is wrong with it."""
+    _checks.tensor(op, "graph", graph, torch.sparse_csr)
+    if graph.dim() != 2 or graph.shape[0] != graph.shape[1]:
+        raise ValueError(f"{op}: graph must be square (got shape {tuple(graph.shape)})")
+    _checks.dtype(op, "graph", graph, (torch.float32,))
+    parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
+    _check_entries(op, *parts)
+    _check_ascending(op, parts[0], parts[1])
+    return parts
 
 
 def _check_entries(

@@ -86,6 +86,8 @@ CALLS = [
      {"features": GALLERY, **LISTS, "eps": 0.5, "min_samples": 2, "self_paced": True,
       "eps_gap": 0.02, "threshold": 0.5}),
     ("dbscan", dhcl_ops.dbscan, {"graph": graph(), "eps": 0.5, "min_samples": 2}),
+    ("constrained_dbscan", dhcl_ops.constrained_dbscan,
+     {"graph": graph(), "apart": torch.tensor([[0, 1], [9, 3]]), "eps": 0.5, "min_samples": 2}),
     ("self_paced_labels", dhcl_ops.self_paced_labels,
      {"labels": LABELS, "tight": TWELVE % 5 - 1, "loose": TWELVE % 3, "threshold": 0.3}),
     ("camera_neighbours", dhcl_ops.camera_neighbours,
@@ -197,6 +199,7 @@ COMPOSED = {
     "hybrid_contrastive_loss": {"debiased_contrastive_loss"},
     "cluster": {"self_paced_labels"},
     "camera_neighbours": {"knn"},
+    "constrained_dbscan": {"dbscan"},
 }
 EACH = [
     pytest.param(name, function, arguments, changed, id=f"{number}-{name}-{changed}")

@@ -288,7 +288,7 @@ def metrics(given: MetricsArguments) -> None:
     if given.json:
         say(json.dumps(rows, indent=1))
         if kept:
-            print(f"hint: {kept}", file=sys.stderr)
+            say(f"hint: {kept}", sys.stderr)
         return
     say(table(rows))
     valid = rows["features"]["queries"]
