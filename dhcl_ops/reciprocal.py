@@ -281,6 +281,17 @@ def expanded_weights(lists: Lists, weights: Rows, progress: Progress | None) -> 
     return Rows(*_csr.joined(parts, lists.ranks))
 
 
+def lower_by_products(
+    left: torch.Tensor, right: torch.Tensor, least: torch.Tensor, others: torch.Tensor
+) -> None:
+    """Lower the smallest products of both sides' rows, in place, by those of the two sides."""
+    for start in range(0, len(right), 8192):
+        stop = min(start + 8192, len(right))
+        products = left @ right[start:stop].T
+        torch.minimum(least, products.amin(1), out=least)
+        torch.minimum(others[start:stop], products.amin(0), out=others[start:stop])
+
+
 def largest_squares(features: torch.Tensor, progress: Progress | None) -> torch.Tensor:
     """Of each row (n, d) of norm 1, the largest squared distance (n,) to any row.
 
@@ -293,11 +304,9 @@ def largest_squares(features: torch.Tensor, progress: Progress | None) -> torch.
     least = features.new_full((n,), torch.inf)
     with full_precision(features.device):
         for begin, end in slices(n, "largest distances", progress, 1024):
-            for start in range(begin, n, 8192):
-                stop = min(start + 8192, n)
-                products = features[begin:end] @ features[start:stop].T
-                least[begin:end] = torch.minimum(least[begin:end], products.amin(1))
-                least[start:stop] = torch.minimum(least[start:stop], products.amin(0))
+            lower_by_products(
+                features[begin:end], features[begin:], least[begin:end], least[begin:]
+            )
     return 2.0 - 2.0 * least
 
 

@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from dhcl_ops import _checks, _csr
 from dhcl_ops._csr import Rows
-from dhcl_ops._products import full_precision
+from dhcl_ops._products import full_precision, upper_norms
 from dhcl_ops._progress import Progress
 from dhcl_ops._ties import warn_of_tie
 from dhcl_ops.clustering import Clustering, Radii, Stages, radii_of, self_paced_labels
 from dhcl_ops.defaults import SPCL
 from dhcl_ops.knn import Neighbours
-from dhcl_ops.reciprocal import Convention, list_width
+from dhcl_ops.reciprocal import Convention, list_width, lower_by_products
 from dhcl_ops.sharded import graph
 from dhcl_ops.sharded.components import dbscan
 from dhcl_ops.sharded.neighbours import search
@@ -29,7 +29,10 @@ def _rows(op: str, features: torch.Tensor) -> torch.Tensor:
     _checks.tensor(op, "features", features)
     _checks.rank(op, "features", features, 2)
     _checks.dtype(op, "features", features, _checks.ALL_FLOATS)
-    return features.detach().to(torch.float32).contiguous()
+    rows = features.detach().to(torch.float32).contiguous()
+    # Here, where all ranks hear of it, and not in the search, where the others would wait.
+    upper_norms(op, "features", rows)
+    return rows
 
 
 def _settings(features: Any, **settings: Any) -> dict[str, Any]:
@@ -135,11 +138,7 @@ def largest_squares(features: torch.Tensor, shards: Shards) -> torch.Tensor:
         theirs = features.new_full((len(others),), torch.inf)
         for begin in range(mine.start, mine.stop, 1024):
             end = min(begin + 1024, mine.stop)
-            for start in range(0, len(others), 8192):
-                stop = min(start + 8192, len(others))
-                products = features[begin:end] @ others[start:stop].T
-                least[begin:end] = torch.minimum(least[begin:end], products.amin(1))
-                theirs[start:stop] = torch.minimum(theirs[start:stop], products.amin(0))
+            lower_by_products(features[begin:end], others, least[begin:end], theirs)
         return theirs
 
     with full_precision(features.device):
@@ -217,7 +216,8 @@ def cluster(
         ranks: neighbour lists (n, >= k) of own rows among all rows, best first, or what
             :func:`knn` gave.
         k1, k2, eps, min_samples, convention, self_paced, loose, eps_gap, threshold: as in
-            :func:`dhcl_ops.cluster`, equal on all ranks.
+            :func:`dhcl_ops.cluster`, equal on all ranks. Shares of neighbours by camera
+            (``k1_own``) are not there yet; lists that have them can be given as ``ranks``.
         group, progress, traffic: as in :func:`knn`.
 
     Returns:

@@ -150,6 +150,7 @@ def refusals(rank, world, x):
     broken[3, 2] = torch.nan
     calls = {
         "a rank's rows": lambda: sharded.cluster(broken if rank == 1 else own),
+        "a rank's rows for a search": lambda: sharded.knn(broken if rank == 1 else own, 3),
         "a rank's option": lambda: sharded.cluster(own, eps=0.6 if rank else 0.55),
         "a wrong option": lambda: sharded.cluster(own, eps=1.5 if rank == 0 else 0.5),
         "a rank's width": lambda: sharded.knn(own if rank else own[:, :7], 3),
