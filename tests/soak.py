@@ -238,7 +238,7 @@ def _suspects(s: Shapes) -> Any:
 
 
 def _cluster(s: Shapes) -> Any:
-    return dhcl_ops.cluster(s.rows(), k1=s.count(5, 30), k2=s.count(1, 6), eps=0.55,
+    return dhcl_ops.cluster(s.rows(), k1=s.count(6, 30), k2=s.count(1, 6), eps=0.55,
                             self_paced=s.draw.random() < 0.5)  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def _ranking(s: Shapes) -> Any:
 
 
 def _rerank(s: Shapes) -> Any:
-    return dhcl_ops.rerank(*s.pair(), k1=s.count(5, 20), k2=s.count(1, 6))
+    return dhcl_ops.rerank(*s.pair(), k1=s.count(6, 20), k2=s.count(1, 6))
 
 
 def _rerank_distances(s: Shapes) -> Any:
@@ -283,7 +283,7 @@ CALLS: dict[str, Callable[[Shapes], Any]] = {
     "debiased_contrastive_loss": _contrastive,
     "evaluate_ranking": _ranking,
     "hybrid_contrastive_loss": _hybrid,
-    "jaccard_distance": lambda s: dhcl_ops.jaccard_distance(s.rows(), s.count(5, 30), 3),
+    "jaccard_distance": lambda s: dhcl_ops.jaccard_distance(s.rows(), s.count(6, 30), 3),
     "jaccard_graph": lambda s: s.graph(),
     "knn": lambda s: dhcl_ops.knn(s.rows(), s.count(1, 40)),
     "least_similar": _least_similar,
