@@ -1,0 +1,1 @@
+"""Where the images of an index and their features are kept; the search over them is elsewhere."""
