@@ -181,7 +181,7 @@ class Shapes:
         return self.unit(self.count(5, 60), width), self.unit(self.count(), width)
 
     def graph(self) -> Any:
-        return dhcl_ops.jaccard_graph(self.rows(), self.count(5, 30), self.count(1, 6), 0.6)
+        return dhcl_ops.jaccard_graph(self.rows(), self.count(6, 30), self.count(1, 6), 0.6)
 
     def bank(self) -> dhcl_ops.MemoryBank:
         rows = self.rows()
