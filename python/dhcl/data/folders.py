@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
 import re
+from array import array
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dhcl.data.description import reid_data
-from dhcl.data.lists import ImageList, ReIDData, identifier
+from dhcl.data.lists import ImageList, Integers, ReIDData, identifier
+from dhcl.data.paths import Paths
 from dhcl.errors import ConfigError, DataError, as_path
 from dhcl.words import counted, first_ones, show
 
@@ -41,12 +48,20 @@ _SPLIT_FOLDERS = (
 )
 
 
-def look_below(folder: Path) -> tuple[list[Path], Counter[str]]:
+class _Run(NamedTuple):
+    """Images of a folder between which no image of another folder lies, in the order of paths."""
+
+    first: str  # path of the first one, written with /
+    before: str  # what stands before each name
+    names: str  # divided by null characters, of which no name has one
+
+
+def look_below(folder: Path) -> tuple[Paths, Counter[str]]:
     """Images below a folder, sorted by path, and how many other files by their suffix.
 
     Hidden files and what macOS leaves are skipped.
     """
-    found: list[Path] = []
+    runs: list[_Run] = []
     others: Counter[str] = Counter()
     seen: set[str] = set()
     for where, inside, names in os.walk(folder, followlinks=True):
@@ -57,14 +72,30 @@ def look_below(folder: Path) -> tuple[list[Path], Counter[str]]:
             continue
         seen.add(real)
         inside[:] = sorted(d for d in inside if not d.startswith(".") and d != "__MACOSX")
+        images: list[str] = []
         for name in names:
             if name.startswith("."):
                 continue
             if name.lower().endswith(IMAGE_SUFFIXES):
-                found.append(Path(where, name))
+                images.append(name)
             else:
                 others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-    return sorted(found, key=Path.as_posix), others
+        runs += _runs(where, sorted(images), inside)
+    texts = (run.before + name for run in sorted(runs) for name in run.names.split("\0"))
+    return Paths.of_texts(texts), others
+
+
+def _runs(where: str, images: list[str], inside: list[str]) -> Iterator[_Run]:
+    """A folder's images (ascending), cut where those of the folders inside stand among them.
+
+    So all images of a tree are sorted by sorting the runs, of which there are few: no list of
+    all paths is ever made.
+    """
+    cuts = sorted({0, len(images), *(bisect(images, f"{name}/") for name in inside)})
+    for begin, end in itertools.pairwise(cuts):
+        first = Path(where, images[begin])
+        before = os.fspath(first).removesuffix(images[begin])
+        yield _Run(first.as_posix(), before, "\0".join(images[begin:end]))
 
 
 def other_kinds(others: Counter[str]) -> list[str]:
@@ -91,7 +122,7 @@ def image_files(folder: str | Path) -> list[Path]:
     files, others = look_below(folder)
     if not files:
         raise DataError(_no_images("images: none", folder, others))
-    return files
+    return list(files)
 
 
 def _no_images(what: str, folder: Path, others: Counter[str]) -> str:
@@ -146,33 +177,40 @@ def load_folder(root: Path, pattern: str | None) -> ReIDData:
     """The data set ``folder`` of :func:`dhcl.data.load_data`."""
     notes: list[str] = []
     home, folders = _find_splits(root, notes)
-    looked = [look_below(folder) if folder else ([], Counter[str]()) for folder in folders]
+    looked = [look_below(folder) if folder else (Paths(), Counter[str]()) for folder in folders]
     files = [images for images, _ in looked]
     others = sum((kinds for _, kinds in looked), Counter[str]())
-    every = [path for split in files for path in split]
-    if not every:
+    count = sum(map(len, files))
+    if not count:
         raise DataError(_no_images("folder: no images", root, others))
     if home is not None:
-        _count_left_out(root, home, folders, set(every), notes)
+        _count_left_out(root, home, folders, files, notes)
     notes += other_kinds(others)
-    columns = dict.fromkeys(("ids", "cameras", "tracks", "frames"), [-1] * len(every))
+    columns = {"ids": np.full(count, -1), "cameras": np.full(count, -1)}
     if pattern is not None:
-        columns = _columns(pattern, _matched(pattern, root, every, notes))
+        columns = _columns(pattern, _matched(pattern, root, files, notes))
     splits, start = [], 0
     for split in files:
         part = slice(start, start := start + len(split))
-        known = {name: np.array(numbers[part], np.int64) for name, numbers in columns.items()}
-        splits.append(ImageList(tuple(split), **known))
+        known = {name: numbers[part] for name, numbers in columns.items()}
+        splits.append(ImageList(split, **known))
     return reid_data("folder", root, splits, notes)
 
 
-def _columns(pattern: str, texts: dict[str, list[str | None]]) -> dict[str, list[int]]:
+class _Texts(NamedTuple):
+    """What a group of a pattern holds for each of N images, each distinct text once."""
+
+    values: list[int | str]  # as identifier() has them; -1, for nothing, is the first
+    places: NDArray[np.int32]  # (N,) in values
+
+
+def _columns(pattern: str, texts: dict[str, _Texts]) -> dict[str, Integers]:
     """What an :class:`ImageList` says of each image, from what the groups hold."""
     cameras = _numbered(texts["camera"], keep_numbers=False)
     frames = _numbered_within(cameras, texts["frame"])
     if "camera" in _compiled(pattern).groupindex:
         # Of two unknown cameras nobody knows whether they saw something at once.
-        frames = [-1 if c < 0 else f for c, f in zip(cameras, frames, strict=True)]
+        frames = np.where(cameras < 0, -1, frames)
     return {
         "ids": _numbered(texts["id"], keep_numbers=True),
         "cameras": cameras,
@@ -221,13 +259,12 @@ def _subfolders(folder: Path) -> dict[str, Path]:
 
 
 def _count_left_out(
-    root: Path, home: Path, folders: list[Path | None], used: set[Path], notes: list[str]
+    root: Path, home: Path, folders: list[Path | None], splits: list[Paths], notes: list[str]
 ) -> None:
     """Say which folders are the splits, where that is not plain, and count all other images."""
     outside: Counter[str] = Counter()
-    for path in look_below(root)[0]:
-        if path in used:
-            continue
+    for text in _without(_posix(look_below(root)[0]), heapq.merge(*map(_posix, splits))):
+        path = Path(text)
         start = home if home in path.parents else root
         inside = path.relative_to(start).parts
         place = start / inside[0] if len(inside) > 1 else start
@@ -244,25 +281,57 @@ def _count_left_out(
         notes.append(f"Left out: {', '.join(first_ones(parts))}.")
 
 
-def _matched(
-    pattern: str, root: Path, paths: list[Path], notes: list[str]
-) -> dict[str, list[str | None]]:
-    """What each of the groups holds for each path, None where there is nothing."""
+def _posix(paths: Paths) -> Iterator[str]:
+    """Texts of paths, written with ``/``."""
+    return (text.replace(os.sep, "/") for text in paths.texts())
+
+
+def _without(texts: Iterable[str], others: Iterable[str]) -> Iterator[str]:
+    """Of ascending texts those that are not among others, ascending too."""
+    left = iter(others)
+    other = next(left, None)
+    for text in texts:
+        while other is not None and other < text:
+            other = next(left, None)
+        if text != other:
+            yield text
+
+
+def _matched(pattern: str, root: Path, splits: list[Paths], notes: list[str]) -> dict[str, _Texts]:
+    """What each of the groups holds for each path of the splits, one after another."""
     expression = _compiled(pattern)
-    matches = [expression.search(path.relative_to(root).as_posix()) for path in paths]
-    unmatched = [path for path, match in zip(paths, matches, strict=True) if match is None]
-    if len(unmatched) == len(paths):
+    places = {group: array("i") for group in _GROUPS}
+    tables: dict[str, dict[int | str, int]] = {group: {-1: 0} for group in _GROUPS}
+    known = [group for group in _GROUPS if group in expression.groupindex]
+    before = len((root / "x").as_posix()) - 1
+    count, unmatched, first, first_unmatched = 0, 0, "", ""
+    for text in itertools.chain.from_iterable(map(_posix, splits)):
+        name = text[before:]
+        first = first or name
+        count += 1
+        match = expression.search(name)
+        if match is None:
+            unmatched += 1
+            first_unmatched = first_unmatched or name
+        for group in known:
+            table = tables[group]
+            value = identifier(match[group]) if match else -1
+            places[group].append(table.setdefault(value, len(table)))
+    if unmatched == count:
         raise DataError(
             f"pattern: must match some path below the root (got {pattern!r}, which does not match "
-            f"{show(paths[0].relative_to(root).as_posix())!r})"
+            f"{show(first)!r})"
         )
     if unmatched:
-        first = show(unmatched[0].relative_to(root).as_posix())
-        notes.append(f"{len(unmatched):,} images do not match the pattern, the first {first!r}.")
-    texts: dict[str, list[str | None]] = {group: [None] * len(paths) for group in _GROUPS}
-    for group in expression.groupindex.keys() & texts:
-        texts[group] = [match[group] if match else None for match in matches]
-    return texts
+        notes.append(
+            f"{unmatched:,} images do not match the pattern, the first {show(first_unmatched)!r}."
+        )
+    return {
+        group: _Texts(
+            list(tables[group]), np.array(places[group] if group in known else [0] * count, "i")
+        )
+        for group in _GROUPS
+    }
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -280,25 +349,26 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return expression
 
 
-def _numbered(texts: Sequence[str | None], *, keep_numbers: bool) -> list[int]:
+def _numbered(texts: _Texts, *, keep_numbers: bool) -> Integers:
     """A number for each text: equal for equal texts (``7`` equals ``007``), -1 for nothing."""
-    values = [identifier(text) for text in texts]
-    numbers = sorted({v for v in values if isinstance(v, int) and v != -1})
-    words = sorted({v for v in values if isinstance(v, str)})
+    numbers = sorted({v for v in texts.values if isinstance(v, int) and v != -1})
+    words = sorted({v for v in texts.values if isinstance(v, str)})
     if keep_numbers and numbers and numbers[0] < -1:
         raise DataError(f"pattern: identities must be at least -1 (got {numbers[0]})")
     table: dict[int | str, int] = {-1: -1}
     table |= {v: v for v in numbers} if keep_numbers else {v: i for i, v in enumerate(numbers)}
     first = max(table.values(), default=-1) + 1
     table |= {word: first + i for i, word in enumerate(words)}
-    return [table[v] for v in values]
+    return np.array([table[v] for v in texts.values], np.int64)[texts.places]
 
 
-def _numbered_within(cameras: Sequence[int], texts: Sequence[str | None]) -> list[int]:
+def _numbered_within(cameras: Integers, texts: _Texts) -> Integers:
     """A number from 0 for each text of each camera, in the order of their first; -1 for nothing."""
-    table: dict[tuple[int, int | str], int] = {}
-    values = [identifier(text) for text in texts]
-    return [
-        -1 if value == -1 else table.setdefault((camera, value), len(table))
-        for camera, value in zip(cameras, values, strict=True)
-    ]
+    there = texts.places > 0
+    keys = cameras[there] * len(texts.values) + texts.places[there]
+    _, first, key = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.empty(len(first), np.int64)
+    order[first.argsort()] = np.arange(len(first))
+    numbers = np.full(len(cameras), -1)
+    numbers[there] = order[key]
+    return numbers

@@ -251,17 +251,18 @@ def check_images(
     done = 0
     with ThreadPoolExecutor(workers) as pool:
         for split, images in lists.items():
-            reasons: list[str | None] = []
+            left = np.ones(len(images), dtype=bool)
             # In blocks, so that Ctrl-C has little to wait for.
             for start in range(0, len(images), 256):
                 block = images.paths[start : start + 256]
-                reasons += pool.map(_problem, block)
+                for place, reason in enumerate(pool.map(_problem, block)):
+                    if reason is not None:
+                        bad.append(BadImage(split, block[place], reason))
+                        left[start + place] = False
                 done += len(block)
                 if progress:
                     progress(done, total)
-            pairs = zip(images.paths, reasons, strict=True)
-            bad += (BadImage(split, path, reason) for path, reason in pairs if reason is not None)
-            good[split] = images.select([i for i, reason in enumerate(reasons) if reason is None])
+            good[split] = images if left.all() else images.select(left)
     report = ImageReport(total, tuple(bad))
     if bad and on_bad == "refuse":
         raise DataError(f"{report}\nRepair or remove them, or leave them out with on_bad: skip.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dhcl.data.paths import Paths
 
 __all__ = [
     "ImageList",
@@ -32,7 +33,7 @@ class ImageList:
     """Images with what is known of them.
 
     Attributes:
-        paths: N files.
+        paths: N files; any sequence of paths may be given, and becomes a column.
         ids: (N,) int64 identities, -1 for junk or unknown.
         cameras: (N,) int64 cameras from 0 in the order of the data set's own numbers, -1 unknown.
         tracks: (N,) int64, equal for images of one camera that a tracker followed, -1 for others;
@@ -41,13 +42,15 @@ class ImageList:
             all are. See :class:`dhcl.data.tracks.Tracklets`.
     """
 
-    paths: tuple[Path, ...]
+    paths: Paths
     ids: Integers
     cameras: Integers
     tracks: Integers = field(default_factory=lambda: _UNKNOWN)
     frames: Integers = field(default_factory=lambda: _UNKNOWN)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.paths, Paths):
+            object.__setattr__(self, "paths", Paths(self.paths))
         for name in ("tracks", "frames"):
             if getattr(self, name) is _UNKNOWN:
                 object.__setattr__(self, name, np.full(len(self.paths), -1, np.int64))
@@ -58,7 +61,7 @@ class ImageList:
                     f"ImageList: {name} must be {len(self.paths)} integers, one per path "
                     f"(got shape {values.shape}, {values.dtype})"
                 )
-            object.__setattr__(self, name, values.astype(np.int64))
+            object.__setattr__(self, name, values.astype(np.int64, copy=False))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,7 +80,7 @@ class ImageList:
         """The images at these indices (integers, or N booleans), in that order."""
         chosen = np.arange(len(self))[np.asarray(indices, dtype=None if len(indices) else np.int64)]
         return ImageList(
-            tuple(self.paths[i] for i in chosen),
+            self.paths.take(chosen),
             self.ids[chosen],
             self.cameras[chosen],
             self.tracks[chosen],
@@ -87,7 +90,8 @@ class ImageList:
 
 def image_list(paths: Iterable[Path], ids: Iterable[int], cameras: Iterable[int]) -> ImageList:
     """A list of images from plain values, one of each per image."""
-    return ImageList(tuple(paths), np.array(list(ids), np.int64), np.array(list(cameras), np.int64))
+    column = paths if isinstance(paths, Paths) else Paths(paths)
+    return ImageList(column, np.fromiter(ids, dtype=np.int64), np.fromiter(cameras, dtype=np.int64))
 
 
 def identifier(text: str | None) -> int | str:
@@ -110,14 +114,15 @@ def matches_across_cameras(
         query_ids, gallery_ids: (Q,) and (G,) int64, -1 for junk or unknown.
         query_cameras, gallery_cameras: (Q,) and (G,) int64, negative for unknown.
     """
-    people = Counter(gallery_ids.tolist())
-    own = Counter(zip(gallery_ids.tolist(), gallery_cameras.tolist(), strict=True))
-    queries = zip(query_ids.tolist(), query_cameras.tolist(), strict=True)
-    return any(
-        people[one] > (own[one, camera] if camera >= 0 else 0)
-        for one, camera in queries
-        if one >= 0
-    )
+    queries = len(query_ids)
+    people, ids = np.unique(np.concatenate((query_ids, gallery_ids)), return_inverse=True)
+    places = np.concatenate((query_cameras, gallery_cameras))
+    cameras, seen_by = np.unique(places, return_inverse=True)
+    images = np.bincount(ids[queries:], minlength=len(people))
+    pairs, pair = np.unique(ids * len(cameras) + seen_by, return_inverse=True)
+    own = np.bincount(pair[queries:], minlength=len(pairs))[pair[:queries]]
+    others = images[ids[:queries]] - np.where(query_cameras >= 0, own, 0)
+    return bool(((query_ids >= 0) & (others > 0)).any())
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,22 +54,32 @@ def _named_files(key: str, folder: Path | None, others: Counter[str]) -> ImageLi
     numbers = LAYOUTS[key].camera_numbers
     paths, kinds = look_below(folder)
     others += kinds
-    matches = [re.search(NAME, path.name) for path in paths]
-    strange = [path for path, match in zip(paths, matches, strict=True) if match is None]
+    ids, cameras = array("q"), array("q")
+    strange: list[int] = []
+    wrong: list[int] = []
+    for place, name in enumerate(paths.names()):
+        match = re.search(NAME, name)
+        if match is None:
+            strange.append(place)
+            continue
+        one, camera = int(match["id"]), int(match["camera"])
+        if one < -1 or camera < 1 or (numbers and camera not in numbers):
+            wrong.append(place)
+            continue
+        ids.append(one)
+        cameras.append(numbers.index(camera) if numbers else camera - 1)
     if strange:
         raise DataError(
             f"{key}: names must begin like 0002_c1 with identity and camera (got {len(strange)} "
-            f"that do not, the first {show(strange[0])})"
+            f"that do not, the first {show(paths[strange[0]])})"
         )
-    ids = [int(match["id"]) for match in matches if match]
-    cameras = [int(match["camera"]) for match in matches if match]
-    for path, one, camera in zip(paths, ids, cameras, strict=True):
-        if one < -1 or camera < 1 or (numbers and camera not in numbers):
-            rule = f"one of {numbers}" if numbers else "at least 1"
-            raise DataError(
-                f"{key}: identities must be at least -1 and cameras {rule} (got {show(path)})"
-            )
-    return image_list(paths, ids, (numbers.index(c) if numbers else c - 1 for c in cameras))
+    if wrong:
+        rule = f"one of {numbers}" if numbers else "at least 1"
+        raise DataError(
+            f"{key}: identities must be at least -1 and cameras {rule} "
+            f"(got {show(paths[wrong[0]])})"
+        )
+    return image_list(paths, ids, cameras)
 
 
 def load_named(
@@ -88,7 +99,7 @@ def veri_lists(home: Path) -> list[str]:
         folder = child(home, f"image_{split}")
         if listed and folder:
             names = {line.strip() for line in _lines(listed)}
-            extra = sum(path.name not in names for path in look_below(folder)[0])
+            extra = sum(name not in names for name in look_below(folder)[0].names())
             if extra:
                 notes.append(f"{extra:,} images of image_{split} are not in {listed.name}.")
     return notes

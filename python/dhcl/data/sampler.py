@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -100,10 +100,13 @@ class PKSampler(Sampler[list[Key]]):
         if len(numbers) and np.min(numbers) < -1:
             raise ValueError(f"PKSampler: labels must be at least -1 (got {np.min(numbers)})")
         order = np.argsort(numbers, kind="stable")
-        starts = np.flatnonzero(np.diff(numbers[order], prepend=-2))
-        groups = np.split(order, starts[1:]) if len(order) else []
-        self._clusters = [group for group in groups if numbers[group[0]] >= 0]
-        self._outliers = order[numbers[order] < 0] if outliers else order[:0]
+        alone = int((numbers < 0).sum())
+        self._outliers = order[: alone if outliers else 0]
+        # Images by cluster, and where each cluster begins and ends among them.
+        self._members = order[alone:]
+        begins = np.flatnonzero(np.diff(numbers[self._members], prepend=-1))
+        self._bounds = np.append(begins, len(self._members))
+        self._clusters = len(begins)
         if not self._clusters and not len(self._outliers):
             what = "no images" if not len(numbers) else "no clusters, and outliers are left out"
             raise ValueError(f"PKSampler: there must be a class to sample (got {what})")
@@ -151,29 +154,35 @@ class PKSampler(Sampler[list[Key]]):
         clusters: Counter[int] = Counter()
         outliers: Counter[int] = Counter()
         for _ in range(self._slots):
-            if not left.slots:
+            alone = next(left.kinds, None)
+            if alone is None:
                 self._refill(left, rng)
-            images = [_take(left.outliers, outliers) for _ in range(left.slots.popleft())]
+                alone = next(left.kinds)
+            images = [left.outliers.take(outliers) for _ in range(alone)]
             missing = self._images - len(images)
             if missing and self._clusters:
-                images += self._members(_take(left.clusters, clusters), missing, rng)
+                images += self._images_of(left.clusters.take(clusters), missing, rng)
             elif missing:
-                others = deque(rng.permutation(self._outliers).tolist())
-                images += [_take(others, outliers) if others else images[0] for _ in range(missing)]
+                others = _Queue(rng.permutation(self._outliers))
+                images += [
+                    others.take(outliers) if len(others) else images[0] for _ in range(missing)
+                ]
             slots.append(images)
         return slots
 
     def _refill(self, left: _Pass, rng: np.random.Generator) -> None:
         """Begin a pass: every class once, and in which order slots are of which kind."""
-        left.clusters.extend(rng.permutation(len(self._clusters)).tolist())
-        left.outliers.extend(rng.permutation(self._outliers).tolist())
+        left.clusters = _Queue(rng.permutation(self._clusters))
+        left.outliers = _Queue(rng.permutation(self._outliers))
         full, rest = divmod(len(self._outliers), self._images)
-        kinds = [self._images] * full + [rest] * bool(rest)
-        kinds += [0] * (len(self._clusters) - bool(rest))
-        left.slots.extend(rng.permutation(kinds).tolist())
+        kinds = np.zeros(full + max(self._clusters, bool(rest)), np.int64)
+        kinds[:full] = self._images
+        kinds[full : full + bool(rest)] = rest
+        left.kinds = iter(rng.permutation(kinds))
 
-    def _members(self, cluster: int, count: int, rng: np.random.Generator) -> list[int]:
-        shuffled = rng.permutation(self._clusters[cluster])
+    def _images_of(self, cluster: int, count: int, rng: np.random.Generator) -> list[int]:
+        begin, end = self._bounds[cluster : cluster + 2]
+        shuffled = rng.permutation(self._members[begin:end])
         anchor, others = shuffled[0], shuffled[1:]
         cameras, camera = self._cameras[others], self._cameras[anchor]
         elsewhere = (cameras != camera) & (cameras >= 0) & (camera >= 0)
@@ -182,23 +191,38 @@ class PKSampler(Sampler[list[Key]]):
         return [int(index) for index in np.resize(ranked, count)]
 
 
+class _Queue:
+    """Distinct numbers in an order, taken one by one; ten million are no more than their array."""
+
+    def __init__(self, values: NDArray[np.int64]) -> None:
+        self._values, self._next = values, 0
+        self._passed: list[int] = []  # earlier ones that are still here
+
+    def __len__(self) -> int:
+        return len(self._passed) + len(self._values) - self._next
+
+    def take(self, used: Counter[int]) -> int:
+        """Remove the first of those that this batch has least often, mostly not at all."""
+        place = next((i for i, item in enumerate(self._passed) if not used[item]), None)
+        while place is None and self._next < len(self._values):
+            self._passed.append(int(self._values[self._next]))
+            self._next += 1
+            if not used[self._passed[-1]]:
+                place = len(self._passed) - 1
+        if place is None:
+            place = min(range(len(self._passed)), key=lambda i: used[self._passed[i]])
+        item = self._passed.pop(place)
+        used[item] += 1
+        return item
+
+
 class _Pass:
     """What a pass has not visited yet."""
 
     def __init__(self) -> None:
-        self.slots: deque[int] = deque()  # of each slot to come, how many outliers it holds
-        self.clusters: deque[int] = deque()
-        self.outliers: deque[int] = deque()
-
-
-def _take(queue: deque[int], used: Counter[int]) -> int:
-    """Remove the first of those that this batch has least often, mostly not at all."""
-    item = next((x for x in queue if not used[x]), None)
-    if item is None:
-        item = min(queue, key=lambda x: used[x])
-    queue.remove(item)
-    used[item] += 1
-    return item
+        nothing = np.zeros(0, np.int64)
+        self.kinds: Iterator[int] = iter(nothing)  # of slots to come, how many outliers each holds
+        self.clusters, self.outliers = _Queue(nothing), _Queue(nothing)
 
 
 def _integers(name: str, values: NDArray[Any] | torch.Tensor) -> NDArray[np.int64]:

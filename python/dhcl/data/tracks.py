@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +56,7 @@ class Tracklets:
         n = len(tracks)
         known = {"cameras": cameras, "frames": frames, "ids": ids}
         cameras, frames, ids = (_integers(name, each, n) for name, each in known.items())
-        table: dict[tuple[int, ...], int] = {}
-        keys = zip(cameras.tolist(), tracks.tolist(), strict=True)
-        # What has no track gets a key of its own, which is longer than those of tracks.
-        every = [(c, t) if t >= 0 else (c, t, i) for i, (c, t) in enumerate(keys)]
-        of = np.array([table.setdefault(key, len(table)) for key in every], np.int64)
-        first = np.unique(of, return_index=True)[1]
+        of, first = _numbered(cameras, tracks)
         if len(wrong := np.flatnonzero(ids != ids[first][of])):
             image = int(wrong[0])
             raise DataError(
@@ -127,11 +120,32 @@ def _integers(name: str, values: Any, count: int | None) -> Integers:
     return array.astype(np.int64)
 
 
+def _numbered(cameras: Integers, tracks: Integers) -> tuple[Integers, Integers]:
+    """The tracklet of each image, (N,), and the first image of each tracklet, (T,)."""
+    images = np.arange(len(tracks))
+    # What has no track is alone: its own number stands for it, below those of tracks.
+    rows = np.stack((cameras, np.where(tracks >= 0, tracks, -1 - images)))
+    order = np.lexsort(rows)
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = (np.diff(rows[:, order]) != 0).any(0)
+    # The sort is stable, so the first of equal ones is the first image.
+    firsts = order[begins]
+    number = np.empty(len(firsts), np.int64)
+    number[firsts.argsort()] = np.arange(len(firsts))
+    of = np.empty(len(order), np.int64)
+    of[order] = number[begins.cumsum() - 1]
+    return of, np.sort(firsts)
+
+
 def _seen_at_once(of: Integers, cameras: Integers, frames: Integers) -> Integers:
     """Pairs (P, 2) of tracklets that share a frame of a camera, ascending, each once."""
-    together: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for one, camera, frame in zip(of.tolist(), cameras.tolist(), frames.tolist(), strict=True):
-        if frame >= 0:
-            together[camera, frame].add(one)
-    pairs = {pair for seen in together.values() for pair in itertools.combinations(sorted(seen), 2)}
-    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    there = frames >= 0
+    seen = np.unique(np.stack((cameras[there], frames[there], of[there]), 1), axis=0)
+    pairs, apart = [np.zeros((0, 2), np.int64)], 1
+    # In a frame every tracklet is beside those that stand 1, 2, ... places behind it.
+    while True:
+        beside = (seen[apart:, :2] == seen[:-apart, :2]).all(1)
+        if not beside.any():
+            return np.unique(np.concatenate(pairs), axis=0)
+        pairs.append(np.stack((seen[:-apart][beside, 2], seen[apart:][beside, 2]), 1))
+        apart += 1

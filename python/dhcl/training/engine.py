@@ -123,7 +123,7 @@ class Engine:
     def extract(self, model: ReIDModel, images: EvalImages, what: str) -> torch.Tensor:
         """Features (N, d) float32 of all images, on every process, the model in evaluation mode."""
         share = math.ceil(len(images) / self.world_size)
-        mine = list(range(len(images)))[self.rank * share : (self.rank + 1) * share]
+        mine = range(len(images))[self.rank * share : (self.rank + 1) * share]
         loader = eval_loader(
             Subset(images, mine),
             batch_size=self.config.evaluation.eval_batch,

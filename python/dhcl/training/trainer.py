@@ -82,9 +82,12 @@ def learning_rate(options: OptimiserOptions, epoch: int) -> float:
 
 def fingerprint(images: ImageList) -> str:
     """A hash of the images' names and cameras in their order, by which a checkpoint knows them."""
-    pairs = zip(images.paths, images.cameras, strict=True)
-    text = "\n".join(f"{path.name} {camera}" for path, camera in pairs)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    found, before = hashlib.sha256(), ""
+    # Piece by piece: the text of all lines together is as large as the list itself.
+    for name, camera in zip(images.paths.names(), images.cameras, strict=True):
+        found.update(f"{before}{name} {camera}".encode("utf-8", "surrogateescape"))
+        before = "\n"
+    return found.hexdigest()
 
 
 class Trainer:
