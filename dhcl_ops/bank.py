@@ -17,6 +17,44 @@ from dhcl_ops.memory import class_csr, momentum_update_, update_segment_mean_
 __all__ = ["MemoryBank"]
 
 
+def check_storage(
+    op: str,
+    num_samples: int,
+    num_features: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> None:
+    """Raise unless a bank of this size and dtype can be held on the device."""
+    for name, size in (("num_samples", num_samples), ("num_features", num_features)):
+        _checks.integer(op, name, size, 0, 2**40)
+    if dtype not in _checks.FLOATS:
+        raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16 (got {dtype})")
+    place = torch.get_default_device() if device is None else torch.device(device)
+    if place.type != "meta":
+        shape, instead = (num_samples, num_features), "float16 takes half of float32"
+        _checks.fits_in_memory(op, shape, place, instead, dtype.itemsize)
+
+
+def unit_features(op: str, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Features (N, d) divided by their norms, as rows of a bank of this dtype.
+
+    Raises ``ValueError`` naming the first row that is zero or not finite.
+    """
+    fresh = features.new_zeros(features.shape, dtype=dtype)
+    left_out = torch.zeros(1, dtype=torch.int64, device=fresh.device)
+    every_row = torch.arange(len(fresh), device=fresh.device)
+    single = features.to(torch.float32) if features.dtype == torch.float64 else features
+    momentum_update_(fresh, single, every_row, 0.0, skipped=left_out)
+    if int(left_out):
+        # The update leaves such rows alone, so they are the ones that are still zero.
+        row = int((fresh == 0).all(dim=1).nonzero()[0])
+        raise ValueError(
+            f"{op}: every feature must be finite and not zero "
+            f"(got {int(left_out)} that are not, the first at row {row})"
+        )
+    return fresh
+
+
 class MemoryBank(nn.Module):
     """One feature per training image, and one prototype per class, kept current together.
 
@@ -68,13 +106,7 @@ class MemoryBank(nn.Module):
         for name, size in (("num_samples", num_samples), ("num_features", num_features)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{op}: {name} must be a positive integer (got {size!r})")
-            _checks.integer(op, name, size, 1, 2**40)
-        if dtype not in _checks.FLOATS:
-            raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16 (got {dtype})")
-        place = torch.get_default_device() if device is None else torch.device(device)
-        if place.type != "meta":
-            shape, instead = (num_samples, num_features), "float16 takes half of float32"
-            _checks.fits_in_memory(op, shape, place, instead, dtype.itemsize)
+        check_storage(op, num_samples, num_features, dtype, device)
         self.momentum = _checks.number(op, "momentum", momentum, 0.0, 1.0, rule="in [0, 1]")
         self.eps = _checks.number(op, "eps", eps, 0.0, rule="finite and >= 0")
         self.normalize_prototypes = bool(normalize_prototypes)
@@ -132,19 +164,7 @@ class MemoryBank(nn.Module):
         wanted = tuple(self.features.shape)
         _checks.shape(op, "features", features, wanted, "one row per training image")
         _checks.dtype(op, "features", features, _checks.ALL_FLOATS)
-        fresh = torch.zeros_like(self.features)
-        left_out = torch.zeros_like(self.skipped)
-        every_row = torch.arange(len(fresh), device=fresh.device)
-        single = features.to(torch.float32) if features.dtype == torch.float64 else features
-        momentum_update_(fresh, single, every_row, 0.0, skipped=left_out)
-        if int(left_out):
-            # The update leaves such rows alone, so they are the ones that are still zero.
-            row = int((fresh == 0).all(dim=1).nonzero()[0])
-            raise ValueError(
-                f"{op}: every feature must be finite and not zero "
-                f"(got {int(left_out)} that are not, the first at row {row})"
-            )
-        self.features.copy_(fresh)
+        self.features.copy_(unit_features(op, features, self.features.dtype))
         if self._proto_of.shape[0]:
             self._refresh_all()
 

@@ -1,10 +1,11 @@
-"""Clustering of rows that lie on several ranks of torch.distributed.
+"""Clustering, memory and loss of rows that lie on several ranks of torch.distributed.
 
 The names and arguments are those of :mod:`dhcl_ops`, plus a process group. Each rank passes its own
 rows; row numbers go on from rank to rank.
 """
 
+from dhcl_ops.sharded.bank import MemoryBank
 from dhcl_ops.sharded.clustering import cluster, knn
 from dhcl_ops.sharded.shards import PeerError
 
-__all__ = ["PeerError", "cluster", "knn"]
+__all__ = ["MemoryBank", "PeerError", "cluster", "knn"]

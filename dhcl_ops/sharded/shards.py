@@ -8,6 +8,7 @@ backend of torch.distributed knows every dtype.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -42,7 +43,6 @@ class _Statement(NamedTuple):
     """What a rank is about to do."""
 
     settings: dict[str, Any]
-    rows: int
     error: str | None
 
 
@@ -54,6 +54,7 @@ class Shards:
         rank, world: this rank and their number, in the group.
         starts: (world + 1) first row of every rank; the last is ``total``.
         total: rows of the whole table.
+        second_starts: the same of a second table, whose shares are others.
         traffic: bytes this rank has sent to others, by stage.
     """
 
@@ -64,6 +65,7 @@ class Shards:
         check: Callable[[], torch.Tensor],
         settings: dict[str, Any],
         traffic: dict[str, int] | None = None,
+        second: Any = None,
     ) -> None:
         """Agree with the other ranks on what is to be done, before anything is.
 
@@ -73,6 +75,7 @@ class Shards:
             check: checks this rank's part and returns its rows; what it raises is raised on all.
             settings: what must be equal on all ranks, by the argument's name.
             traffic: takes the bytes sent by this rank, by stage.
+            second: this rank's rows of a second table, which ``check`` looks at too.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
@@ -86,26 +89,50 @@ class Shards:
         failed: Exception | None = None
         try:
             self.own = check()
-        except (TypeError, ValueError) as error:
+        # Whatever it is, the others would wait for this rank.
+        except Exception as error:
             failed = error
+        rows = [0, 0]
+        if failed is None:
+            rows = [len(self.own), 0 if second is None else len(second)]
         mine = _Statement(
             {"torch": torch.__version__, "dhcl_ops": __version__, "op": op, **settings},
-            len(self.own) if failed is None else 0,
             str(failed) if failed is not None else None,
         )
         with self.stage("agreement"):
-            every: list[Any] = [None] * self.world
-            dist.all_gather_object(every, mine, group=self.group)
-        if failed is not None:
-            raise failed
-        self._compare(every)
+            every = self._agree(mine, rows, failed)
         self.device = self.own.device
-        self.starts = [0]
-        for statement in every:
-            self.starts.append(self.starts[-1] + statement.rows)
+        self.starts: list[int] = [0, *itertools.accumulate(every[:, 0].tolist())]
+        self.second_starts: list[int] = [0, *itertools.accumulate(every[:, 1].tolist())]
         self.total = self.starts[-1]
         if self.total > 2**31 - 1:
             raise ValueError(f"{op}: at most 2147483647 rows in all (got {self.total})")
+
+    def _agree(self, mine: _Statement, rows: list[int], failed: Exception | None) -> torch.Tensor:
+        """The numbers of rows of every rank (world, 2), once all ranks have said the same.
+
+        A digest of what is said is enough as long as that holds, since a loss agrees in each step.
+        """
+        said = repr(sorted(mine.settings.items())).encode()
+        digest = int.from_bytes(hashlib.sha256(said).digest()[:8], "little", signed=True)
+        words = torch.tensor([digest, failed is not None, *rows], device=self._messenger())
+        parts = [torch.empty_like(words) for _ in range(self.world)]
+        dist.all_gather(parts, words, group=self.group)
+        self.count((self.world - 1) * words.numel() * words.element_size())
+        heard = torch.stack(parts).cpu()
+        if bool(heard[:, 1].any()) or len(heard[:, 0].unique()) > 1:
+            every: list[Any] = [None] * self.world
+            dist.all_gather_object(every, mine, group=self.group)
+            if failed is not None:
+                raise failed
+            self._compare(every)
+        return heard[:, 2:]
+
+    def _messenger(self) -> torch.device:
+        """Where words are exchanged: on the CPU if a backend of the group can, else beside it."""
+        if "cpu" in dist.get_backend_config(self.group):
+            return torch.device("cpu")
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
 
     def _compare(self, every: list[_Statement]) -> None:
         for rank, statement in enumerate(every):
@@ -204,10 +231,13 @@ class Shards:
 
     def route(self, ids: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
         """Send each entry to the owner of its row; entries of one sender keep their order."""
-        owner = self.owners(ids)
-        order = owner.argsort(stable=True)
-        give, take = self._counts(torch.bincount(owner, minlength=self.world))
-        return [self.exchange(column[order], give, take) for column in (ids, *columns)]
+        return self.send(self.owners(ids), ids, *columns)
+
+    def send(self, ranks: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
+        """Send each entry to a rank; they come in the order of the senders, and of each one's."""
+        order = ranks.argsort(stable=True)
+        give, take = self._counts(torch.bincount(ranks, minlength=self.world))
+        return [self.exchange(column[order], give, take) for column in columns]
 
     def fetch(self, ids: torch.Tensor, *tables: torch.Tensor) -> list[torch.Tensor]:
         """These rows, ascending, of tables whose own rows every rank gives."""
@@ -242,13 +272,19 @@ class Shards:
         rows = torch.tensor([len(own)], device=own.device)
         lengths = [torch.empty_like(rows) for _ in range(self.world)]
         dist.all_gather(lengths, rows, group=self.group)
-        sizes = [int(length) for length in lengths]
+        self.count((self.world - 1) * 8)
+        return self.gather_shares(own, [int(length) for length in lengths])
+
+    def gather_shares(self, own: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """The same where every rank knows how many rows each one gives."""
         padded = own.new_zeros(max(sizes), *own.shape[1:])
         padded[: len(own)] = own
-        every = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(every, padded, group=self.group)
-        self.count((self.world - 1) * (8 + padded.numel() * padded.element_size()))
-        return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])
+        sent = self._bytes(padded)
+        every = [torch.empty_like(sent) for _ in range(self.world)]
+        dist.all_gather(every, sent, group=self.group)
+        self.count((self.world - 1) * sent.numel())
+        parts = [part[:size] for part, size in zip(every, sizes, strict=True)]
+        return torch.cat(parts).reshape(-1).view(own.dtype).view(sum(sizes), *own.shape[1:])
 
     # -- half ring --
 
