@@ -64,6 +64,7 @@ COMMANDS = {
     ),
     "index": Command("gallery", "index", "make an index of a folder of images, or change one"),
     "search": Command("gallery", "search", "find the people of some images in an index"),
+    "serve": Command("serve", "serve", "search an index in a browser, on a page of its own"),
     "cluster": Command("features", "cluster", "cluster saved features or a folder of images"),
     "rerank": Command("features", "rerank", "re-rank saved features"),
     "metrics": Command("features", "metrics", "evaluate saved features"),

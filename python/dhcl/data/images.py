@@ -32,6 +32,7 @@ __all__ = [
     "as_pixels",
     "check_images",
     "open_image",
+    "read_bytes",
     "read_image",
     "thumbnail",
     "upright",
@@ -55,6 +56,18 @@ def read_image(path: Path) -> torch.Tensor:
         raise DataError(
             f"image: must be a whole, readable image (got {show(path)}: {_reason(error)})"
         ) from error
+
+
+def read_bytes(data: bytes) -> torch.Tensor:
+    """Decode what a file holds, as :func:`read_image` does.
+
+    Raises:
+        DataError: with the reason: no image, a damaged one, or one of too many pixels.
+    """
+    try:
+        return _decode(data)
+    except Exception as error:  # decoders raise nearly anything on bad data
+        raise DataError(f"image: must be a whole, readable image ({_reason(error)})") from error
 
 
 def as_pixels(image: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dhcl.cli.table import COMMANDS
 HEAVY = {
     *("torch", "torch._dynamo", "torch._inductor", "torchvision", "timm", "accelerate"),
     *("sklearn", "scipy", "plotly", "tensorboard", "matplotlib", "pandas", "onnx", "onnxruntime"),
-    *("tyro", "pydantic", "PIL", "jinja2"),
+    *("tyro", "pydantic", "PIL", "jinja2", "fastapi", "uvicorn"),
 }
 OPTIONS = {"tyro"}
 SETTINGS = {*OPTIONS, "pydantic"}
@@ -28,6 +28,7 @@ HELP = {
     "export": OPTIONS,
     "index": OPTIONS,
     "search": OPTIONS,
+    "serve": OPTIONS,
     "crops": OPTIONS,
     "cluster": OPS,
     "rerank": OPS,

@@ -42,6 +42,7 @@ from dhcl.training.trainer import fingerprint
 from PIL import Image
 
 from dhcl_ops import evaluate_ranking
+from tests.dhcl.browser import chromium
 from tests.dhcl.toy import command_line, options, write_images
 
 
@@ -484,15 +485,8 @@ def test_size_is_bounded_at_20_000_images(run, pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-    with api.sync_playwright() as playwright:
-        file = found or playwright.chromium.executable_path
-        if not Path(file).exists():
-            pytest.skip("no Chromium: playwright install chromium")
-        opened = playwright.chromium.launch(executable_path=file, args=["--no-sandbox"])
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -1,0 +1,243 @@
+"""What the page asks of an index: images by number, their pictures, and ranked lists."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dhcl.data import path_reader
+from dhcl.data.images import read_bytes, thumbnail
+from dhcl.data.limits import check_header
+from dhcl.data.lists import identifier
+from dhcl.errors import ConfigError, DataError
+from dhcl.inference.index import Index
+from dhcl.inference.reid import ReID
+from dhcl.words import show
+
+__all__ = ["Choice", "Gallery", "Place", "as_upload"]
+
+# Rows of a picture: of twice as many as are shown, for screens of fine resolution.
+_HEIGHT = 300
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images are meant: all, but for what is said here.
+
+    Attributes:
+        cameras: numbers into :attr:`Gallery.cameras`; none for all.
+        id: an identity as :func:`dhcl.words.show` has it; None for all.
+        since, until: seconds since 1970, both included; None for no bound.
+    """
+
+    cameras: tuple[int, ...] = ()
+    id: str | None = None
+    since: float | None = None
+    until: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a ranked list: a row, its cosine, and its distance if re-ranked."""
+
+    row: int
+    similarity: float
+    distance: float | None
+
+
+class Gallery:
+    """An index with its model, as a page asks for them.
+
+    Attributes:
+        index, model: the model is the one that made the index.
+        cameras: names of the index's cameras, in order.
+        identities: whether any identity is known.
+    """
+
+    def __init__(self, index: Index, model: ReID) -> None:
+        self.index, self.model = index, model
+        records = index.records
+        names = {record.camera for record in records} - {-1}
+        self.cameras = tuple(sorted(names, key=lambda name: (isinstance(name, str), name)))
+        number = {name: number for number, name in enumerate(self.cameras)}
+        self._camera = np.array([number.get(record.camera, -1) for record in records], np.int64)
+        self._time = np.array([record.mtime_ns / 1e9 for record in records])
+        self._rows: dict[str, list[int]] = {}
+        for row, record in enumerate(records):
+            if record.id != -1:
+                self._rows.setdefault(show(str(record.id)), []).append(row)
+        self.identities = bool(self._rows)
+
+    def rows(self, choice: Choice) -> NDArray[np.int64]:
+        """The rows that are meant, ascending."""
+        meant = np.ones(len(self.index), bool)
+        if choice.cameras:
+            meant &= np.isin(self._camera, choice.cameras)
+        if choice.id is not None:
+            of_id = np.zeros(len(self.index), bool)
+            of_id[self._rows.get(str(identifier(choice.id)), [])] = True
+            meant &= of_id
+        if choice.since is not None:
+            meant &= self._time >= choice.since
+        if choice.until is not None:
+            meant &= self._time <= choice.until
+        return np.flatnonzero(meant)
+
+    def about(self, row: int) -> dict[str, Any]:
+        """What is known of an image: numbers, and text that can be shown; unknown is None."""
+        self._check(row)
+        record = self.index.records[row]
+        known = {
+            name: None if value == -1 else value if isinstance(value, int) else show(value)
+            for name, value in (("id", record.id), ("camera", record.camera))
+        }
+        return {"row": row, "path": show(record.path), **known, "time": record.mtime_ns / 1e9}
+
+    def _check(self, row: int) -> None:
+        if not 0 <= row < len(self.index):
+            raise DataError(f"row: must be below {len(self.index):,} (got {row})")
+
+    def picture(self, row: int) -> bytes:
+        """A small picture of an image, as JPEG, decoded and written anew.
+
+        Raises:
+            DataError: the file is gone, no image, or lies outside of the folder it was found in.
+        """
+        self._check(row)
+        record = self.index.records[row]
+        root = Path(self.index.roots[record.root])
+        try:
+            with _below(root, record.path) as file:
+                small = thumbnail(file, _HEIGHT)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"picture: there is no file {show(record.path)} in {show(root)} any more; if the "
+                "gallery has moved, the index's folders have to be named anew"
+            ) from error
+        except DataError:
+            raise
+        except Exception as error:  # decoders raise nearly anything on bad data
+            raise DataError(f"picture: {show(record.path)} can't be read any more") from error
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
+    def near_row(
+        self, row: int, topk: int, choice: Choice, *, rerank: bool, other_cameras: bool
+    ) -> list[Place]:
+        """The nearest images to one of the index, without itself.
+
+        Raises:
+            DataError: there is no such row. ConfigError: ``other_cameras``, and its is unknown.
+        """
+        self._check(row)
+        query = torch.from_numpy(np.array(self.index.features[row : row + 1]))
+        own = self.index.records[row].camera if other_cameras else None
+        found = self._search(query, topk + 1, choice, rerank, own)
+        return [place for place in found if place.row != row][:topk]
+
+    def near_image(
+        self,
+        pixels: torch.Tensor,
+        name: str,
+        topk: int,
+        choice: Choice,
+        *,
+        rerank: bool,
+        other_cameras: bool,
+    ) -> list[Place]:
+        """The nearest images to another one.
+
+        Args:
+            pixels: (3, H, W) uint8, RGB.
+            name: of its file, of which the index's pattern may read the camera.
+            topk, choice, rerank, other_cameras: as of :meth:`near_row`.
+        """
+        _, camera = path_reader(self.index.pattern)(name)
+        cameras = None
+        if self.index.trained_cameras:
+            cameras = self.model.camera_indices([camera])
+        query = self.model.features([pixels.permute(1, 2, 0)], cameras)
+        own = camera if other_cameras else None
+        return self._search(query, topk, choice, rerank, own)
+
+    def _search(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        choice: Choice,
+        rerank: bool,
+        own: int | str | None,
+    ) -> list[Place]:
+        if own == -1:
+            raise ConfigError(
+                "other_cameras: the camera of the query is not known; the index's pattern is "
+                f"{self.index.pattern!r}"
+            )
+        # What the index does not choose by is chosen of a ranking of all.
+        picky = choice.id is not None or choice.since is not None or choice.until is not None
+        [found] = self.index.search(
+            query,
+            len(self.index) if picky else topk,
+            cameras=[self.cameras[number] for number in choice.cameras] or None,
+            leave_out=None if own is None else [own],
+            rerank=rerank,
+        )
+        places = range(len(found.indices))
+        if picky:
+            keep = np.isin(found.indices.numpy(), self.rows(choice))
+            places = np.flatnonzero(keep)[:topk].tolist()
+        return [
+            Place(
+                int(found.indices[place]),
+                float(found.similarities[place]),
+                None if found.distances is None else float(found.distances[place]),
+            )
+            for place in places
+        ]
+
+
+@contextlib.contextmanager
+def _below(root: Path, name: str) -> Iterator[Path]:
+    """A name of an open file below a folder, by which exactly that file is read.
+
+    The file is judged after it has been found, by where it really lies, so that no link which is
+    put in its way meanwhile counts; ``root`` may be reached by links.
+
+    Raises:
+        DataError: it lies elsewhere. OSError: it can't be found.
+    """
+    handle = os.open(root / name, os.O_PATH)  # which opens no device, and waits for no FIFO
+    try:
+        file = Path(f"/proc/self/fd/{handle}")
+        if not file.readlink().is_relative_to(os.path.realpath(root)):
+            raise DataError(
+                f"picture: {show(name)} is a link to outside of {show(root)} and is not shown"
+            )
+        yield file
+    finally:
+        os.close(handle)
+
+
+def as_upload(data: bytes) -> torch.Tensor:
+    """(3, H, W) uint8, RGB, of a file that came over the network.
+
+    Raises:
+        DataError: not a JPEG, PNG or WebP, a damaged one, or one of too many pixels, which its
+            header tells before room is made for them.
+    """
+    if not data:
+        raise DataError("image: the file is empty")
+    # Other formats have more code behind them than a stranger's file should reach.
+    if not check_header(data):
+        raise DataError("image: must be a JPEG, PNG or WebP")
+    return read_bytes(data)
