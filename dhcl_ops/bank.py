@@ -13,6 +13,7 @@ from torch import nn
 
 from dhcl_ops import _arrays, _checks
 from dhcl_ops.memory import class_csr, momentum_update_, update_segment_mean_
+from dhcl_ops.positives import hardest_positives
 
 __all__ = ["MemoryBank"]
 
@@ -242,6 +243,36 @@ class MemoryBank(nn.Module):
             )
         if features is not given[0] or indices is not given[1]:
             _arrays.caller_waits(zip(given, (features, indices), strict=True))
+
+    @torch.no_grad()
+    def hardest_positives(
+        self, features: torch.Tensor, indices: torch.Tensor, cameras: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of the rows of each image's class, the one that is least similar to its feature.
+
+        With ``cameras``, (N,) int64 numbers of the training images' cameras, only rows of another
+        camera than the image's own count; where its class has none, it is the image's own row. It
+        reads the rows of the batch's classes once and does not wait for the device.
+
+        Args:
+            features: (B, d) of the batch, any floating dtype.
+            indices: (B,) int64 image indices.
+            cameras: as said; by default rows of all cameras count, the own row among them.
+
+        Returns:
+            (B,) int64 rows of the bank; of equal similarities the lowest, the same on every device.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :meth:`update_`; RuntimeError without labels.
+        """
+        op = "MemoryBank.hardest_positives"
+        self._require_labels("hardest_positives")
+        features = self._as_tensor(op, "features", features)
+        indices = self._as_tensor(op, "indices", indices)
+        if cameras is not None:
+            cameras = self._as_tensor(op, "cameras", cameras)
+        lists = (self._proto_of, self._members, self._offsets)
+        return hardest_positives(features, self.features, indices, *lists, cameras, op=op)
 
     def extra_repr(self) -> str:
         """Sizes and momentum, for ``print``."""

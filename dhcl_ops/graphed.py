@@ -45,6 +45,8 @@ class GraphedStep:
         memory: the bank, with labels.
         features: (B, d) of a batch; finite.
         indices: (B,) int64, their rows of the bank.
+        cameras: (N,) int64 of the bank's images, for a loss that looks at them. They are captured:
+            other ones take another step.
 
     Attributes:
         stats: :class:`HybridStats` of the last call, overwritten by the next one; none of it
@@ -58,12 +60,18 @@ class GraphedStep:
     stats: HybridStats
 
     def __init__(
-        self, loss: DHCLLoss, memory: MemoryBank, features: torch.Tensor, indices: torch.Tensor
+        self,
+        loss: DHCLLoss,
+        memory: MemoryBank,
+        features: torch.Tensor,
+        indices: torch.Tensor,
+        *,
+        cameras: torch.Tensor | None = None,
     ) -> None:
         _checks.tensor(_OP, "features", features)
         _checks.dtype(_OP, "features", features, _checks.FLOATS)
         _checks.tensor(_OP, "indices", indices)
-        self._loss, self._memory = loss, memory
+        self._loss, self._memory, self._cameras = loss, memory, cameras
         self._settings = dict(loss.settings)
         # Held, so that other tensors can't take the addresses that the graphs write to.
         self._captured = (*self._bank(), loss.suspects)
@@ -121,7 +129,11 @@ class GraphedStep:
     def _forward(self) -> None:
         with torch.enable_grad():
             self._value, self.stats = self._loss(
-                self._features, self._memory, self._indices, return_stats=True
+                self._features,
+                self._memory,
+                self._indices,
+                cameras=self._cameras,
+                return_stats=True,
             )
 
     def _backward(self) -> None:

@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+# Which bank row of its class the instance term pulls a feature to.
+INSTANCE_POSITIVES = ("self", "hardest", "cross-camera", "class")
+
+
 class Suspects(NamedTuple):
     """Classes that a looser clustering puts together: suspected to be one identity."""
 
@@ -87,6 +91,7 @@ def hybrid_contrastive_loss(
     instance_weight: float = 0.25,
     prototype_weight: float = 1.0,
     instance_positives: str = "self",
+    cameras: torch.Tensor | None = None,
     temperature: float = 0.05,
     kappa: float = 0.0,
     tau_plus: float | None = None,
@@ -101,10 +106,10 @@ def hybrid_contrastive_loss(
     """The loss of DHCL-HNM over a memory bank: a prototype term plus a weighted instance term.
 
     The prototype term pulls an image to the prototype of its class and away from all others. The
-    instance term pulls it to its own bank row and away from the rows of other classes; rows of its
-    own class are neither. Both are :func:`debiased_contrastive_loss`. Variants, in the names of
-    method.md in docs: H1 is the default; H0 is ``instance_weight=0``, SpCL's unified loss where
-    ``kappa = beta = 0``; H2 is ``prototype_weight=0, instance_weight=1,
+    instance term pulls it to a bank row of its class and away from the rows of other classes; the
+    other rows of its own class are neither. Both are :func:`debiased_contrastive_loss`. Variants,
+    in the names of method.md in docs: H1 is the default; H0 is ``instance_weight=0``, SpCL's
+    unified loss where ``kappa = beta = 0``; H2 is ``prototype_weight=0, instance_weight=1,
     instance_positives="class"``, where all rows of the class are positives and ``e^r`` is the mean
     over them.
 
@@ -114,7 +119,12 @@ def hybrid_contrastive_loss(
         indices: (B,) int64, the bank row of each feature.
         instance_weight, prototype_weight: in [0, 1e9], not both 0. A term of weight 0 is not
             computed.
-        instance_positives: ``"self"`` or ``"class"``.
+        instance_positives: which row of the class the instance term pulls to: the image's own
+            (``"self"``), the one that is least similar to the feature (``"hardest"``), the least
+            similar one of another camera, or the own where there is none (``"cross-camera"``), or
+            all (``"class"``). Which row is hardest is a constant to the gradient.
+        cameras: (N,) int64, of which camera each image is, for ``"cross-camera"``; not looked at
+            otherwise. Which numbers are equal is all that counts.
         temperature, beta, hardness_gradient, reduction, precision: as in
             :func:`debiased_contrastive_loss`.
         kappa: expected number of false negatives among the K - 1 other prototypes. The instance
@@ -146,11 +156,13 @@ def hybrid_contrastive_loss(
     )
     if not any(weights):
         raise ValueError(f"{op}: prototype_weight and instance_weight must not both be 0")
-    _checks.one_of(op, "instance_positives", instance_positives, ("self", "class"))
+    _checks.one_of(op, "instance_positives", instance_positives, INSTANCE_POSITIVES)
+    if instance_positives == "cross-camera" and cameras is None:
+        raise ValueError(f'{op}: instance_positives="cross-camera" needs cameras (got None)')
     _checks.one_of(op, "suspects_as", suspects_as, ("exclude", "kappa"))
     if not torch.compiler.is_compiling():
         _checks.indices_in_range(op, "indices", indices, len(memory.features))
-    batch = _Batch(features, indices, memory.proto_of[indices])
+    batch = _Batch(features, memory.proto_of[indices], indices)
     debias = _false_negatives(op, memory, batch.labels, kappa, tau_plus, suspects, suspects_as)
     settings: dict[str, Any] = {
         "temperature": temperature,
@@ -166,6 +178,9 @@ def hybrid_contrastive_loss(
         terms[0], seen[0] = _prototype_term(batch, memory, debias, settings)
     if weights[1]:
         of_class = instance_positives == "class"
+        if instance_positives in ("hardest", "cross-camera"):
+            apart = cameras if instance_positives == "cross-camera" else None
+            batch = batch._replace(positives=memory.hardest_positives(features, indices, apart))
         terms[1], seen[1] = _instance_term(batch, memory, of_class, debias, settings)
     # A product with 1 would be two more operations.
     parts = [t if w == 1.0 else w * t for w, t in zip(weights, terms, strict=True) if t is not None]
@@ -178,8 +193,8 @@ def hybrid_contrastive_loss(
 
 class _Batch(NamedTuple):
     features: torch.Tensor  # (B, d)
-    indices: torch.Tensor  # (B,) rows of the bank
     labels: torch.Tensor  # (B,) classes
+    positives: torch.Tensor  # (B,) rows of the bank that the instance term pulls to
 
 
 class _FalseNegatives(NamedTuple):
@@ -271,7 +286,7 @@ def _instance_term(
     term = debiased_contrastive_loss(
         batch.features,
         memory.features,
-        labels if of_class else batch.indices,
+        labels if of_class else batch.positives,
         proxy_labels=proto_of if of_class else None,
         positives="mean",
         exclude=None if of_class and debias.groups is None else (row_groups, column_groups),
@@ -333,13 +348,19 @@ class DHCLLoss(nn.Module):
         memory: MemoryBank,
         indices: torch.Tensor,
         *,
+        cameras: torch.Tensor | None = None,
         return_stats: bool = False,
     ) -> Any:
-        """Mean loss over the batch, or (loss, :class:`HybridStats`)."""
+        """Mean loss over the batch, or (loss, :class:`HybridStats`).
+
+        ``cameras`` (N,) are those of the training images, for
+        ``instance_positives="cross-camera"``.
+        """
         return hybrid_contrastive_loss(
             features,
             memory,
             indices,
+            cameras=cameras,
             suspects=self._suspects,
             return_stats=return_stats,
             **self.settings,

@@ -137,16 +137,17 @@ __device__ __forceinline__ A fold_columns(A (&part)[4]) {
 }
 
 // The inner product of two rows by a whole warp. kUnroll: columns in flight.
-template <bool kAligned, int kUnroll>
-__device__ __forceinline__ float warp_dot(const float* x, const float* y, int64_t d) {
+template <bool kAligned, int kUnroll, typename T>
+__device__ __forceinline__ float warp_dot(const float* x, const T* y, int64_t d) {
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll kUnroll
   for (int64_t col = 4 * lane_id(); col < d; col += kSumColumns) {
-    float a[4], b[4];
+    float a[4];
+    T b[4];
     load4<kAligned>(x, col, d, a);
     load4<kAligned>(y, col, d, b);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) part[c] = add_rn(part[c], mul_rn(a[c], b[c]));
+    for (int c = 0; c < 4; ++c) part[c] = add_rn(part[c], mul_rn(a[c], to_float(b[c])));
   }
   return fold_columns(part);
 }

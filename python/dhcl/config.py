@@ -165,8 +165,9 @@ class LossOptions:
     """Weight of the loss over prototypes."""
     instance_weight: NonNegativeFloat = 0.0
     """Weight of the loss over single images, lambda; at 0 outliers are still told apart."""
-    instance_positives: Literal["self", "class"] = "self"
-    """Positives of the loss over single images: the image's own row, or its class's."""
+    instance_positives: Literal["self", "hardest", "cross-camera", "class"] = "self"
+    """Positive of the loss over single images: the image's own row, the hardest of its class, the
+    hardest of its class in another camera, or all of its class."""
     kappa: NonNegativeFloat = 0.0
     """Number of false negatives to expect among the other prototypes; 0 does not debias."""
     beta: NonNegativeFloat = 0.0

@@ -77,6 +77,11 @@ CALLS = [
     ("hybrid_contrastive_loss", lambda **a: dhcl_ops.hybrid_contrastive_loss(memory=bank(), **a),
      {"features": QUERY, "indices": SEVEN, "instance_weight": 0.25, "prototype_weight": 1.0,
       "temperature": 0.05, "kappa": 0.1, "beta": 0.1}),
+    ("hybrid_contrastive_loss", lambda **a: dhcl_ops.hybrid_contrastive_loss(
+        memory=bank(), instance_positives="cross-camera", **a),
+     {"features": QUERY, "indices": SEVEN, "cameras": TWELVE % 2}),
+    ("MemoryBank.hardest_positives", of_bank("hardest_positives"),
+     {"features": QUERY, "indices": SEVEN, "cameras": TWELVE % 2}),
     ("suspected_false_negatives",
      lambda **a: dhcl_ops.suspected_false_negatives(bank(), **a), {"loose_labels": LABELS}),
     ("jaccard_graph", dhcl_ops.jaccard_graph, {"features": GALLERY, **LISTS, "eps": 0.6}),
@@ -196,7 +201,7 @@ def check(name, function, arguments):
 
 
 COMPOSED = {
-    "hybrid_contrastive_loss": {"debiased_contrastive_loss"},
+    "hybrid_contrastive_loss": {"debiased_contrastive_loss", "MemoryBank.hardest_positives"},
     "cluster": {"self_paced_labels"},
     "camera_neighbours": {"knn"},
     "constrained_dbscan": {"dbscan"},

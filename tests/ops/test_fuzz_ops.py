@@ -51,6 +51,21 @@ def test_fuzz_knn(features, queries, scale, other_scale, data):
 
 
 @fuzzed(40)
+@given(some_rows(least=1), SEEDS, st.integers(0, 9), FLOATS, SCALES, st.booleans())
+def test_fuzz_hardest_positives(bank, seed, batch, dtype, scale, across):
+    memory = dhcl_ops.MemoryBank(len(bank), bank.shape[1], dtype=dtype)
+    memory.init(unit(bank))
+    memory.set_labels(integers(seed, -1, 3, len(bank)).unique(return_inverse=True)[1] - 1)
+    features = integers(seed, -3, 4, batch, bank.shape[1]) * scale
+    indices = integers(seed + 1, 0, len(bank), batch)
+    cameras = integers(seed + 2, 0, 3, len(bank)) if across else None
+    rows = agree(lambda: memory.hardest_positives(features, indices, cameras))
+    assert torch.equal(memory.proto_of[rows], memory.proto_of[indices])
+    if cameras is not None:
+        assert ((cameras[rows] != cameras[indices]) | (rows == indices)).all()
+
+
+@fuzzed(40)
 @given(some_rows(least=1), some_rows(width=1), SEEDS, FLOATS, FLOATS, SCALES, st.data())
 def test_fuzz_momentum_update(bank, seedling, seed, bank_dtype, dtype, scale, data):
     features = (seedling * torch.linspace(-1, 2, bank.shape[1])).mul(scale).to(dtype)

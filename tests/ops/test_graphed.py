@@ -15,6 +15,8 @@ VARIANTS = {
     "defaults": {},
     "prototypes alone": {"instance_weight": 0.0},
     "positives of the class": {"instance_positives": "class"},
+    "hardest positive": {"instance_positives": "hardest"},
+    "hardest positive of another camera": {"instance_positives": "cross-camera"},
     "weights differentiated": {"hardness_gradient": "through", "beta": 0.2},
     "suspects excluded": {"beta": 0.1, "suspects": "exclude"},
     "suspects counted": {"kappa": 0.0, "suspects": "kappa"},
@@ -51,13 +53,14 @@ def test_it_has_the_bits_of_the_plain_step(device, variant):
     memory, features, indices = bank_and_batch(device)
     twin = copy.deepcopy(memory)
     loss = loss_of(variant, memory)
-    step = GraphedStep(loss, memory, features, indices)
+    cameras = (torch.arange(len(LABELS)) % 2).to(device)
+    step = GraphedStep(loss, memory, features, indices, cameras=cameras)
     assert same_memory(memory, twin)
     for number, (given, rows) in enumerate(batches(device)):
         if number == 2:  # the loss refuses what is not finite on the CPU
             given = given.nan_to_num(0.3)
         x, y = leaf(given, device), leaf(given, device)
-        expected, stats = loss(x, twin, rows, return_stats=True)
+        expected, stats = loss(x, twin, rows, cameras=cameras, return_stats=True)
         value = step(y, rows)
         assert checks.same_bits(value.detach(), expected.detach())
         assert torch.equal(step.stats.prototype_loss, stats.prototype_loss)

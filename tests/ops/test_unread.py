@@ -91,6 +91,7 @@ HYBRID = {
     "defaults": {},
     "prototypes alone": {"instance_weight": 0.0},
     "positives of the class": {"instance_positives": "class"},
+    "hardest positive of another camera": {"instance_positives": "cross-camera"},
     "suspects excluded": {"beta": 0.1, "suspects": "exclude"},
     "suspects counted": {"kappa": 0.0, "suspects": "kappa"},
 }
@@ -113,8 +114,9 @@ def test_a_step_of_the_hybrid_loss_and_the_bank(there, variant, normalised):
         )
     there.move(bank)
     features, indices = there.of(features), there.of(indices)
+    cameras = there.of(torch.arange(12) % 3)
     with there.unread():
-        value, stats = loss(features, bank, indices, return_stats=True)
+        value, stats = loss(features, bank, indices, cameras=cameras, return_stats=True)
         backward(value)
         bank.update_(features.detach(), indices)
     assert features.grad.shape == features.shape

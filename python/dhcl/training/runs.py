@@ -245,6 +245,12 @@ def _check_data(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
             "k1_own: the cameras of the training images must be known, and two at least "
             f"(got {data.train.num_cameras})"
         )
+    across = config.loss.instance_positives == "cross-camera" and config.loss.instance_weight
+    if across and data.train.num_cameras < 2:
+        raise ConfigError(
+            "instance_positives: cross-camera needs training images of two known cameras at least "
+            f"(got {data.train.num_cameras})"
+        )
     if data.train.num_cameras > 1 and not config.model.camera_bn:
         engine.say(
             f"hint: {data.train.num_cameras} cameras are known; if their pictures differ much, "

@@ -143,6 +143,10 @@ class Trainer:
         self.model: ReIDModel = engine.accelerator.unwrap_model(self._parallel)
         self.bank = self._new_bank(len(images))
         self.rows = torch.arange(len(images), device=engine.device)  # bank row of each image, or -1
+        # Of the images, for a loss that looks at them; where a row of the memory is an image.
+        self._cameras: torch.Tensor | None = None
+        if config.loss.instance_positives == "cross-camera":
+            self._cameras = torch.from_numpy(images.cameras).to(engine.device)
         self.labels = torch.full((len(images),), -1)  # cluster of each image, -1 for outliers
         self.loose: torch.Tensor | None = None  # clusters at the larger eps, for suspects
         self.loss: DHCLLoss  # of the epoch, from when its memory is filled
@@ -436,7 +440,9 @@ class Trainer:
         """
         if self._graphed is None and self._replays:
             try:
-                self._graphed = GraphedStep(self.loss, self.bank, features, rows)
+                self._graphed = GraphedStep(
+                    self.loss, self.bank, features, rows, cameras=self._cameras
+                )
             except RuntimeError as error:
                 self._replays = False
                 self.engine.say(
@@ -444,7 +450,9 @@ class Trainer:
                     f"({first_line(error)}); training goes on, and takes more of the host"
                 )
         if self._graphed is None:
-            value, stats = self.loss(features, self.bank, rows, return_stats=True)
+            value, stats = self.loss(
+                features, self.bank, rows, cameras=self._cameras, return_stats=True
+            )
             return value, stats
         return self._graphed(features, rows), self._graphed.stats
 

@@ -58,6 +58,7 @@ VARIANTS = {
     "extracted": {"cluster_on": "extracted", "calibrate": "epoch"},
     "H1": {"name": "dhcl-hnm"},
     "H2": {"prototype_weight": 0.0, "instance_weight": 1.0, "instance_positives": "class"},
+    "cross-camera positives": {"instance_weight": 1.0, "instance_positives": "cross-camera"},
     "camera_bn": {"camera_bn": True},
     "neighbours by camera": {"k1_own": 3},
     "ghost, accumulated": {"samples_per_bn": 8, "accumulate": 2, "iterations": 6},
