@@ -7,7 +7,7 @@ import random
 import pytest
 
 import dhcl_ops
-from tests.soak import CALLS, LIMITS, Shapes, calls, conclude, judged, samples
+from tests.soak import CALLS, LIMITS, Shapes, calls, conclude, judged, own_memory, samples
 
 
 def taken(count=400, **growth):
@@ -73,6 +73,13 @@ def test_a_leak_of_a_call_is_found(tmp_path, monkeypatch):
     verdict = judged(samples(tmp_path / "calls.jsonl"))
     assert not verdict["files"]["flat"]
     assert verdict["threads"]["flat"]
+
+
+def test_memory_that_is_allocated_counts():
+    before = own_memory()
+    block = bytearray(64 << 20)
+    assert own_memory() - before == pytest.approx(64, abs=8)
+    del block
 
 
 def test_shapes_follow_from_the_seed():
