@@ -6,6 +6,6 @@ rows; row numbers go on from rank to rank.
 
 from dhcl_ops.sharded.bank import MemoryBank
 from dhcl_ops.sharded.clustering import cluster, knn
-from dhcl_ops.sharded.shards import PeerError
+from dhcl_ops.sharded.peers import PeerError, is_lost_peer
 
-__all__ = ["MemoryBank", "PeerError", "cluster", "knn"]
+__all__ = ["MemoryBank", "PeerError", "cluster", "is_lost_peer", "knn"]

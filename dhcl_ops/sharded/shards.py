@@ -17,15 +17,12 @@ import torch
 import torch.distributed as dist
 
 from dhcl_ops._version import __version__
+from dhcl_ops.sharded.peers import PeerError, is_lost_peer
 
-__all__ = ["PeerError", "Shards", "Visit"]
+__all__ = ["Shards", "Visit"]
 
 # Bytes of visiting rows that a rank holds at once, beside the piece that is on its way.
 PIECE_BYTES = 64 << 20
-
-
-class PeerError(RuntimeError):
-    """Another rank was lost, or did not answer in the process group's time; names the stage."""
 
 
 class Visit(NamedTuple):
@@ -183,11 +180,8 @@ class Shards:
             yield
         except PeerError:
             raise
-        except (dist.DistBackendError, dist.DistNetworkError) as error:
-            raise self._lost(error) from error
         except RuntimeError as error:
-            # Gloo raises bare RuntimeErrors; those of torch's other code are left as they are.
-            if "gloo" not in str(error).lower() and "peer" not in str(error).lower():
+            if not is_lost_peer(error):
                 raise
             raise self._lost(error) from error
         finally:

@@ -247,6 +247,8 @@ class TrainConfig:
     """Whether to refuse algorithms that give other bits each time, as some on GPUs do."""
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Minutes between checkpoints within an epoch; with 0 only its end has one."""
+    timeout_minutes: PositiveFloat = 5.0
+    """Minutes to wait for another process, or one that loads images, which does not answer."""
     log_with: Annotated[tuple[Logger, ...], BeforeValidator(_listed)] = ()
     """Loggers that get what the log says too, such as mlflow; TensorBoard has it in any case."""
     data: DataOptions = DataOptions()
@@ -658,7 +660,10 @@ def _kept(path: Path, home: Path) -> Path:
 
 
 # What may differ when a run goes on: nothing that decides a bit of the result.
-_FREE = "root workers cache_gb epochs eval_every rerank report checkpoint_minutes log_with"
+_FREE = (
+    "root workers cache_gb epochs eval_every rerank report checkpoint_minutes timeout_minutes "
+    "log_with"
+)
 
 
 def check_resumed(began: TrainConfig, now: TrainConfig) -> None:

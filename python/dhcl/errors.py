@@ -18,7 +18,9 @@ __all__ = [
     "FeatureError",
     "Interrupted",
     "NoClusters",
+    "PeerLost",
     "UnavailableWeights",
+    "WorkerLost",
     "as_path",
 ]
 
@@ -84,6 +86,22 @@ class Diverged(DHCLError, RuntimeError):
 
 class NoClusters(DHCLError, RuntimeError):
     """No cluster for as many epochs as the patience allows."""
+
+
+class PeerLost(DHCLError, RuntimeError):
+    """Another process of the training was killed, does not answer or ended; says how to go on.
+
+    Attributes:
+        speaks: whether this process is the one that says so where all of them write to one place.
+    """
+
+    def __init__(self, text: str, *, speaks: bool = True) -> None:
+        super().__init__(text)
+        self.speaks = speaks
+
+
+class WorkerLost(DHCLError, RuntimeError):
+    """Processes that load images were killed, or do not answer, again and again."""
 
 
 class Interrupted(DHCLError):

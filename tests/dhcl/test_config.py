@@ -209,7 +209,7 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(OLD)
     config = load_config(file)
-    since = {"log_with"}
+    since = {"log_with", "timeout_minutes"}
     assert set(yaml.safe_load(OLD)) == {*OPTIONS, *REMOVED} - since
     assert (config.preset, config.labels.eps, config.model.calibrate) == ("spcl", 0.45, "epoch")
     assert config.data.data == "market1501"

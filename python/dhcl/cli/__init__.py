@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Threads of OpenMP wait for each other by turning in circles, which takes many times as
         # long where others use the cores too. It reads this when torch is loaded, later than here.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Where a process is lost, torch warns of each broken connection with its C++ stack. It
+        # reads this when it is loaded, later than here.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # From inside libraries; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", "Sparse invariant checks")

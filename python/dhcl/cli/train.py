@@ -22,8 +22,8 @@ from dhcl.config import (
     read_run,
     with_changes,
 )
-from dhcl.errors import Interrupted
-from dhcl.words import say, show
+from dhcl.errors import Interrupted, PeerLost
+from dhcl.words import say
 
 __all__ = ["train", "train_options"]
 
@@ -56,14 +56,17 @@ def train(words: list[str]) -> None:
     config, resume = train_options(words)
     from dhcl.report import report_training
     from dhcl.training import runs
+    from dhcl.training.checkpoint import how_to_go_on
 
     try:
         trained = runs.train(config, resume=resume)
+    except PeerLost as error:  # which says itself how to go on
+        if error.speaks:
+            raise
+        raise SystemExit(error.status) from error
     except (Interrupted, KeyboardInterrupt, OSError, RuntimeError):
         if os.environ.get("RANK", "0") == "0" and (config.run / "config.yaml").exists():
-            there = (config.run / "checkpoints" / "last.pt").exists()
-            what = "go on from the last checkpoint" if there else "no checkpoint yet; start again"
-            say(f"dhcl: {what} with: dhcl train --resume {show(config.run)}", sys.stderr)
+            say(f"dhcl: {how_to_go_on(config.run)}", sys.stderr)
         raise
     report_training(trained)
 

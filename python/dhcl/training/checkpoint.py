@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ __all__ = [
     "FORMAT",
     "CheckpointError",
     "Progress",
+    "how_to_go_on",
     "load_checkpoint",
     "random_state",
     "save_checkpoint",
@@ -139,3 +141,16 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def how_to_go_on(run: Path) -> str:
+    """The command by which a run that ended early goes on, for whoever reads why it ended."""
+    there = (run / "checkpoints" / "last.pt").exists()
+    what = "go on from the last checkpoint" if there else "no checkpoint yet; start again"
+    world = os.environ.get("WORLD_SIZE", "1")
+    launcher = "dhcl"
+    if world != "1":
+        launcher = f"torchrun --nproc-per-node {world} -m dhcl"
+        if os.environ.get("LOCAL_WORLD_SIZE", world) != world:
+            what, launcher = f"{what}, all {world} processes started as before,", "-m dhcl"
+    return f"{what} with: {launcher} train --resume {show(run)}"

@@ -7,26 +7,30 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from dhcl.config import TrainConfig
 from dhcl.data import EvalImages, ImageList, eval_loader, eval_transform
-from dhcl.errors import Interrupted
+from dhcl.errors import Interrupted, PeerLost
 from dhcl.models import ReIDModel
+from dhcl.training.checkpoint import how_to_go_on
+from dhcl.training.peers import Peers
 from dhcl.words import show_lines
+from dhcl_ops import status
 
 __all__ = ["Engine", "Interrupted", "Stop"]
 
-# Other processes wait while the first one clusters.
-_PATIENCE = datetime.timedelta(hours=3)
+# Seconds more for a collective of NCCL, which ends the process without a word when it times out.
+_NCCL_MORE = 60
+T = TypeVar("T")
 
 
 class Stop:
@@ -62,18 +66,26 @@ class Engine:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.stop = Stop()
         if config.deterministic:
             # Read by cuBLAS when it starts.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
+        seconds = config.timeout_minutes * 60
+        self.peers = Peers.of_environment(seconds, lambda: how_to_go_on(config.run))
+        if self.peers.world > 1:
+            # Now, since one that builds the library later would keep the others waiting.
+            status()
+            self.meet()
+        on_gpu = config.device != "cpu" and torch.cuda.is_available()
+        timeout = datetime.timedelta(seconds=seconds + (_NCCL_MORE if on_gpu else 0))
         self.accelerator = Accelerator(
             cpu=config.device == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
             gradient_accumulation_steps=config.batches.accumulate,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
-        self.stop = Stop()
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +115,34 @@ class Engine:
         Several processes exchange features between them, which a graph here does not.
         """
         return self.device.type == "cuda" and self.world_size == 1
+
+    def meet(self) -> None:
+        """Wait for the other processes, however long what they do takes, as long as they live.
+
+        To be called on all of them, after what one does while the others have nothing to do: a
+        collective would take that for the silence of one that is lost.
+
+        Raises:
+            PeerLost: one of them is.
+            Interrupted: one ended, as this process was asked to as well.
+        """
+        try:
+            self.peers.meet()
+        except PeerLost:
+            self.stop.check()
+            raise
+
+    def by_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on all; plain values and tensors on the CPU.
+
+        Raises:
+            PeerLost, Interrupted: as :meth:`meet`.
+        """
+        made: list[Any] = [make() if self.is_main else None]
+        self.meet()
+        broadcast_object_list(made)
+        result: T = made[0]
+        return result
 
     def say(self, text: str) -> None:
         """Print, once."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from dhcl.config import (
     RUN_FILE,
@@ -72,26 +71,30 @@ def open_data(
     data = find_data(options, training=training)
     if not quiet:
         engine.say(data.description)
-    found: list[Any] = [None]
-    if engine.is_main:
-        splits = {"train": data.train, "query": data.query, "gallery": data.gallery}
-        bar = engine.bar((), "check images", sum(map(len, splits.values())))
-
-        def advance(done: int, total: int) -> None:
-            bar.update(done - bar.n)
-
-        lists, report = check_images(
-            splits, on_bad=options.on_bad, workers=max(options.workers, 2), progress=advance
-        )
-        bar.close()
-        if not quiet or report.bad:
-            engine.say(str(report))
-        found = [lists]
-    broadcast_object_list(found)
-    data = dataclasses.replace(data, **found[0])
+    engine.peers.stage = "check of the images"
+    data = dataclasses.replace(
+        data, **engine.by_first(lambda: _checked(options, engine, data, quiet))
+    )
     if training and len(data.train) < 2:
         raise ConfigError(f"root: at least 2 images to train on are needed (got {len(data.train)})")
     return data
+
+
+def _checked(options: DataOptions, engine: Engine, data: ReIDData, quiet: bool) -> dict[str, Any]:
+    """The lists of a data set by their split, without images that can't be read."""
+    splits = {"train": data.train, "query": data.query, "gallery": data.gallery}
+    bar = engine.bar((), "check images", sum(map(len, splits.values())))
+
+    def advance(done: int, total: int) -> None:
+        bar.update(done - bar.n)
+
+    lists, report = check_images(
+        splits, on_bad=options.on_bad, workers=max(options.workers, 2), progress=advance
+    )
+    bar.close()
+    if not quiet or report.bad:
+        engine.say(str(report))
+    return lists
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,12 @@ def train(
         NotPlainFile: the run's lock or log is a link, a FIFO or a device.
         Interrupted, Diverged, NoClusters, CheckpointError: as
             :meth:`dhcl.training.trainer.Trainer.fit`.
+        PeerLost: another process was killed, does not answer in ``timeout_minutes``, or ended.
+        WorkerLost: processes that load images were lost again and again.
     """
     check_trackers(config.log_with)
     engine = Engine(config)
-    with _only_trainer(config.run, engine, resume):
+    with engine.peers.watched(), _only_trainer(config.run, engine, resume):
         return _train(config, engine, resume, quiet, drawn)
 
 
@@ -143,20 +148,21 @@ def train(
 def _only_trainer(run: Path, engine: Engine, resume: bool) -> Iterator[None]:
     """Hold the run's lock, on the first process; all raise where it or the folder can't be had."""
     with contextlib.ExitStack() as held:
-        refused: list[Any] = [None]
-        if engine.is_main:
+
+        def refused() -> str | None:
             try:
                 held.enter_context(writing_folder(run, RUN_FILE))
                 _check_folder(run, resume)
             except Taken as error:
-                refused = [f"out: {error} trains in {show(run)}; wait for it or end it"]
+                return f"out: {error} trains in {show(run)}; wait for it or end it"
             except (ConfigError, NotPlainFile) as error:
-                refused = [str(error)]
+                return str(error)
             except OSError as error:
-                refused = [f"out: {show(run)} can't be written to ({error.strerror})"]
-        broadcast_object_list(refused)
-        if refused[0]:
-            raise ConfigError(refused[0])
+                return f"out: {show(run)} can't be written to ({error.strerror})"
+            return None
+
+        if why := engine.by_first(refused):
+            raise ConfigError(why)
         yield
 
 
@@ -187,6 +193,7 @@ def _train(config: TrainConfig, engine: Engine, resume: bool, quiet: bool, drawn
     model = make_model(options, data.train.num_cameras, config.seed)
     if not quiet and not go_on:
         engine.say(f"model: {model.description}")
+    engine.peers.stage = "setting up"
     if engine.is_main:
         write_atomic(config.run / RUN_FILE, run_text(config).encode())
     evaluator = Evaluator(engine, data, model) if data.can_evaluate else None
@@ -213,6 +220,7 @@ def _fitted(
 ) -> Trained:
     """Train to the last epoch, and evaluate it."""
     trainer.fit()
+    engine.peers.stage = "evaluation of the last epoch"
     if evaluator is None:
         engine.say(f"trained: {show(trainer.checkpoint)}. No identities to evaluate on.")
         return Trained(config, engine, data)
@@ -328,6 +336,20 @@ def evaluate_run(
     """
     check_ranks(ranks)
     engine = Engine(config)
+    with engine.peers.watched():
+        return _evaluate_run(config, engine, run, which, same_data, ranks, ap)
+
+
+def _evaluate_run(
+    config: TrainConfig,
+    engine: Engine,
+    run: Path,
+    which: str,
+    same_data: bool | None,
+    ranks: Sequence[int],
+    ap: Literal["hits", "trapezoid"],
+) -> dict[str, Any]:
+    """What :func:`evaluate_run` does once all processes are there."""
     model = read_model(config.model, run, which).to(engine.device)
     data = open_data(config.data, engine, training=False)
     if not data.can_evaluate:

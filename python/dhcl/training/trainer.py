@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import Subset
 
 from dhcl.config import ConfigError, OptimiserOptions, TrainConfig
@@ -164,6 +164,7 @@ class Trainer:
         self.log: RunLog | None = None
         if log and engine.is_main:
             self.log = RunLog(config.run, size, Trackers(config, engine.say))
+        engine.meet()
 
     # ---- the algorithm --------------------------------------------------------------------------
 
@@ -194,9 +195,11 @@ class Trainer:
         at.entry = {"epoch": at.epoch, "seconds": {}}
         at.totals = [0.0] * len(_AVERAGES)
         if config.model.calibrate != "never" and at.epoch == 0:
+            self._enter("calibration")
             self.calibrate()
         if config.labels.cluster_on == "bank" and at.epoch > 0:
             return self.bank.features
+        self._enter("extraction")
         features = self.extract()
         self._lap("extract")
         return features
@@ -205,9 +208,9 @@ class Trainer:
         """The pseudo-labels of these features (N, d), the same on every process."""
         if self._known is not None:
             return PseudoLabels(self._known, None, None, {})
-        found: list[Any] = [None]
-        if self.engine.is_main:
-            found[0] = pseudo_labels(
+        self._enter("clustering")
+        labels = self.engine.by_first(
+            lambda: pseudo_labels(
                 features,
                 torch.from_numpy(self._images.cameras),
                 self.config.labels,
@@ -216,9 +219,8 @@ class Trainer:
                 progress=self._check_stop,
                 tracklets=self._tracklets,
             )
-        broadcast_object_list(found)
+        )
         self._mark = time.perf_counter()  # the stages have their own times
-        labels: PseudoLabels = found[0]
         return labels
 
     def remember(self, features: torch.Tensor, found: PseudoLabels) -> None:
@@ -299,6 +301,10 @@ class Trainer:
 
     # ---- its parts ------------------------------------------------------------------------------
 
+    def _enter(self, stage: str) -> None:
+        """Name what is done now, for whoever reads that a process was lost."""
+        self.engine.peers.stage = f"{stage} of epoch {self.at.epoch + 1}"
+
     def _check_stop(self, *progress: object) -> None:
         self.engine.stop.check()
 
@@ -315,9 +321,11 @@ class Trainer:
             and done < config.epochs
         )
         if self.observer and due:
+            self._enter("evaluation")
             metrics = self.observer.ranking(self)
             at.entry.setdefault("observed", {"observed_only": True}).update(metrics)
             self.offer_best(metrics)
+            self.engine.meet()
             self._lap("evaluate")
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -346,6 +354,7 @@ class Trainer:
             persistent=False,
         )
         self._parallel.train()
+        self._enter("training")
         name = f"epoch {self.at.epoch + 1}/{config.epochs}"
         bar = self.engine.bar(loader, name, config.batches.iterations, self.at.iteration)
         for batch in bar:
@@ -555,8 +564,12 @@ class Trainer:
         if self.engine.world_size > 1:
             states = [{}] * self.engine.world_size
             torch.distributed.all_gather_object(states, random_state())
-        if not self.engine.is_main or self.log is None:
-            return
+        if self.engine.is_main and self.log is not None:
+            self._write(states, self.log.size)
+        self.engine.meet()
+
+    def _write(self, states: list[dict[str, Any]], log_size: int) -> None:
+        """Write the checkpoint, with the state of the random generators of each process."""
         accelerator = self.engine.accelerator
         state = {
             "format": FORMAT,
@@ -570,7 +583,7 @@ class Trainer:
             "progress": dataclasses.asdict(self.at),
             "random": states,
             "images": fingerprint(self._images),
-            "log_size": self.log.size,
+            "log_size": log_size,
         }
         save_checkpoint(self.checkpoint, state)
 

@@ -21,7 +21,7 @@ from tests.dhcl.toy import options, write_images
 
 # Its children start with all imports done, in milliseconds.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.dhcl.test_resume"])
+_SERVER.set_forkserver_preload(["tests.dhcl.training.test_resume"])
 
 
 def _run(config, resume):
