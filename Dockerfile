@@ -22,7 +22,7 @@ RUN pip install torch torchvision --index-url "https://download.pytorch.org/whl/
 COPY . /src
 WORKDIR /src
 # Without isolation, so that the kernels are compiled against the torch that is there.
-RUN DHCL_BUILD=aot pip install --no-build-isolation ".[train,export]"
+RUN DHCL_BUILD=aot pip install --no-build-isolation ".[train,export,index]"
 WORKDIR /
 RUN DHCL_BUILD=aot python -m dhcl_ops | tee /dev/stderr | grep --quiet prebuilt
 

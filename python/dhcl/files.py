@@ -27,7 +27,7 @@ import stat
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +48,7 @@ __all__ = [
     "only_writer",
     "open_log",
     "replacing",
+    "sync_files",
     "write_atomic",
     "write_together",
     "writing_folder",
@@ -101,6 +102,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         new.commit()
     finally:
         new.discard()
+
+
+def sync_files(files: Iterable[Path]) -> None:
+    """Bring files that another library has written to the disk, and their names in their folders.
+
+    Raises:
+        OSError: one can't be opened, or the disk does not take it.
+    """
+    written = list(files)
+    for place in [*written, *sorted({file.parent for file in written})]:
+        handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def test_the_log_of_a_strangers_run(victim, tmp_path):
     assert json.loads((run / "log.jsonl").read_text()) == {"epoch": 0, "loss": 1.0}
 
 
-NAMES = ["features-1.npy", "images-1.jsonl", "features-1.npy.partial", "images-1.jsonl.partial"]
+NAMES = ["features-1.npy", "images-1.jsonl", "index.json.partial", "rows.lance", "neighbours.lance"]
 
 
 @pytest.mark.parametrize("name", NAMES)

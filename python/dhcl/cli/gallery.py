@@ -22,6 +22,7 @@ from dhcl.errors import ConfigError
 from dhcl.words import say, show
 
 if TYPE_CHECKING:
+    from dhcl.inference.gallery.store import Where
     from dhcl.inference.index import Index
     from dhcl.inference.ranked import RankedList
     from dhcl.inference.update import Update
@@ -33,10 +34,14 @@ __all__ = ["index", "search"]
 class IndexArguments:
     """Make an index of a gallery to search in, or change one."""
 
-    gallery: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GALLERY …")]
+    gallery: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GALLERY …")
+    ] = ()
     """Folders whose images, on all levels, are meant, and single image files."""
-    out: Path
+    out: Path | None = None
     """Folder that the index lies in."""
+    store: str | None = None
+    """Address of the index in place of a folder, of another kind of store."""
     run: Path | None = None
     """Folder of the run whose model extracts the features; later the index knows it."""
     which: Which = "last"
@@ -47,6 +52,10 @@ class IndexArguments:
     """Whether to do the same, and remove images that these folders no longer hold."""
     remove: bool = False
     """Whether to remove these files, and all below these folders, from the index."""
+    compact: bool = False
+    """Whether to write a folder's index anew in few files, and free what it does not need."""
+    convert: bool = False
+    """Whether to bring an index of an earlier version to the present format, with its features."""
     pattern: str | None = None
     """Regular expression that finds identity and camera in the paths, as in training."""
     trained_cameras: bool = False
@@ -56,39 +65,49 @@ class IndexArguments:
 
 def index(given: IndexArguments) -> None:
     """Make an index, or change one."""
-    if not given.gallery:
-        raise ConfigError("gallery: folders of images or files must be given")
-    if given.add + given.sync + given.remove > 1:
-        raise ConfigError("add, sync and remove: choose one")
-    from dhcl.inference.update import remove_images
-
-    if not given.remove:
+    if (given.out is None) == (given.store is None):
+        raise ConfigError("out: the folder of the index must be given (--out INDEX), or --store")
+    if given.add + given.sync + given.remove + given.compact + given.convert > 1:
+        raise ConfigError("add, sync, remove, compact and convert: choose one")
+    place: Path | str = given.out if given.store is None else given.store  # type: ignore[assignment]
+    alone = given.compact or given.convert
+    if alone != (not given.gallery):
+        rule = "can't be given with this option" if alone else "must be given"
+        raise ConfigError(f"gallery: folders of images or files {rule}")
+    if not (given.remove or alone):
         print_other_kinds(given.gallery)
     with options_checked():
-        if given.remove:
-            done = remove_images(given.out, given.gallery)
-        elif given.add or given.sync:
-            done = _added(given)
-        else:
-            done = _created(given)
-    say(f"{show(given.out)}: {done}")
+        done = _done(given, place)
+    say(f"{show(place)}: {done}")
 
 
-def _added(given: IndexArguments) -> Update:
+def _done(given: IndexArguments, place: Path | str) -> Update | str:
+    from dhcl.inference.update import compact_index, convert_index, remove_images
+
+    if given.convert:
+        return convert_index(place)
+    if given.compact:
+        return compact_index(place)
+    if given.remove:
+        return remove_images(place, given.gallery)
+    return _added(given, place) if given.add or given.sync else _created(given, place)
+
+
+def _added(given: IndexArguments, place: Path | str) -> Update:
     from dhcl.inference.index import Index
     from dhcl.inference.update import add_images
 
-    old = Index.open(given.out)
+    old = Index.open(place)
     if given.pattern not in (None, old.pattern):
         raise ConfigError(
             f"pattern: the index has {old.pattern!r} (got {given.pattern!r}); make it anew"
         )
     model = old.load_model(given.run, given.reading.device)
     options = given.reading.options()
-    return add_images(given.out, given.gallery, model, sync=given.sync, **options)
+    return add_images(place, given.gallery, model, sync=given.sync, **options)
 
 
-def _created(given: IndexArguments) -> Update:
+def _created(given: IndexArguments, place: Path | str) -> Update:
     from dhcl.inference.reid import ReID
     from dhcl.inference.update import create_index
 
@@ -99,7 +118,7 @@ def _created(given: IndexArguments) -> Update:
     say(f"model: {model}")
     hint_cameras(model, given.pattern, given.trained_cameras)
     return create_index(
-        given.out,
+        place,
         given.gallery,
         model,
         pattern=given.pattern,
@@ -112,8 +131,8 @@ def _created(given: IndexArguments) -> Update:
 class SearchArguments:
     """Find the people of some images in an index."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """Folder that the index lies in."""
+    index: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """Folder that the index lies in, or address of another kind of store."""
     query: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUERY …")]
     """Images to search with, or folders of them."""
     topk: int = 20
@@ -122,6 +141,14 @@ class SearchArguments:
     """Whether to order by k-reciprocal re-ranking, which compares all images of the index."""
     camera: tuple[str, ...] = ()
     """Cameras whose images may be found; without any, those of all cameras."""
+    id: tuple[str, ...] = ()
+    """Identities whose images may be found."""
+    since: str | None = None
+    """Earliest time of images that may be found: seconds, or as in 2026-11-27T20:30:00."""
+    until: str | None = None
+    """Latest time of images that may be found."""
+    below: tuple[Path, ...] = ()
+    """Folders whose images may be found, and single files."""
     other_cameras: bool = False
     """Whether to leave out images of the query's own camera."""
     json: bool = False
@@ -143,7 +170,6 @@ def search(given: SearchArguments) -> None:
         raise ConfigError("query: images or folders of images must be given")
     if given.topk < 1:
         raise ConfigError(f"topk: must be at least 1 (got {given.topk})")
-    from dhcl.data.lists import identifier
     from dhcl.inference.index import Index
     from dhcl.inference.lookup import look_up, read_queries
 
@@ -166,13 +192,34 @@ def search(given: SearchArguments) -> None:
             [queries[i] for i in kept],
             features,
             topk=given.topk,
-            cameras=[identifier(name) for name in given.camera] or None,
+            where=_where(given, there),
             other_cameras=given.other_cameras,
             rerank=given.rerank,
             backend=given.backend,
             progress=progress,
         )
     _write_lists(given, there, lists)
+
+
+def _where(given: SearchArguments, there: Index) -> Where:
+    return there.where(
+        cameras=given.camera or None,
+        ids=given.id or None,
+        since=_seconds("since", given.since),
+        until=_seconds("until", given.until),
+        below=given.below or None,
+    )
+
+
+def _seconds(name: str, text: str | None) -> float | None:
+    from dhcl.data.folders import seconds
+
+    found = None if text is None else seconds(text)
+    if text is not None and found is None:
+        raise ConfigError(
+            f"{name}: must be seconds, or a time such as 2026-11-27T20:30:00 (got {show(text)})"
+        )
+    return found
 
 
 def _write_lists(given: SearchArguments, there: Index, lists: list[RankedList]) -> None:
@@ -182,7 +229,7 @@ def _write_lists(given: SearchArguments, there: Index, lists: list[RankedList]) 
     order = "re-ranked distance" if given.rerank else "similarity"
     if given.json:
         about = {
-            "index": str(there.folder),
+            "index": there.address,
             "images": len(there),
             "model": there.model,
             "order": order,
@@ -192,7 +239,7 @@ def _write_lists(given: SearchArguments, there: Index, lists: list[RankedList]) 
         say(as_table(lists))
     if given.html is not None:
         about_page = (
-            f"Queries: {len(lists):,}. Images in {show(there.folder)}: {len(there):,}, ordered by "
+            f"Queries: {len(lists):,}. Images in {show(there.address)}: {len(there):,}, ordered by "
             f"{order}; model {there.model[:12]}."
         )
         write_ranked(given.html, lists, "Search results", about_page)

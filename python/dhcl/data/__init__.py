@@ -12,7 +12,7 @@ from dhcl.errors import DataError
 
 if TYPE_CHECKING:
     from dhcl.data.datasets import load_data, training_cameras
-    from dhcl.data.folders import image_files, path_reader
+    from dhcl.data.folders import image_files, path_reader, time_reader
     from dhcl.data.images import BadImage, ImageReport, check_images, read_image
     from dhcl.data.layouts import DATASETS
     from dhcl.data.lists import ImageList, ReIDData
@@ -37,6 +37,7 @@ __all__ = [
     "load_data",
     "path_reader",
     "read_image",
+    "time_reader",
     "train_loader",
     "train_transform",
     "training_cameras",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
+import math
 import os
 import re
 from array import array
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +33,9 @@ __all__ = [
     "look_below",
     "other_kinds",
     "path_reader",
+    "seconds",
     "split_folders",
+    "time_reader",
 ]
 
 # What a pattern may name.
@@ -151,6 +156,44 @@ def path_reader(pattern: str | None) -> Callable[[str], tuple[int | str, int | s
         return identifier(found.get("id")), identifier(found.get("camera"))
 
     return read
+
+
+def time_reader(pattern: str | None) -> Callable[[str], float | None]:
+    """What reads the time off a path, in seconds; None for unknown.
+
+    It is what the pattern's group ``time`` holds: a number of seconds, or a date and time of
+    ISO 8601, which without a zone is one of UTC, in seconds since 1970; without that group, the
+    number that the group ``frame`` holds.
+
+    Args:
+        pattern: as of :func:`path_reader`.
+
+    Raises:
+        DataError: as :func:`path_reader`.
+    """
+    expression = None if pattern is None else _compiled(pattern)
+    names = () if expression is None else ("time", "frame")
+    name = next((n for n in names if expression and n in expression.groupindex), None)
+    if expression is None or name is None:
+        return lambda path: None
+
+    def read(path: str) -> float | None:
+        match = expression.search(path)
+        text = match[name] if match else None
+        return None if text is None else seconds(text)
+
+    return read
+
+
+def seconds(text: str) -> float | None:
+    """A number of seconds, or a time of ISO 8601 in seconds since 1970; None for other texts."""
+    with contextlib.suppress(ValueError):
+        found = float(text)
+        return found if math.isfinite(found) else None
+    with contextlib.suppress(ValueError):
+        date = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
+    return None
 
 
 def check_matched(

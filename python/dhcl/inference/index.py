@@ -1,12 +1,14 @@
-"""An index: the features of a gallery on disk, to search in."""
+"""An index: the features of a gallery in a store, to search in."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -14,59 +16,165 @@ from numpy.typing import NDArray
 
 from dhcl.data.lists import identifier
 from dhcl.errors import ConfigError, as_path
+from dhcl.inference.gallery.head import damaged
+from dhcl.inference.gallery.places import Address, is_folder, open_store
+from dhcl.inference.gallery.schema import (
+    ABOUT_COLUMNS,
+    FEATURE_COLUMNS,
+    Record,
+    checked_features,
+    checked_records,
+)
+from dhcl.inference.gallery.store import EVERYTHING, Store, Where
 from dhcl.inference.reid import ReID
-from dhcl.inference.search import Backend, Found, nearest, search
-from dhcl.inference.store import Record, read_stored
+from dhcl.inference.search import Backend, Found, search
+from dhcl.stored import Damaged
 from dhcl.words import show
 
-__all__ = ["Index"]
+__all__ = ["Index", "Records"]
 
 _NOTHING = Found(torch.empty(0, dtype=torch.int64), torch.empty(0))
 
+# Records that are read together when one is asked for.
+_PAGE = 1 << 10
 
-@dataclass(frozen=True, eq=False)
+
+class Records(Sequence[Record]):
+    """The images of an index in the order of its rows, read from the store when they are asked for.
+
+    As many as are read together are kept, those around the last few that were asked for.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._page = functools.lru_cache(8)(self._read_page)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _read_page(self, page: int) -> list[Record]:
+        numbers = self._index.numbers[page * _PAGE : (page + 1) * _PAGE]
+        return self._index.records_of(numbers)
+
+    @overload
+    def __getitem__(self, row: int) -> Record: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Record]: ...
+    def __getitem__(self, row: int | slice) -> Record | list[Record]:
+        if isinstance(row, slice):
+            return self._index.records_of(self._index.numbers[row])
+        place = range(len(self))[row]
+        return self._page(place // _PAGE)[place % _PAGE]
+
+    def __iter__(self) -> Iterator[Record]:
+        return (record for _, record in self._index.images())
+
+
 class Index:
-    """An index as it was when it was opened; later changes by others do not show.
+    """An index as it was when it was opened, where its store has versions, as a folder has.
+
+    Rows are images, from 0 to ``len(index) - 1`` in the order of their coming. A store's own number
+    of a row is kept when others are removed; ``numbers[row]`` is that.
 
     Attributes:
-        folder: where it lies.
+        store: where the rows are kept.
+        address: of the store, a folder or a URL.
         model: fingerprint of the model (:attr:`dhcl.ReID.id`).
         run, which: that model's run and checkpoint.
-        pattern: what identities and cameras are read with, or None.
+        pattern: what identities, cameras and times are read with, or None.
         trained_cameras: whether cameras are those of the training, with their statistics.
         roots: folders the images were found in.
         records: N images.
-        features: (N, d) float32, memory-mapped, read-only.
         generation: number of changes so far.
     """
 
-    folder: Path
-    model: str
-    run: Path
-    which: Literal["last", "best"]
-    pattern: str | None
-    trained_cameras: bool
-    roots: tuple[str, ...]
-    records: tuple[Record, ...]
-    features: NDArray[np.float32]
-    generation: int
+    def __init__(self, store: Store) -> None:
+        about = store.about
+        self.store, self.address, self.generation = store, store.address, store.version
+        self.model, self.run = about.model, Path(about.run)
+        self.which: Literal["last", "best"] = about.which
+        self.pattern, self.trained_cameras = about.pattern, about.trained_cameras
+        self.roots, self.width = about.roots, about.width
+        self.records = Records(self)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Index:
+    def open(cls, store: Address) -> Index:
         """Open an index.
 
+        Args:
+            store: its folder, or the URL of another store.
+
         Raises:
-            DataError: no index there, one of another version, or damaged.
+            ConfigError: a store of an unknown kind, or whose library is missing.
+            DataError: no index there, one of another version, damaged, or out of reach.
         """
-        return cls(**read_stored(as_path("index", folder)))
+        address = store if isinstance(store, str) and not is_folder(store) else None
+        return cls(open_store(as_path("index", store) if address is None else address))
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.store)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, if it lies in a folder."""
+        return Path(self.address)
+
+    @functools.cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """(N,) the store's numbers of the rows, ascending."""
+        parts = [batch["row"].to_numpy(zero_copy_only=False) for batch in self.store.scan(["row"])]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """(N, d) float32, all of them, read and checked; :meth:`batches` has them in parts."""
+        parts = [features for _, features in self.batches()]
+        return np.concatenate(parts) if parts else np.empty((0, self.width), np.float32)
 
     def path(self, row: int) -> Path:
         """The file of a row."""
-        record = self.records[row]
+        return self.path_of(self.records[row])
+
+    def path_of(self, record: Record) -> Path:
+        """The file of an image."""
         return Path(self.roots[record.root], record.path)
+
+    def images(self, where: Where = EVERYTHING) -> Iterator[tuple[int, Record]]:
+        """Numbers and images that fulfil a condition, in the order of rows.
+
+        Raises:
+            DataError: one is not as it was written.
+        """
+        for batch in self.store.scan(ABOUT_COLUMNS, where):
+            yield from zip(batch["row"].to_pylist(), self._records(batch), strict=True)
+
+    def batches(
+        self, where: Where = EVERYTHING
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Numbers (n,) and features (n, d) float32 that fulfil a condition, part by part.
+
+        Raises:
+            DataError: one is not as it was written.
+        """
+        for batch in self.store.scan(FEATURE_COLUMNS, where):
+            try:
+                yield checked_features(batch, self.width)
+            except Damaged as error:
+                raise damaged(self.address, str(error)) from error
+
+    def records_of(self, numbers: NDArray[np.int64]) -> list[Record]:
+        """The images of numbers, in their order.
+
+        Raises:
+            DataError: a number that is not there; one is not as it was written.
+        """
+        return self._records(self.store.take(numbers, ABOUT_COLUMNS)) if len(numbers) else []
+
+    def _records(self, batch: Any) -> list[Record]:
+        try:
+            return checked_records(batch, self.model, len(self.roots))
+        except Damaged as error:
+            raise damaged(self.address, str(error)) from error
 
     def load_model(self, run: Path | None = None, device: str | torch.device = "auto") -> ReID:
         """The model that made the index, from its run or another one.
@@ -82,17 +190,71 @@ class Index:
         """Raise :class:`dhcl.errors.ConfigError` unless the index was made by this model."""
         if model.id != self.model:
             raise ConfigError(
-                f"index: {show(self.folder)} was made by model {self.model[:12]} (of "
+                f"index: {show(self.address)} was made by model {self.model[:12]} (of "
                 f"{show(self.run)}, {self.which}), and {show(model.run)}, {model.which}, now is "
                 f"{model.id[:12]}; features of two models can't be compared. Make the index anew, "
                 "or name the run it was made with"
             )
+
+    def where(
+        self,
+        *,
+        cameras: Iterable[int | str] | None = None,
+        ids: Iterable[int | str] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        below: Iterable[str | os.PathLike[str]] | None = None,
+    ) -> Where:
+        """A condition on the images that may be found.
+
+        Args:
+            cameras, ids: one of these; ``"07"`` is 7.
+            since, until: seconds, both included, for images with a time.
+            below: in one of these folders, or one of these files.
+
+        Raises:
+            ConfigError: a camera or folder of which the index has nothing; a time that is none.
+        """
+        for name, value in (("since", since), ("until", until)):
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"{name}: must be a number of seconds (got {value})")
+        return Where(
+            cameras=self._known_cameras(cameras),
+            ids=None if ids is None else frozenset(identifier(str(each)) for each in ids),
+            since=since,
+            until=until,
+            below=None if below is None else tuple(self._below(below)),
+        )
+
+    def _below(self, folders: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[int, str]]:
+        for folder in folders:
+            place = os.path.abspath(as_path("below", folder))
+            found = self.places(place)
+            if not found:
+                roots = ", ".join(show(root) for root in self.roots[:5])
+                raise ConfigError(
+                    f"below: {show(self.address)} has nothing below {show(place)}, its images are "
+                    f"below {roots}"
+                )
+            yield from found
+
+    def places(self, path: str) -> list[tuple[int, str]]:
+        """Where in which roots this absolute path is, or which roots lie below it."""
+        found = []
+        for number, root in enumerate(self.roots):
+            home = root.rstrip(os.sep) + os.sep
+            if path.startswith(home):
+                found.append((number, path[len(home) :]))
+            elif (path.rstrip(os.sep) + os.sep) == home[: len(path.rstrip(os.sep)) + 1]:
+                found.append((number, ""))
+        return found
 
     def search(
         self,
         query: torch.Tensor,
         topk: int = 20,
         *,
+        where: Where = EVERYTHING,
         cameras: Iterable[int | str] | None = None,
         leave_out: Sequence[int | str] | None = None,
         rerank: bool = False,
@@ -106,6 +268,7 @@ class Index:
         Args:
             query: (Q, d) float32, rows of length 1, of the model that made the index.
             topk: images for each query; fewer where there are fewer.
+            where: only images that fulfil it, see :meth:`where`.
             cameras: only images of these; ``"07"`` is camera 7.
             leave_out: (Q,) a camera for each query whose images are left out; -1 leaves out none.
             rerank: by k-reciprocal re-ranking, all queries with the same camera left out together.
@@ -119,57 +282,95 @@ class Index:
         Raises:
             ConfigError: queries of another width, topk below 1, an unknown camera, no faiss.
         """
-        width = self.features.shape[1]
-        if query.dim() != 2 or query.shape[1] != width:
+        found = self.find(
+            query,
+            topk,
+            where=where,
+            cameras=cameras,
+            leave_out=leave_out,
+            rerank=rerank,
+            backend=backend,
+            progress=progress,
+        )
+        rows = torch.from_numpy(self.numbers)
+        return [one._replace(indices=torch.searchsorted(rows, one.indices)) for one in found]
+
+    def find(
+        self,
+        query: torch.Tensor,
+        topk: int = 20,
+        *,
+        where: Where = EVERYTHING,
+        cameras: Iterable[int | str] | None = None,
+        leave_out: Sequence[int | str] | None = None,
+        rerank: bool = False,
+        backend: Backend = "auto",
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> list[Found]:
+        """As :meth:`search`, but indices are the store's numbers, for :meth:`records_of`."""
+        if query.dim() != 2 or query.shape[1] != self.width:
             raise ConfigError(
-                f"query: features must be (Q, {width}), as the index has them "
+                f"query: features must be (Q, {self.width}), as the index has them "
                 f"(got {tuple(query.shape)})"
             )
         if topk < 1:
             raise ConfigError(f"topk: must be at least 1 (got {topk})")
-        allowed = self._of_cameras(cameras)
+        if cameras is not None:
+            where = _both(where, self._known_cameras(cameras))
         groups: dict[int | str, list[int]] = {}
         for number in range(len(query)):
             camera = -1 if leave_out is None else identifier(str(leave_out[number]))
             groups.setdefault(camera, []).append(number)
         results: list[Found] = [_NOTHING] * len(query)
         for camera, numbers in groups.items():
-            rows = allowed
-            if camera != -1:
-                others = np.array([record.camera != camera for record in self.records])
-                rows = np.flatnonzero(others if rows is None else others[rows])
-                rows = rows if allowed is None else allowed[rows]
-            found = self._search(query[numbers], rows, topk, rerank, backend, progress)
+            rows = where if camera == -1 else _without(where, camera)
+            some = query[numbers]
+            if rerank:
+                found = self._reranked(some, topk, rows, progress)
+            else:
+                found = Found(
+                    *self.store.nearest(some, topk, rows, backend=backend, progress=progress)
+                )
             for place, number in enumerate(numbers):
                 results[number] = Found(*(None if x is None else x[place] for x in found))  # type: ignore[arg-type]
         return results
 
-    def _of_cameras(self, cameras: Iterable[int | str] | None) -> NDArray[np.int64] | None:
+    def _known_cameras(self, cameras: Iterable[int | str] | None) -> frozenset[int | str] | None:
         if cameras is None:
             return None
-        wanted = {identifier(str(camera)) for camera in cameras}
-        known = {record.camera for record in self.records} - {-1}
+        wanted = frozenset(identifier(str(camera)) for camera in cameras)
+        known = self.store.cameras()
         if not wanted <= known:
             there = ", ".join(show(str(each)) for each in sorted(known, key=str)[:20])
             strange = ", ".join(show(str(each)) for each in sorted(wanted - known, key=str))
             rule = f"known are {there}" if known else "none is known; --pattern says where they are"
-            raise ConfigError(f"camera: there is no {strange} in {show(self.folder)}, {rule}")
-        return np.flatnonzero([record.camera in wanted for record in self.records])
+            raise ConfigError(f"camera: there is no {strange} in {show(self.address)}, {rule}")
+        return wanted
 
-    def _search(
+    def _reranked(
         self,
         query: torch.Tensor,
-        rows: NDArray[np.int64] | None,
         topk: int,
-        rerank: bool,
-        backend: Backend,
+        where: Where,
         progress: Callable[[str, int, int], None] | None,
     ) -> Found:
-        if not rerank or not (len(self) if rows is None else len(rows)):
-            return nearest(query, self.features, rows, topk, backend=backend, progress=progress)
-        part = self.features if rows is None else self.features[rows]
-        gallery = torch.from_numpy(np.array(part))
+        parts = list(self.batches(where))
+        numbers = np.concatenate([part[0] for part in parts] or [np.empty(0, np.int64)])
+        rows = [part[1] for part in parts] or [np.empty((0, self.width), np.float32)]
+        gallery = torch.from_numpy(np.concatenate(rows))
         found = search(query, gallery, topk, True, progress=progress)
-        if rows is None:
-            return found
-        return found._replace(indices=torch.from_numpy(rows)[found.indices])
+        return found._replace(indices=torch.from_numpy(numbers)[found.indices])
+
+
+def _both(where: Where, cameras: frozenset[int | str] | None) -> Where:
+    """That, and one of these cameras."""
+    if cameras is not None and where.cameras is not None:
+        cameras &= where.cameras
+    return dataclasses.replace(where, cameras=cameras)
+
+
+def _without(where: Where, camera: int | str) -> Where:
+    """That, and another camera than this."""
+    if where.not_camera is not None:
+        raise ConfigError("where: leaves out a camera already, beside leave_out")
+    return dataclasses.replace(where, not_camera=camera)

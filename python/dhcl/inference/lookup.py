@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dhcl.data import image_files, path_reader
+from dhcl.inference.gallery.store import EVERYTHING, Where
 from dhcl.inference.index import Index
 from dhcl.inference.ranked import Listed, RankedList, Shown
 from dhcl.inference.search import Backend, Found
@@ -52,6 +53,7 @@ def look_up(
     features: torch.Tensor,
     *,
     topk: int = 20,
+    where: Where = EVERYTHING,
     cameras: Iterable[int | str] | None = None,
     other_cameras: bool = False,
     rerank: bool = False,
@@ -65,12 +67,13 @@ def look_up(
         queries: Q images.
         features: (Q, d) float32 of them, rows of length 1, of the model that made the index.
         other_cameras: leave out images of the query's own camera.
-        topk, cameras, rerank, backend, progress: as of :meth:`dhcl.inference.index.Index.search`,
-            which also says what it raises.
+        topk, where, cameras, rerank, backend, progress: as of
+            :meth:`dhcl.inference.index.Index.search`, which also says what it raises.
     """
-    found = index.search(
+    found = index.find(
         features,
         topk,
+        where=where,
         cameras=cameras,
         leave_out=[each.camera for each in queries] if other_cameras else None,
         rerank=rerank,
@@ -82,12 +85,11 @@ def look_up(
 
 def _ranked(index: Index, query: Shown, found: Found) -> RankedList:
     results = []
-    for place, row in enumerate(found.indices.tolist()):
-        record = index.records[row]
+    for place, record in enumerate(index.records_of(found.indices.numpy())):
         known = query.id != -1 and record.id != -1
         results.append(
             Listed(
-                Shown(index.path(row), record.id, record.camera),
+                Shown(index.path_of(record), record.id, record.camera),
                 float(found.similarities[place]),
                 None if found.distances is None else float(found.distances[place]),
                 record.id == query.id if known else None,

@@ -1,9 +1,9 @@
-"""Ranking a gallery for each query, by features: in memory, or block by block from a file."""
+"""Ranking a gallery for each query, by features: in memory, or as it comes, block by block."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from dhcl.errors import ConfigError
 from dhcl_ops import knn, rerank
 from dhcl_ops.defaults import ZHONG
 
-__all__ = ["Backend", "Found", "nearest", "search"]
+__all__ = ["Backend", "Found", "Nearest", "nearest", "search"]
 
 Backend = Literal["auto", "torch", "faiss"]
 
@@ -59,48 +59,79 @@ def search(
     return Found(lists.indices, similarities, lists.distances)
 
 
+class Nearest(NamedTuple):
+    """Numbers (Q, k) int64 and similarities (Q, k) float32, best first, of ``seen`` rows."""
+
+    rows: torch.Tensor
+    similarities: torch.Tensor
+    seen: int
+
+
 def nearest(
     query: torch.Tensor,
-    gallery: NDArray[np.float32],
-    rows: NDArray[np.int64] | None,
+    blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]],
     topk: int,
     *,
     backend: Backend = "auto",
     progress: Callable[[str, int, int], None] | None = None,
-) -> Found:
-    """The nearest of some rows of a gallery, block by block, so that memory does not grow with it.
+    count: int = 0,
+) -> Nearest:
+    """The nearest rows of a gallery that comes block by block, so that it need not be in memory.
 
-    Exact; best first, ties by row.
+    Exact; best first, ties in the order of coming.
 
     Args:
         query: (Q, d) float32, rows of length 1.
-        gallery: (N, d) float32, rows of length 1; may be memory-mapped.
-        rows: (n,) the rows that count, ascending; None for all.
+        blocks: numbers (n,) of rows, ascending, and their features (n, d), of length 1.
         topk: how many for each query; of fewer rows all.
         backend: what computes similarities: ``faiss``, ``torch``, or faiss where it is installed.
             They differ in the last places at most.
-        progress: called as ``progress("search", rows_done, rows)``.
+        progress: called as ``progress("search", rows_done, count)``.
+        count: rows that may come, for the progress alone.
 
     Raises:
         ConfigError: no faiss.
     """
     find = _faiss_nearest if _use_faiss(backend) else _torch_nearest
-    count = len(gallery) if rows is None else len(rows)
-    topk = min(topk, count)
     best = torch.empty(len(query), 0)
     found = torch.empty(len(query), 0, dtype=torch.int64)
-    for start in range(0, count, _BLOCK):
-        stop = min(start + _BLOCK, count)
-        part = slice(start, stop) if rows is None else rows[start:stop]
-        similarities, indices = find(query, gallery[part], min(topk, stop - start))
+    done = 0
+    for numbers, features in _regrouped(blocks, _BLOCK):
+        similarities, places = find(query, features, min(topk, len(numbers)))
         # The best so far come first, so that a stable sort keeps ties in order.
         best = torch.cat([best, similarities], 1)
-        found = torch.cat([found, indices + start], 1)
+        found = torch.cat([found, torch.from_numpy(numbers)[places]], 1)
         best, order = best.sort(dim=1, descending=True, stable=True)
         best, found = best[:, :topk], found.gather(1, order)[:, :topk]
+        done += len(numbers)
         if progress:
-            progress("search", stop, count)
-    return Found(found if rows is None else torch.from_numpy(rows)[found], best)
+            progress("search", done, max(done, count))
+    return Nearest(found, best, done)
+
+
+def _regrouped(
+    blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]], size: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """The same rows, so many at a time: a search of few rows takes as long as one of more."""
+    waiting: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+    count = 0
+    for numbers, features in blocks:
+        for start in range(0, len(numbers), size):
+            part = slice(start, start + size)
+            if count + len(numbers[part]) > size:
+                yield _together(waiting)
+                waiting, count = [], 0
+            waiting.append((numbers[part], features[part]))
+            count += len(numbers[part])
+    if waiting:
+        yield _together(waiting)
+
+
+def _together(
+    blocks: list[tuple[NDArray[np.int64], NDArray[np.float32]]],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """One block, whose arrays may be written to, as torch asks for."""
+    return np.concatenate([b[0] for b in blocks]), np.concatenate([b[1] for b in blocks])
 
 
 def _use_faiss(backend: Backend) -> bool:
@@ -116,14 +147,14 @@ def _use_faiss(backend: Backend) -> bool:
 def _torch_nearest(
     query: torch.Tensor, gallery: NDArray[np.float32], k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    near = knn(torch.from_numpy(np.array(gallery)), k, queries=query)
+    near = knn(torch.from_numpy(gallery), k, queries=query)
     return near.similarities, near.indices
 
 
 def _faiss_nearest(
     query: torch.Tensor, gallery: NDArray[np.float32], k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By faiss's flat inner product, straight from the memory-mapped rows."""
+    """By faiss's flat inner product."""
     import faiss
 
     similarities, indices = faiss.knn(

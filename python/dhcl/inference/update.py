@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from dhcl.data import image_files, path_reader
+from dhcl.data import image_files, path_reader, time_reader
 from dhcl.data.folders import check_matched
-from dhcl.errors import ConfigError, DataError
+from dhcl.errors import ConfigError, DataError, as_path
+from dhcl.inference.gallery.lance import compact, replacing_old
+from dhcl.inference.gallery.old import read_old
+from dhcl.inference.gallery.places import Address, creating, is_folder, open_store
+from dhcl.inference.gallery.schema import About, Record, arrow_batch
+from dhcl.inference.gallery.store import BLOCK, Store, Where, Writer
 from dhcl.inference.index import Index
 from dhcl.inference.reid import ReID
-from dhcl.inference.store import Record, strangers, write_generation, writing
+from dhcl.stored import Damaged
 from dhcl.words import first_ones, show
 
-__all__ = ["Update", "add_images", "create_index", "remove_images"]
+__all__ = [
+    "Update",
+    "add_images",
+    "compact_index",
+    "convert_index",
+    "create_index",
+    "remove_images",
+]
 
-# Rows copied at a time.
-_BLOCK = 1 << 14
+# Files that a store is asked for by name; of more, all images are looked through.
+_FEW = 1000
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Update:
 
 
 def create_index(
-    folder: str | os.PathLike[str],
+    folder: Address,
     gallery: Sequence[str | os.PathLike[str]],
     model: ReID,
     *,
@@ -62,10 +73,10 @@ def create_index(
     """Make an index of images.
 
     Args:
-        folder: of the index, new or empty.
+        folder: of the index, new or empty; or the URL of another store.
         gallery: folders of images, on all levels, and files.
         model: extracts the features.
-        pattern: identities and cameras in the paths, as of :func:`dhcl.data.load_data`.
+        pattern: identities, cameras and times in the paths, as of :func:`dhcl.data.load_data`.
         trained_cameras: the cameras are those the model was trained on, under the same names; their
             statistics are used.
         options: ``batch_size``, ``workers``, ``on_bad`` and ``progress`` of
@@ -76,35 +87,25 @@ def create_index(
             that matches no path.
         DataError: as :meth:`dhcl.ReID.features`; a pattern that is none.
     """
-    folder = Path(folder).expanduser()
-    path_reader(pattern)
-    if (folder / "index.json").exists():
-        raise ConfigError(
-            f"out: {show(folder)} is an index already; --add, --sync and --remove change it"
-        )
-    if folder.exists() and (not folder.is_dir() or any(strangers(folder))):
-        raise ConfigError(f"out: must be a new or empty folder (got {show(folder)})")
-    nothing = Index(
-        folder=folder,
+    read = path_reader(pattern)
+    about = About(
         model=model.id,
-        run=Path(os.path.abspath(model.run)),
+        run=os.path.abspath(model.run),
         which="best" if model.which == "best" else "last",
         pattern=pattern,
         trained_cameras=trained_cameras,
         roots=(),
-        records=(),
-        features=np.empty((0, model.dim), np.float32),
-        generation=0,
+        width=model.dim,
     )
-    wanted = _listed(gallery)
-    names = [Path(path).relative_to(root).as_posix() for path, root in wanted.roots.items()]
-    check_matched(pattern, names, [path_reader(pattern)(name) for name in names])
-    with writing(folder):
-        return _change(nothing, wanted, model, False, options)
+    with creating(folder, about) as writer:
+        wanted = _listed(gallery)
+        names = [Path(path).relative_to(root).as_posix() for path, root in wanted.roots.items()]
+        check_matched(pattern, names, [read(name) for name in names])
+        return _change(writer, wanted, model, False, options)
 
 
 def add_images(
-    folder: str | os.PathLike[str],
+    folder: Address,
     gallery: Sequence[str | os.PathLike[str]],
     model: ReID,
     *,
@@ -114,7 +115,7 @@ def add_images(
     """Add images to an index; of those in it already, only changed files are looked at again.
 
     Args:
-        folder: of the index.
+        folder: of the index, or its URL.
         gallery: folders of images, on all levels, and files.
         model: the one that made the index.
         sync: also remove images of the index that lie below these folders no longer.
@@ -123,42 +124,120 @@ def add_images(
     Raises:
         ConfigError: another model. DataError: no index; as :meth:`dhcl.ReID.features`.
     """
-    folder = Path(folder).expanduser()
-    Index.open(folder).check_model(model)
+    index = Index.open(folder)
+    index.check_model(model)
     wanted = _listed(gallery)
-    with writing(folder):
-        old = Index.open(folder)
-        old.check_model(model)
-        return _change(old, wanted, model, sync, options)
+    with index.store.writing() as writer:
+        Index(writer.now).check_model(model)
+        return _change(writer, wanted, model, sync, options)
 
 
-def remove_images(
-    folder: str | os.PathLike[str], paths: Sequence[str | os.PathLike[str]]
-) -> Update:
+def remove_images(folder: Address, paths: Sequence[str | os.PathLike[str]]) -> Update:
     """Remove images from an index: files, and all below folders, whether still there or not.
 
     Raises:
         ConfigError: a path of which the index has nothing; nothing would be left.
         DataError: no index.
     """
-    folder = Path(folder).expanduser()
-    Index.open(folder)
-    with writing(folder):
-        old = Index.open(folder)
+    with open_store(folder).writing() as writer:
+        old = Index(writer.now)
         places = [_absolute(path) for path in paths]
         hits = dict.fromkeys(places, 0)
-        keep = []
-        for row in range(len(old)):
-            place = next((p for p in places if _below(str(old.path(row)), p)), None)
-            if place is None:
-                keep.append(row)
-            else:
+        gone = []
+        for number, path in _known(old, places, places):
+            place = next((p for p in places if _below(path, p)), None)
+            if place is not None:
                 hits[place] += 1
+                gone.append(number)
         without = [place for place, count in hits.items() if not count]
         if without:
-            raise ConfigError(f"remove: {show(old.folder)} has no image {show(without[0])}")
-        _replace(old, old.roots, keep, ())
-        return Update(removed=len(old) - len(keep), total=len(keep))
+            raise ConfigError(f"remove: {show(old.address)} has no image {show(without[0])}")
+        total = len(old) - len(gone)
+        _check_left(old, total)
+        writer.delete(np.array(gone, np.int64))
+        return Update(removed=len(gone), total=total)
+
+
+def convert_index(folder: Address) -> Update:
+    """Make an index of the present format of one that an earlier version wrote, in its place.
+
+    No image is looked at. Until the new one is whole, the old one is there.
+
+    Raises:
+        ConfigError: another process is changing it. DataError: no index, one of the present format
+            already, or damaged.
+    """
+    place = as_path("index", folder)
+    old = read_old(place)
+
+    def batches() -> Iterator[Any]:
+        for start in range(0, len(old.records), BLOCK):
+            part = slice(start, start + BLOCK)
+            records = old.records[part]
+            rows = np.arange(start, start + len(records))
+            yield arrow_batch(rows, old.features[part], records, old.about.model)
+
+    with replacing_old(place, old.about) as writer:
+        count = writer.insert(batches())
+    return Update(unchanged=count, total=count)
+
+
+def compact_index(folder: Address) -> str:
+    """Write the table of an index in a folder anew, in few files, and free what it does not need.
+
+    Changes do so by themselves where it pays; this also takes away what searches that go on may
+    still read.
+
+    Returns:
+        How many bytes it takes now and took before.
+
+    Raises:
+        ConfigError: another store than a folder, or another process is changing it. DataError: no
+            index.
+    """
+    if not is_folder(folder):
+        raise ConfigError(f"compact: is for indexes in folders (got {show(os.fspath(folder))})")
+    place = as_path("index", folder)
+    before = _bytes_below(place)
+    compact(place)
+    return f"{_bytes_below(place):,} bytes, {before:,} before"
+
+
+def _bytes_below(folder: Path) -> int:
+    files = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(file).st_size for file in files)
+
+
+def _check_left(index: Index, total: int) -> None:
+    if not total:
+        raise ConfigError(f"index: {show(index.address)} would be empty; remove it instead")
+
+
+def _known(
+    index: Index, paths: Collection[str], folders: Collection[str]
+) -> Iterator[tuple[int, str]]:
+    """Numbers and absolute paths of images that are these files, or lie below these folders.
+
+    Of many files, those of all images, which then is quicker.
+    """
+    for number, record in _records(index, paths, folders):
+        yield number, str(index.path_of(record))
+
+
+def _records(
+    index: Index, paths: Collection[str], folders: Collection[str]
+) -> Iterator[tuple[int, Record]]:
+    if len(paths) > _FEW or len(folders) > _FEW:
+        yield from index.images()
+        return
+    files = frozenset(place for path in paths for place in index.places(path) if place[1])
+    below = tuple(dict.fromkeys(place for each in folders for place in index.places(each)))
+    seen = set()
+    for where in (Where(paths=files), Where(below=below)):
+        for number, record in index.images(where):
+            if number not in seen:
+                seen.add(number)
+                yield number, record
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
@@ -200,6 +279,7 @@ class _Plan:
     changed: set[int]
     gone: set[int]
     new: list[tuple[str, Record]]  # by absolute path; those of changed rows again
+    again: set[str]  # paths of changed rows
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
@@ -211,50 +291,60 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def _plan(old: Index, rows: dict[str, int], wanted: _Wanted, sync: bool) -> _Plan:
+def _plan(old: Index, wanted: _Wanted, sync: bool) -> _Plan:
     roots = list(old.roots)
     numbers = {root: number for number, root in enumerate(roots)}
-    read = path_reader(old.pattern)
+    read, read_time = path_reader(old.pattern), time_reader(old.pattern)
+    folders = wanted.folders if sync else []
+    known = {
+        str(old.path_of(record)): (row, record)
+        for row, record in _records(old, wanted.roots, folders)
+    }
     changed: set[int] = set()
+    again: set[str] = set()
     new: list[tuple[str, Record]] = []
     for path, root in wanted.roots.items():
         about = _size_and_time(path)
-        row = rows.get(path)
-        if row is not None:
-            record = old.records[row]
+        if path in known:
+            row, record = known[path]
             if (record.size, record.mtime_ns) == about:
                 continue
             changed.add(row)
+            again.add(path)
             root = old.roots[record.root]
         if root not in numbers:
             numbers[root] = len(roots)
             roots.append(root)
         name = Path(path).relative_to(root).as_posix()
-        record = Record(numbers[root], name, *read(name), *about)
+        record = Record(numbers[root], name, *read(name), *about, read_time(name))
         new.append((path, record))
     gone = {
         row
-        for path, row in rows.items()
+        for path, (row, _) in known.items()
         if sync and path not in wanted.roots and any(_below(path, f) for f in wanted.folders)
     }
-    return _Plan(tuple(roots), changed, gone, new)
+    return _Plan(tuple(roots), changed, gone, new, again)
 
 
 def _change(
-    old: Index, wanted: _Wanted, model: ReID, sync: bool, options: dict[str, Any]
+    writer: Writer, wanted: _Wanted, model: ReID, sync: bool, options: dict[str, Any]
 ) -> Update:
-    rows = {str(old.path(row)): row for row in range(len(old))}
-    plan = _plan(old, rows, wanted, sync)
-    new, drop = plan.new, plan.changed | plan.gone
+    old = Index(writer.now)
+    plan = _plan(old, wanted, sync)
+    new, drop = plan.new, sorted(plan.changed | plan.gone)
     unchanged = len(old) - len(drop)
     if not new and not drop:
         return Update(unchanged=unchanged, total=len(old))
-    keep = [row for row in range(len(old)) if row not in drop]
     bad: list[tuple[int, str]] = []
-    total = _replace(old, plan.roots, keep, _extracted(old, model, new, bad, options))
+    writer.set_about(dataclasses.replace(writer.now.about, roots=plan.roots))
+    inserted = writer.insert(_extracted(writer.now, model, new, bad, options))
+    total = unchanged + inserted
+    _check_left(old, total)
+    # Last, so that an image which is to be replaced is there until the new one is.
+    writer.delete(np.array(drop, np.int64))
     # A changed file that can't be read any more counts as left out.
     left_out = {index for index, _ in bad}
-    again = sum(new[index][0] in rows for index in left_out)
+    again = sum(new[index][0] in plan.again for index in left_out)
     return Update(
         added=len(new) - len(plan.changed) - (len(left_out) - again),
         changed=len(plan.changed) - again,
@@ -265,49 +355,32 @@ def _change(
     )
 
 
-def _replace(
-    old: Index,
-    roots: Sequence[str],
-    keep: Sequence[int],
-    new: Iterable[tuple[list[Record], torch.Tensor]],
-) -> int:
-    """Write the next generation: rows of the old one, then new ones. Returns their number."""
-    kept = np.array(keep, np.int64)
-    blocks = (kept[start : start + _BLOCK] for start in range(0, len(kept), _BLOCK))
-    about = {
-        "model": old.model,
-        "run": str(old.run),
-        "which": old.which,
-        "pattern": old.pattern,
-        "trained_cameras": old.trained_cameras,
-        "roots": list(roots),
-    }
-    return write_generation(
-        old.folder,
-        old.generation + 1,
-        old.features.shape[1],
-        about,
-        itertools.chain((([old.records[r] for r in b], old.features[b]) for b in blocks), new),
-    )
-
-
 def _extracted(
-    index: Index,
+    store: Store,
     model: ReID,
     new: list[tuple[str, Record]],
     bad: list[tuple[int, str]],
     options: dict[str, Any],
-) -> Iterator[tuple[list[Record], torch.Tensor]]:
+) -> Iterator[Any]:
+    """Batches of new rows, as their features come from the model."""
     if not new:
         return
+    about = store.about
     cameras = None
-    if index.trained_cameras:
+    if about.trained_cameras:
         cameras = model.camera_indices([record.camera for _, record in new])
     paths = [path for path, _ in new]
+    number = store.next_row
     try:
         for batch in model.batches(paths, cameras, bad=bad, **options):
-            yield [new[i][1] for i in batch.indices], batch.features
+            rows = np.arange(number, number + len(batch.indices))
+            number += len(rows)
+            records = [new[i][1] for i in batch.indices]
+            if len(rows):
+                yield arrow_batch(rows, batch.features.numpy(), records, about.model)
+    except Damaged as error:
+        raise DataError(f"index: {error}") from error
     except DataError:
         # Where all new images are bad and are to be skipped, the old ones are still worth keeping.
-        if not (len(index) and options.get("on_bad") == "skip" and len(bad) == len(new)):
+        if not (len(store) and options.get("on_bad") == "skip" and len(bad) == len(new)):
             raise

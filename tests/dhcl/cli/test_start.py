@@ -15,7 +15,7 @@ from dhcl.cli.table import COMMANDS
 HEAVY = {
     *("torch", "torch._dynamo", "torch._inductor", "torchvision", "timm", "accelerate"),
     *("sklearn", "scipy", "plotly", "tensorboard", "matplotlib", "pandas", "onnx", "onnxruntime"),
-    *("tyro", "pydantic", "PIL", "jinja2", "fastapi", "uvicorn"),
+    *("tyro", "pydantic", "PIL", "jinja2", "fastapi", "uvicorn", "lance", "pyarrow"),
 }
 OPTIONS = {"tyro"}
 SETTINGS = {*OPTIONS, "pydantic"}

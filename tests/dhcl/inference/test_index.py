@@ -11,15 +11,14 @@ from dhcl import ReID
 from dhcl.cli import main
 from dhcl.config import ConfigError
 from dhcl.data import DataError, image_files
+from dhcl.inference.gallery.schema import arrow_batch
 from dhcl.inference.index import Index
 from dhcl.inference.search import search
-from dhcl.inference.store import write_generation
 from dhcl.inference.update import add_images, create_index, remove_images
 from PIL import Image
 
 from tests.dhcl.toy import make_run
 
-KEPT = ("model", "run", "which", "pattern", "trained_cameras", "roots")
 PATTERN = r"(?P<id>-?\d+)_c(?P<camera>\d+)"
 
 
@@ -67,22 +66,30 @@ def paths(folder):
 
 def same_features(folder):
     """Give all images of an index the features of the first one."""
-    about = json.loads((folder / "index.json").read_text())
     old = Index.open(folder)
-    kept = {name: about[name] for name in KEPT}
-    rows = np.repeat(old.features[:1], len(old), axis=0)
-    write_generation(folder, old.generation + 1, about["dim"], kept, [(old.records, rows)])
+    rows = np.arange(len(old))
+    same = np.repeat(old.features[:1], len(old), axis=0)
+    records, model = list(old.records), old.model
+    with old.store.writing() as writer:
+        start = writer.now.next_row
+        writer.insert(iter([arrow_batch(start + rows, same, records, model)]))
+        writer.delete(rows)
 
 
 def check(folder, model):
-    """Every row holds the features of its file, and the folder nothing but one generation."""
+    """Every row holds the features of its file, and the folder nothing that is not the index's."""
     index = Index.open(folder)
     files = [index.path(row) for row in range(len(index))]
     assert len(set(files)) == len(files)
     assert torch.allclose(torch.tensor(index.features), model.features(files), atol=1e-6)
-    present = {f"features-{index.generation}.npy", f"images-{index.generation}.jsonl"}
-    assert {file.name for file in folder.iterdir()} == {"index.json", ".lock", *present}
+    assert {file.name for file in folder.iterdir()} == {"index.json", ".lock", "rows.lance"}
     return index
+
+
+def content(folder):
+    """All that an index says."""
+    index = Index.open(folder)
+    return list(index.images()), index.features.tolist(), index.roots, index.generation
 
 
 def test_an_index_holds_paths_features_and_what_the_pattern_knows(index, gallery, model):
@@ -235,20 +242,24 @@ def test_statistics_per_camera_where_the_cameras_are_those_of_the_training(
 
 
 def test_a_failure_leaves_the_index_as_it_was(index, gallery, model, monkeypatch):
-    before = {file.name: file.read_bytes() for file in index.iterdir()}
+    before = content(index)
     (gallery / "cut.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cut\.png"):
         add_images(index, [gallery], model)
-    assert {file.name: file.read_bytes() for file in index.iterdir()} == before
+    assert content(index) == before
+    check(index, model)
 
     def full(path, data):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dhcl.inference.store.write_atomic", full)
+        patch.setattr("dhcl.inference.gallery.head.write_atomic", full)
+        shutil.copy(image_files(gallery)[0], gallery / "good too.png")
         with pytest.raises(OSError, match="No space"):
             add_images(index, [gallery], model, on_bad="skip", batch_size=2)
-    assert {file.name: file.read_bytes() for file in index.iterdir()} == before
+    assert content(index) == before
+    (gallery / "good too.png").unlink()
+    check(index, model)
     shutil.copy(image_files(gallery)[0], gallery / "good.png")
     update = add_images(index, [gallery], model, on_bad="skip")
     assert (update.added, update.total) == (1, 17)
@@ -292,10 +303,12 @@ def test_two_writers_do_not_meet(index, gallery, model, pictures):
 
 
 def test_what_an_interrupted_change_left_is_cleared(index, gallery, model, pictures):
-    (index / "features-2.npy").write_bytes(b"half")
-    (index / "images-2.jsonl.partial").write_bytes(b"half")
+    rows = index / "rows.lance"
+    (rows / "data" / "0101.lance").write_bytes(b"half")
+    shutil.copy(next((rows / "data").iterdir()), rows / "data" / "0110.lance")
     assert len(Index.open(index)) == 16
     add_images(index, [pictures / "query"], model)
+    assert not {"0101.lance", "0110.lance"} & {file.name for file in rows.rglob("*.lance")}
     check(index, model)
 
 
@@ -321,19 +334,17 @@ def test_damaged_indexes_say_so(index, tmp_path):
         Index.open(tmp_path / "none")
     with pytest.raises(DataError, match=r"has no index\.json"):
         Index.open(tmp_path)
-    lines = (index / "images-1.jsonl").read_text().splitlines(keepends=True)
-    (index / "images-1.jsonl").write_text("".join(lines[1:]))
-    with pytest.raises(DataError, match=r"damaged .*15 images"):
+    [file] = (index / "rows.lance" / "data").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"damaged .*its checksum is another"):
         Index.open(index)
-    (index / "images-1.jsonl").write_text("".join(lines)[:-20])
-    with pytest.raises(DataError, match="damaged"):
-        Index.open(index)
-    (index / "images-1.jsonl").unlink()
-    with pytest.raises(DataError, match="damaged"):
+    file.unlink()
+    with pytest.raises(DataError, match=r"damaged .*there is no"):
         Index.open(index)
     about = json.loads((index / "index.json").read_text())
     (index / "index.json").write_text(json.dumps({**about, "format": 9}))
-    with pytest.raises(DataError, match=r"format 1 \(got 9\)"):
+    with pytest.raises(DataError, match=r"format 2 \(got 9\)"):
         Index.open(index)
     (index / "index.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):

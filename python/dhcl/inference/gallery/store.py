@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from dhcl.inference.gallery.schema import About
+from dhcl.inference.search import Backend
 
 if TYPE_CHECKING:
     import pyarrow
@@ -52,6 +53,7 @@ class Where:
         since, until: seconds, both included; a row without a time fulfils neither. None for any.
         below: (root, path) pairs: in one of these roots, below that path, or the file itself; with
             an empty path, anywhere in the root. None for any.
+        paths: (root, path) pairs: one of these files. None for any.
         rows: numbers of rows, ascending. None for any.
     """
 
@@ -61,6 +63,7 @@ class Where:
     since: float | None = None
     until: float | None = None
     below: tuple[tuple[int, str], ...] | None = None
+    paths: frozenset[tuple[int, str]] | None = None
     rows: NDArray[np.int64] | None = field(default=None, compare=False)
 
 
@@ -108,8 +111,9 @@ class Writer(Protocol):
     def insert(self, batches: Iterator[pyarrow.RecordBatch]) -> int:
         """Put rows of :func:`dhcl.inference.gallery.schema.arrow_batch`; returns how many.
 
-        A row of a number that is there already takes its place. An exception of the iterator is
-        raised as it is.
+        Their numbers ascend from ``now.next_row``. Without transactions, where an interrupted
+        change may have left rows of these numbers, new ones take their places. An exception of the
+        iterator is raised as it is.
         """
 
     def delete(self, rows: NDArray[np.int64]) -> None:
@@ -164,7 +168,7 @@ class Store(Protocol):
         where: Where = EVERYTHING,
         *,
         approximate: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Hits:
         """The nearest rows of each query: exactly, unless ``approximate`` is asked for.

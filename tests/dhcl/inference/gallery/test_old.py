@@ -1,4 +1,4 @@
-"""Stored files that are not as they were written: a named error or the right answer, never else."""
+"""Indexes of format 1 that are not as they were written: a named error or the right answer."""
 
 import json
 import os
@@ -6,17 +6,21 @@ import random
 import shutil
 import signal
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from dhcl.cli import main
 from dhcl.errors import DataError
+from dhcl.inference.gallery.old import read_old
 from dhcl.inference.index import Index
-from dhcl.inference.store import Record, write_generation
-from dhcl.inference.update import remove_images
+from dhcl.inference.search import nearest
+from dhcl.inference.update import convert_index
 
-ROWS, WIDTH = 5, 8
+from tests.dhcl.inference.gallery.made import WIDTH, make_old
+
+ROWS = 5
 QUERY = torch.eye(WIDTH)[:2]
 
 
@@ -34,27 +38,9 @@ def no_waiting():
     signal.signal(signal.SIGALRM, before)
 
 
-def make(folder, generation=1):
-    """An index of five images; their files are nowhere."""
-    folder.mkdir()
-    rows = np.random.default_rng(generation).normal(size=(ROWS, WIDTH)).astype("f4")
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    records = [Record(0, f"{n}_c{n % 2}.png", n, n % 2, 100 + n, 10**18 + n) for n in range(ROWS)]
-    about = {
-        "model": "ab" * 32,
-        "run": "/runs/a",
-        "which": "last",
-        "pattern": r"(?P<id>\d+)_c(?P<camera>\d)",
-        "trained_cameras": False,
-        "roots": ["/pictures"],
-    }
-    write_generation(folder, generation, WIDTH, about, [(records, rows)])
-    return folder
-
-
 @pytest.fixture
 def index(tmp_path):
-    return make(tmp_path / "index")
+    return make_old(tmp_path / "index")
 
 
 def head(index, **changes):
@@ -67,10 +53,10 @@ def head(index, **changes):
 
 def answer(folder):
     """All that is asked of an index, but for what may be edited."""
-    opened = Index.open(folder)
-    found = opened.search(QUERY, ROWS, backend="torch")
-    about = (opened.model, opened.which, opened.pattern, opened.trained_cameras)
-    return about, opened.records, [(f.indices.tolist(), f.similarities.tolist()) for f in found]
+    old = read_old(folder)
+    found = nearest(QUERY, [(np.arange(ROWS), old.features)], ROWS, backend="torch")
+    about = replace(old.about, run="", roots=())
+    return about, old.records, found.rows.tolist(), found.similarities.tolist()
 
 
 def refused(folder, match=None):
@@ -186,7 +172,7 @@ def test_what_is_no_file_is_named_at_once(name, kind, index):
 @pytest.mark.parametrize("name", FILES[1:])
 @pytest.mark.parametrize("changed", [False, True])
 def test_files_of_another_index_are_not_taken(name, changed, index, tmp_path):
-    other = make(tmp_path / "other", 2)
+    other = make_old(tmp_path / "other", generation=2)
     file = other / name.replace("1", "2")
     if changed and name == "images-1.jsonl":
         file.write_text(file.read_text().replace("_c1.png", "_c9.png"))
@@ -335,38 +321,61 @@ def test_a_header_that_claims_more_than_the_file_has(shape, index):
     refused(index, "damaged")
 
 
-def test_indexes_without_checksums_open_and_get_theirs_with_the_next_change(index):
+def test_indexes_are_converted_in_their_place(index, capsys):
+    expected = answer(index)
+    with pytest.raises(DataError, match=rf"format 1, .* `dhcl index --convert --out {index}`"):
+        Index.open(index)
+    assert answer(index) == expected
+    assert main(["index", "--convert", "--out", str(index)]) == 0
+    assert f"{ROWS} unchanged; {ROWS} images in the index" in capsys.readouterr().out
+    opened = Index.open(index)
+    assert tuple(opened.records) == expected[1]
+    assert replace(opened.store.about, run="", roots=()) == expected[0]
+    found = opened.search(QUERY, ROWS, backend="torch")
+    assert [one.indices.tolist() for one in found] == expected[2]
+    assert [one.similarities.tolist() for one in found] == expected[3]
+    assert {file.name for file in index.iterdir()} == {"index.json", ".lock", "rows.lance"}
+    assert main(["index", "--convert", "--out", str(index)]) == 2
+    assert "is of the present format already" in capsys.readouterr().err
+
+
+def test_a_conversion_that_fails_leaves_the_old_index(index, monkeypatch):
+    expected = answer(index)
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dhcl.inference.gallery.head.write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            convert_index(index)
+    assert answer(index) == expected
+    assert not (index / "rows.lance").exists()
+    convert_index(index)
+    assert tuple(Index.open(index).records) == expected[1]
+
+
+def test_indexes_without_checksums_are_converted(index):
     expected = answer(index)
     head(index)
     assert answer(index) == expected
-    assert remove_images(index, ["/pictures/0_c0.png"]).total == ROWS - 1
-    assert set(json.loads((index / "index.json").read_text())["checksums"]) == {
-        *("head", "features", "images")
-    }
-    assert answer(index)[1] == expected[1][1:]
+    assert convert_index(index).total == ROWS
+    assert tuple(Index.open(index).records) == expected[1]
 
 
 def test_what_may_be_edited_and_names_of_any_bytes(index):
     about = json.loads((index / "index.json").read_text())
     changed = {**about, "run": "/moved", "roots": ["/mov\udcffed"]}
     (index / "index.json").write_text(json.dumps(changed))
-    assert str(Index.open(index).path(0)) == "/mov\udcffed/0_c0.png"
+    assert read_old(index).about.roots == ("/mov\udcffed",)
     (index / "index.json").write_text(json.dumps({**changed, "pattern": None}))
     refused(index, "beyond run and roots")
 
 
-def test_features_that_no_index_would_open_are_not_written(tmp_path):
-    (tmp_path / "new").mkdir()
-    record = Record(0, "a.png", -1, -1, 1, 1)
-    with pytest.raises(DataError, match=r"length 1 \(got nan in row 0\)"):
-        write_generation(tmp_path / "new", 1, 2, {}, [([record], np.full((1, 2), np.nan, "f4"))])
-    assert not (tmp_path / "new" / "index.json").exists()
-
-
-def test_a_command_says_it_in_one_line(index, tmp_path, capsys):
+def test_a_command_says_it_in_one_line(index, capsys):
     head(index)
     np.save(index / "features-1.npy", ARRAYS["nan"])
-    assert main(["search", str(index), str(tmp_path / "query.png")]) == 2
+    assert main(["index", "--convert", "--out", str(index)]) == 2
     error = capsys.readouterr().err
     assert "is damaged (features must have length 1 (got nan in row 3))" in error
     assert "Traceback" not in error
