@@ -170,6 +170,18 @@ class Index:
         """
         return self._records(self.store.take(numbers, ABOUT_COLUMNS)) if len(numbers) else []
 
+    def features_of(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The features (n, d) float32 of numbers, in their order.
+
+        Raises:
+            DataError: a number that is not there; one is not as it was written.
+        """
+        try:
+            batch = self.store.take(numbers, FEATURE_COLUMNS)
+            return checked_features(batch, self.width)[1]
+        except Damaged as error:
+            raise damaged(self.address, str(error)) from error
+
     def _records(self, batch: Any) -> list[Record]:
         try:
             return checked_records(batch, self.model, len(self.roots))

@@ -140,7 +140,9 @@ class Gallery:
             DataError: there is no such row. ConfigError: ``other_cameras``, and its is unknown.
         """
         self._check(row)
-        query = torch.from_numpy(np.array(self.index.features[row : row + 1]))
+        query = torch.from_numpy(
+            np.array(self.index.features_of(self.index.numbers[row : row + 1]))
+        )
         own = self.index.records[row].camera if other_cameras else None
         found = self._search(query, topk + 1, choice, rerank, own)
         return [place for place in found if place.row != row][:topk]
