@@ -263,14 +263,22 @@ def _operands(
 # ---- the loss -----------------------------------------------------------------------------------
 
 
-def stream_loss(
+class Partial(NamedTuple):
+    """What a pass over some of the proxies gives, from which those over others can be added."""
+
+    sums: Sums
+    read_out: torch.Tensor | None  # (B, d) of the proxies, weighted with e^((1+beta)(s - max))
+    unit: float  # by which the read-out is too large
+
+
+def stream_sums(
     features: torch.Tensor,
     proxies: torch.Tensor,
     roles: Roles,
     settings: Settings,
     streaming: Streaming,
-) -> Results:
-    """The loss of each row and, with ``one_pass``, its gradient with respect to the feature."""
+) -> Partial:
+    """The sums of each row over these proxies and, with ``one_pass``, what is read out of them."""
     with ieee_products(), torch.autocast(features.device.type, enabled=False):
         one_pass = streaming.one_pass
         operands = _operands(features, proxies, streaming)
@@ -288,12 +296,25 @@ def stream_loss(
             )  # fmt: skip
             if factors is not None and weights is not None:
                 read_out = operands.read_out(read_out, factors, weights, chunk)
+        return Partial(sums, read_out, operands.weight_scale * operands.scale)
+
+
+def stream_loss(
+    features: torch.Tensor,
+    proxies: torch.Tensor,
+    roles: Roles,
+    settings: Settings,
+    streaming: Streaming,
+) -> Results:
+    """The loss of each row and, with ``one_pass``, its gradient with respect to the feature."""
+    with torch.autocast(features.device.type, enabled=False):
+        sums, read_out, unit = stream_sums(features, proxies, roles, settings, streaming)
         _refuse(sums, settings, proxies)
         losses, rows = kernels.finish(*sums, *settings)
         if read_out is None:
             gradient = features.new_empty(0, features.shape[1])
         else:
-            unit = operands.weight_scale * operands.scale * settings.temperature
+            unit *= settings.temperature
             gradient = read_out.mul_((rows[:, kernels.ALPHA, None] / unit).to(read_out.dtype))
             pull = (rows[:, kernels.SLOPE, None] / -settings.temperature).to(gradient.dtype)
             positives = proxies.index_select(0, roles.labels).to(gradient.dtype)
@@ -306,6 +327,8 @@ def _slots(roles: Roles, settings: Settings) -> int | None:
     if settings.aggregation != kernels.EACH:
         return None
     assert roles.proxy_labels is not None
+    if len(roles.proxy_labels) == 0:
+        return 0
     return int(torch.unique(roles.proxy_labels, return_counts=True)[1].max())
 
 

@@ -69,7 +69,7 @@ def _look_at_norms(op: str, features: torch.Tensor) -> None:
         warnings.warn(
             f"{op}: features are meant to have norm 1 (got a norm of {worst:.4g}); the temperature "
             "and the floor of the debiased estimate assume it",
-            stacklevel=3,
+            stacklevel=4,
         )
     _norm_seen = _norm_seen or features.is_cuda
 
@@ -156,7 +156,76 @@ def debiased_contrastive_loss(
             CPU also an excluded column outside [-1, K), which on CUDA excludes nothing.
     """
     op = "debiased_contrastive_loss"
-    _check_rows(op, features, proxies)
+    given = check_arguments(
+        op, features, proxies, labels, temperature=temperature, kappa=kappa, tau_plus=tau_plus,
+        beta=beta, proxy_labels=proxy_labels, positives=positives, exclude=exclude,
+        hardness_gradient=hardness_gradient, reduction=reduction, precision=precision,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    differentiated = features.requires_grad and torch.is_grad_enabled()
+    streaming = stream.Streaming(
+        differentiated and given.one_pass, precision == "fast", given.columns
+    )
+    results = stream.loss_of(
+        features,
+        proxies,
+        given.roles,
+        given.settings,
+        streaming,
+        loss_dtype(features, proxies),
+        divisor_of(reduction, len(features)),
+    )
+    loss = results.losses
+    return (loss, stats_of(results, given.settings.aggregation)) if return_stats else loss
+
+
+def loss_dtype(features: torch.Tensor, proxies: torch.Tensor) -> torch.dtype:
+    """What the loss is given in: float32, or float64 if one of the two is."""
+    return torch.float64 if torch.float64 in (features.dtype, proxies.dtype) else torch.float32
+
+
+def divisor_of(reduction: str, batch: int) -> int | None:
+    """What the sum of the losses is divided by; None leaves them as they are."""
+    return {"mean": max(batch, 1), "sum": 1, "none": None}[reduction]
+
+
+class Arguments(NamedTuple):
+    """What a call of the loss was given, checked."""
+
+    roles: Roles
+    settings: Settings
+    columns: int
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the gradient with respect to the features comes along with the loss."""
+        return self.roles.proxy_labels is None and not self.settings.through
+
+
+def check_arguments(
+    op: str,
+    features: torch.Tensor,
+    proxies: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    kappa: float | torch.Tensor,
+    tau_plus: float | None,
+    beta: float,
+    proxy_labels: torch.Tensor | None,
+    positives: str,
+    exclude: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
+    hardness_gradient: str,
+    reduction: str,
+    precision: str,
+    chunk_size: int | None,
+    whole: bool = True,
+) -> Arguments:
+    """Check the arguments of :func:`debiased_contrastive_loss`.
+
+    With ``whole=False`` the proxies are some of more, so that their number bounds nothing.
+    """
+    _check_rows(op, features, proxies, 1 if whole else 0)
     batch, count = features.shape[0], proxies.shape[0]
     roles = _roles(op, batch, count, labels, proxy_labels, exclude)
     temperature = _checks.number(op, "temperature", temperature, 0.0, rule="finite and > 0")
@@ -164,7 +233,8 @@ def debiased_contrastive_loss(
         raise ValueError(f"{op}: temperature must be finite and > 0 (got 0.0)")
     beta = _checks.number(op, "beta", beta, 0.0, rule="finite and >= 0")
     single = proxy_labels is None
-    expected = _false_negatives(op, features, kappa, tau_plus, count - 1 if single else None)
+    negatives = count - 1 if single and whole else None
+    expected = _false_negatives(op, features, kappa, tau_plus, negatives)
     _same_device(op, features, proxies, roles, kappa)
     _checks.one_of(op, "positives", positives, _AGGREGATIONS)
     _checks.one_of(op, "hardness_gradient", hardness_gradient, ("stop", "through"))
@@ -172,36 +242,17 @@ def debiased_contrastive_loss(
     _checks.one_of(op, "precision", precision, ("exact", "fast"))
     columns = 0 if chunk_size is None else _checks.integer(op, "chunk_size", chunk_size, 1)
     if not torch.compiler.is_compiling():
-        _look_at_values(op, roles, count, kappa)
+        if whole:
+            look_at_columns(op, roles, count)
+        _look_at_kappa(op, kappa)
         _look_at_norms(op, features)
-
-    settings = Settings(
-        expected,
-        tau_plus is not None,
-        kernels.SUM if single else _AGGREGATIONS[positives],
-        temperature,
-        beta,
-        hardness_gradient == "through" and beta > 0,
-    )
-    differentiated = features.requires_grad and torch.is_grad_enabled()
-    one_pass = differentiated and single and not settings.through
-    streaming = stream.Streaming(one_pass, precision == "fast", columns)
-    double = torch.float64 in (features.dtype, proxies.dtype)
-    divisors = {"mean": max(batch, 1), "sum": 1, "none": None}
-    results = stream.loss_of(
-        features,
-        proxies,
-        roles,
-        settings,
-        streaming,
-        torch.float64 if double else torch.float32,
-        divisors[reduction],
-    )
-    loss = results.losses
-    return (loss, _stats(results, settings.aggregation)) if return_stats else loss
+    aggregation = kernels.SUM if single else _AGGREGATIONS[positives]
+    through = hardness_gradient == "through" and beta > 0
+    settings = Settings(expected, tau_plus is not None, aggregation, temperature, beta, through)
+    return Arguments(roles, settings, columns)
 
 
-def _check_rows(op: str, features: torch.Tensor, proxies: torch.Tensor) -> None:
+def _check_rows(op: str, features: torch.Tensor, proxies: torch.Tensor, fewest: int) -> None:
     for name, value in (("features", features), ("proxies", proxies)):
         _checks.tensor(op, name, value)
         _checks.rank(op, name, value, 2)
@@ -211,7 +262,7 @@ def _check_rows(op: str, features: torch.Tensor, proxies: torch.Tensor) -> None:
             f"{op}: features and proxies must have one width "
             f"(got {features.shape[1]} and {proxies.shape[1]})"
         )
-    if proxies.shape[0] == 0:
+    if proxies.shape[0] < fewest:
         raise ValueError(f"{op}: at least one proxy is needed (got none)")
 
 
@@ -295,12 +346,16 @@ def _same_device(
     _checks.same_device(op, **tensors)
 
 
-def _look_at_values(op: str, roles: Roles, count: int, kappa: float | torch.Tensor) -> None:
-    """Refuse on the CPU columns out of range and a kappa that is none."""
+def look_at_columns(op: str, roles: Roles, count: int) -> None:
+    """Refuse on the CPU columns out of the range of this many proxies."""
     if roles.proxy_labels is None:
         _checks.indices_in_range(op, "labels", roles.labels, count)
     if roles.excluded is not None:
         _checks.indices_in_range(op, "exclude", roles.excluded, count, -1)
+
+
+def _look_at_kappa(op: str, kappa: float | torch.Tensor) -> None:
+    """Refuse on the CPU a kappa that is none."""
     if isinstance(kappa, torch.Tensor) and not kappa.is_cuda:
         wrong = ~((kappa >= 0) & kappa.isfinite())
         if bool(wrong.any()):
@@ -310,7 +365,8 @@ def _look_at_values(op: str, roles: Roles, count: int, kappa: float | torch.Tens
             raise ValueError(f"{op}: kappa must be {rule} (got {got:g} at batch position {where})")
 
 
-def _stats(results: stream.Results, aggregation: int) -> ContrastiveStats:
+def stats_of(results: stream.Results, aggregation: int) -> ContrastiveStats:
+    """What the rows of these results saw."""
     state, counts, rows = results.state.detach(), results.counts, results.rows.detach()
     clamped = rows[:, kernels.CLAMPED]
     positive = state[:, kernels.POSITIVE_MAX] + state[:, kernels.POSITIVE_MASS].log()

@@ -6,6 +6,7 @@ Mathematics: method.md in docs, section "Loss". Both terms are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,15 +62,29 @@ def suspected_false_negatives(memory: MemoryBank, loose_labels: torch.Tensor) ->
         loose = torch.where(loose < 0, loose, numbers)
         highest = int(loose.max())
     base = highest + 1
-    # Of each class the loose cluster with most members wins, of equal ones the first.
+    return suspects_of(largest_shares(proto_of, loose, classes, base), base)
+
+
+def largest_shares(
+    proto_of: torch.Tensor, loose: torch.Tensor, classes: int, base: int
+) -> torch.Tensor:
+    """Of each class (classes,) the loose cluster < base that most members are in, -1 for none.
+
+    Of equal ones it is the first.
+    """
     clustered = loose >= 0
     pairs, sizes = (proto_of * max(base, 1) + loose)[clustered].unique(return_counts=True)
     best = torch.full((classes,), -1, dtype=torch.int64, device=loose.device)
     if base > 0:
         score = sizes * base + (base - 1 - pairs % base)
         best.scatter_reduce_(0, pairs // base, score, "amax")
-    alone = torch.arange(classes, device=loose.device) + base
-    groups = torch.where(best >= 0, base - 1 - best % max(base, 1), alone)
+    return torch.where(best >= 0, base - 1 - best % max(base, 1), -1)
+
+
+def suspects_of(best: torch.Tensor, base: int) -> Suspects:
+    """Classes grouped by what :func:`largest_shares` found for each; those without are alone."""
+    alone = torch.arange(len(best), device=best.device) + base
+    groups = torch.where(best >= 0, best, alone)
     members = torch.bincount(groups, minlength=1)
     return Suspects(groups, members[groups] - 1)
 
@@ -146,24 +161,13 @@ def hybrid_contrastive_loss(
     op = "hybrid_contrastive_loss"
     if not isinstance(memory, MemoryBank):
         raise TypeError(f"{op}: memory must be a MemoryBank (got {type(memory).__name__})")
-    _checks.tensor(op, "features", features)
-    _checks.rank(op, "features", features, 2)
-    indices = _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
-    rule = "finite and >= 0, at most 1e9"
-    weights = (
-        _checks.number(op, "prototype_weight", prototype_weight, 0.0, 1e9, rule=rule),
-        _checks.number(op, "instance_weight", instance_weight, 0.0, 1e9, rule=rule),
-    )
-    if not any(weights):
-        raise ValueError(f"{op}: prototype_weight and instance_weight must not both be 0")
-    _checks.one_of(op, "instance_positives", instance_positives, INSTANCE_POSITIVES)
-    if instance_positives == "cross-camera" and cameras is None:
-        raise ValueError(f'{op}: instance_positives="cross-camera" needs cameras (got None)')
-    _checks.one_of(op, "suspects_as", suspects_as, ("exclude", "kappa"))
-    if not torch.compiler.is_compiling():
-        _checks.indices_in_range(op, "indices", indices, len(memory.features))
+    weights = check_terms(
+        op, features, indices, len(memory.features), (prototype_weight, instance_weight),
+        instance_positives, suspects_as, cameras,
+    )  # fmt: skip
     batch = _Batch(features, memory.proto_of[indices], indices)
-    debias = _false_negatives(op, memory, batch.labels, kappa, tau_plus, suspects, suspects_as)
+    classes = len(memory.prototypes)
+    debias = false_negatives(op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "beta": beta,
@@ -182,6 +186,46 @@ def hybrid_contrastive_loss(
             apart = cameras if instance_positives == "cross-camera" else None
             batch = batch._replace(positives=memory.hardest_positives(features, indices, apart))
         terms[1], seen[1] = _instance_term(batch, memory, of_class, debias, settings)
+    return combined(weights, terms, seen, return_stats)
+
+
+def check_terms(
+    op: str,
+    features: torch.Tensor,
+    indices: torch.Tensor,
+    rows: int,
+    weights: tuple[float, float],
+    instance_positives: str,
+    suspects_as: str,
+    cameras: torch.Tensor | None,
+) -> tuple[float, float]:
+    """Check what the terms share, for a bank of this many rows; returns their weights."""
+    _checks.tensor(op, "features", features)
+    _checks.rank(op, "features", features, 2)
+    _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
+    rule = "finite and >= 0, at most 1e9"
+    numbers = (
+        _checks.number(op, "prototype_weight", weights[0], 0.0, 1e9, rule=rule),
+        _checks.number(op, "instance_weight", weights[1], 0.0, 1e9, rule=rule),
+    )
+    if not any(numbers):
+        raise ValueError(f"{op}: prototype_weight and instance_weight must not both be 0")
+    _checks.one_of(op, "instance_positives", instance_positives, INSTANCE_POSITIVES)
+    if instance_positives == "cross-camera" and cameras is None:
+        raise ValueError(f'{op}: instance_positives="cross-camera" needs cameras (got None)')
+    _checks.one_of(op, "suspects_as", suspects_as, ("exclude", "kappa"))
+    if not torch.compiler.is_compiling():
+        _checks.indices_in_range(op, "indices", indices, rows)
+    return numbers
+
+
+def combined(
+    weights: tuple[float, float],
+    terms: list[torch.Tensor | None],
+    seen: list[ContrastiveStats | None],
+    return_stats: bool,
+) -> Any:
+    """The loss of the two terms and, if asked for, what they saw."""
     # A product with 1 would be two more operations.
     parts = [t if w == 1.0 else w * t for w, t in zip(weights, terms, strict=True) if t is not None]
     loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -197,7 +241,7 @@ class _Batch(NamedTuple):
     positives: torch.Tensor  # (B,) rows of the bank that the instance term pulls to
 
 
-class _FalseNegatives(NamedTuple):
+class FalseNegatives(NamedTuple):
     """What is known or expected of false negatives."""
 
     kappa: float | torch.Tensor  # among the other prototypes; one number, or one per row (B,)
@@ -211,20 +255,21 @@ class _FalseNegatives(NamedTuple):
         return None if isinstance(self.kappa, torch.Tensor) else self.kappa / others
 
 
-def _false_negatives(
+def false_negatives(
     op: str,
-    memory: MemoryBank,
+    classes: int,
     labels: torch.Tensor,
     kappa: float,
     tau_plus: float | None,
     suspects: Suspects | None,
     suspects_as: str,
-) -> _FalseNegatives:
+) -> FalseNegatives:
+    """What a batch of these labels is told of false negatives among this many prototypes."""
     if isinstance(kappa, torch.Tensor):
         raise TypeError(f"{op}: kappa must be a number (got a tensor)")
     if kappa and tau_plus is not None:
         raise ValueError(f"{op}: give kappa or tau_plus, not both (got {kappa} and {tau_plus})")
-    others = max(len(memory.prototypes) - 1, 1)
+    others = max(classes - 1, 1)
     if tau_plus is None:
         kappa = _checks.number(op, "kappa", kappa, 0.0, rule="finite and >= 0")
         if kappa and kappa >= others:
@@ -233,22 +278,22 @@ def _false_negatives(
                 f"(got {kappa:g} and {others})"
             )
     if suspects is None:
-        return _FalseNegatives(kappa, tau_plus, None)
-    wanted = (len(memory.prototypes),)
+        return FalseNegatives(kappa, tau_plus, None)
+    wanted = (classes,)
     _checks.shape(op, "suspects.groups", suspects.groups, wanted, "one per prototype")
     if suspects_as == "exclude":
-        return _FalseNegatives(kappa, tau_plus, suspects.groups)
+        return FalseNegatives(kappa, tau_plus, suspects.groups)
     if kappa or tau_plus:
         raise ValueError(
             f'{op}: suspects_as="kappa" sets kappa itself '
             f"(got kappa={kappa}, tau_plus={tau_plus} too)"
         )
     counted = suspects.others[labels].double().clamp(max=others / 2)
-    return _FalseNegatives(counted, None, None)
+    return FalseNegatives(counted, None, None)
 
 
 def _prototype_term(
-    batch: _Batch, memory: MemoryBank, debias: _FalseNegatives, settings: dict[str, Any]
+    batch: _Batch, memory: MemoryBank, debias: FalseNegatives, settings: dict[str, Any]
 ) -> tuple[torch.Tensor, ContrastiveStats | None]:
     exclude = None
     if debias.groups is not None:
@@ -269,7 +314,7 @@ def _instance_term(
     batch: _Batch,
     memory: MemoryBank,
     of_class: bool,
-    debias: _FalseNegatives,
+    debias: FalseNegatives,
     settings: dict[str, Any],
 ) -> tuple[torch.Tensor, ContrastiveStats | None]:
     proto_of, labels = memory.proto_of, batch.labels
@@ -304,6 +349,10 @@ class DHCLLoss(nn.Module):
     ``suspects``, if any, are set once per epoch with :meth:`set_suspects`.
     """
 
+    # A bank over several ranks has its own.
+    loss_of: Callable[..., Any] = staticmethod(hybrid_contrastive_loss)
+    suspects_of: Callable[..., Suspects] = staticmethod(suspected_false_negatives)
+
     def __init__(
         self,
         *,
@@ -331,11 +380,11 @@ class DHCLLoss(nn.Module):
         }
         self._suspects: Suspects | None = None
 
-    def set_suspects(self, memory: MemoryBank, loose_labels: torch.Tensor | None) -> None:
+    def set_suspects(self, memory: Any, loose_labels: torch.Tensor | None) -> None:
         """Take the loose labels (N,) of this epoch's clustering, or None for no suspects."""
         self._suspects = None
         if loose_labels is not None:
-            self._suspects = suspected_false_negatives(memory, loose_labels)
+            self._suspects = self.suspects_of(memory, loose_labels)
 
     @property
     def suspects(self) -> Suspects | None:
@@ -345,7 +394,7 @@ class DHCLLoss(nn.Module):
     def forward(
         self,
         features: torch.Tensor,
-        memory: MemoryBank,
+        memory: Any,
         indices: torch.Tensor,
         *,
         cameras: torch.Tensor | None = None,
@@ -356,7 +405,7 @@ class DHCLLoss(nn.Module):
         ``cameras`` (N,) are those of the training images, for
         ``instance_positives="cross-camera"``.
         """
-        return hybrid_contrastive_loss(
+        return self.loss_of(
             features,
             memory,
             indices,

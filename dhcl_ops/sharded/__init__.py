@@ -6,6 +6,22 @@ rows; row numbers go on from rank to rank.
 
 from dhcl_ops.sharded.bank import MemoryBank
 from dhcl_ops.sharded.clustering import cluster, knn
+from dhcl_ops.sharded.contrastive import debiased_contrastive_loss
+from dhcl_ops.sharded.hybrid import (
+    DHCLLoss,
+    hybrid_contrastive_loss,
+    suspected_false_negatives,
+)
 from dhcl_ops.sharded.peers import PeerError, is_lost_peer
 
-__all__ = ["MemoryBank", "PeerError", "cluster", "is_lost_peer", "knn"]
+__all__ = [
+    "DHCLLoss",
+    "MemoryBank",
+    "PeerError",
+    "cluster",
+    "debiased_contrastive_loss",
+    "hybrid_contrastive_loss",
+    "is_lost_peer",
+    "knn",
+    "suspected_false_negatives",
+]

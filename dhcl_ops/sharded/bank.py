@@ -17,6 +17,7 @@ import torch.distributed as dist
 from dhcl_ops import _checks
 from dhcl_ops import memory as ops
 from dhcl_ops.bank import check_storage, unit_features
+from dhcl_ops.positives import hardest_positives
 from dhcl_ops.sharded.shards import PIECE_BYTES, Shards
 
 __all__ = ["MemoryBank"]
@@ -238,6 +239,11 @@ class MemoryBank:
                 moved[:, columns].index_copy_(0, arrival, part)
         return moved
 
+    def beside_rows(self, shards: Shards, values: torch.Tensor) -> torch.Tensor:
+        """Values (n, c) of this rank's images, moved to the ranks of their rows: (m, c)."""
+        home = _by_image(self.image_starts, self.rank, self.device)
+        return self._moved(shards, values, self._layout, of=home)
+
     @torch.no_grad()
     def init(self, features: torch.Tensor) -> None:
         """Fill the bank with features (n, d) of this rank's images, each divided by its norm."""
@@ -255,8 +261,7 @@ class MemoryBank:
         if self._proto_of is None:
             self._rows = shards.own
             return
-        home = _by_image(self.image_starts, self.rank, self.device)
-        self._rows = self._moved(shards, shards.own, self._layout, of=home)
+        self._rows = self.beside_rows(shards, shards.own)
         self._refresh()
 
     @torch.no_grad()
@@ -358,14 +363,7 @@ class MemoryBank:
         op = "sharded.MemoryBank.update_"
 
         def check() -> torch.Tensor:
-            self._check_place(op, "features", features)
-            _checks.dtype(op, "features", features, _checks.FLOATS)
-            _checks.rank(op, "features", features, 2)
-            wanted = (features.shape[0], self._rows.shape[1])
-            _checks.shape(op, "features", features, wanted, "rows of the bank's width")
-            self._check_place(op, "indices", indices)
-            _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
-            _checks.indices_in_range(op, "indices", indices, self.num_samples)
+            self._check_batch(op, features, indices, _checks.FLOATS)
             return features.detach()
 
         kind = features.dtype if isinstance(features, torch.Tensor) else None
@@ -383,6 +381,77 @@ class MemoryBank:
                 self._prototypes, self._rows, self._members, self._offsets, places,
                 self.normalize_prototypes, self._class_of,
             )  # fmt: skip
+
+    @torch.no_grad()
+    def hardest_positives(
+        self, features: torch.Tensor, indices: torch.Tensor, cameras: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of the rows of each image's class, the one that is least similar to its feature.
+
+        Args:
+            features: (b, d) of this rank's batch, any number of them, equal dtypes on all ranks.
+            indices: (b,) int64 numbers of their images, among those of all ranks.
+            cameras: (N,) int64 of the images of all ranks: only rows of another camera than the
+                image's own count. Either all ranks give it or none.
+
+        Returns:
+            (b,) int64 numbers of images, as :meth:`dhcl_ops.MemoryBank.hardest_positives`.
+        """
+        op = "sharded.MemoryBank.hardest_positives"
+
+        def check() -> torch.Tensor:
+            self._of_all("hardest_positives")
+            self._check_batch(op, features, indices, _checks.ALL_FLOATS)
+            self.check_cameras(op, cameras)
+            return features.detach()
+
+        kind = features.dtype if isinstance(features, torch.Tensor) else None
+        settings = {"the features' dtype": kind, "cameras": cameras is not None}
+        shards = self._agreed("hardest_positives", check, **settings)
+        sizes = [end - begin for begin, end in itertools.pairwise(shards.starts)]
+        with shards.stage("batch"):
+            every = shards.gather_shares(shards.own, sizes)
+            images = shards.gather_shares(indices, sizes)
+        return self.hardest_of_all(shards, every, images, cameras)[shards.begin : shards.end]
+
+    def hardest_of_all(
+        self,
+        shards: Shards,
+        features: torch.Tensor,
+        indices: torch.Tensor,
+        cameras: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same (B,) for the batches of all ranks, which every rank has: each asks its rows."""
+        held = self._layout.held
+        here = (self._layout.owners(indices) == self.rank).nonzero().squeeze(1)
+        found = torch.zeros_like(indices)
+        if len(held):
+            own = None if cameras is None else cameras[held]
+            rows = hardest_positives(
+                features[here], self._rows, torch.searchsorted(held, indices[here]),
+                self._class_of, self._members, self._offsets, own, op=shards.op,
+            )  # fmt: skip
+            found[here] = held[rows]
+        with shards.stage("hardest positives"):
+            every = shards.gather_shares(found, [len(indices)] * self.world)
+        return every.view(self.world, -1).sum(0)
+
+    def check_cameras(self, op: str, cameras: torch.Tensor | None) -> None:
+        """Raise unless these are none, or cameras of the images of all ranks."""
+        if cameras is not None:
+            self._check_place(op, "cameras", cameras)
+            why = "one per image of all ranks"
+            _checks.integers(op, "cameras", cameras, self.num_samples, why)
+
+    def _check_batch(self, op: str, features: Any, indices: Any, dtypes: Any) -> None:
+        self._check_place(op, "features", features)
+        _checks.dtype(op, "features", features, dtypes)
+        _checks.rank(op, "features", features, 2)
+        wanted = (features.shape[0], self._rows.shape[1])
+        _checks.shape(op, "features", features, wanted, "rows of the bank's width")
+        self._check_place(op, "indices", indices)
+        _checks.integers(op, "indices", indices, features.shape[0], "one per feature")
+        _checks.indices_in_range(op, "indices", indices, self.num_samples)
 
     def _check_place(self, op: str, name: str, value: Any) -> None:
         _checks.tensor(op, name, value)

@@ -191,7 +191,7 @@ def test_whole_bank_compiles(device):
         ({"indices": torch.zeros(3, dtype=torch.int64)}, ValueError, "one per feature"),
         ({"instance_weight": 0.0, "prototype_weight": 0.0}, ValueError, "must not both be 0"),
         ({"instance_weight": -1.0}, ValueError, "instance_weight must be finite and >= 0"),
-        ({"instance_positives": "all"}, ValueError, "'self' or 'class'"),
+        ({"instance_positives": "all"}, ValueError, "'cross-camera' or 'class'"),
         ({"kappa": 5.0}, ValueError, r"number of other prototypes \(got 5 and 5\)"),
         ({"kappa": torch.ones(5)}, TypeError, "kappa must be a number"),
         ({"kappa": 0.2, "tau_plus": 0.1}, ValueError, "kappa or tau_plus, not both"),

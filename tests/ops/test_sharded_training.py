@@ -1,4 +1,4 @@
-"""The memory bank over several processes: the bits of one, for any shares, and its state.
+"""The memory bank and its losses over several processes: what one process gives, for any shares.
 
 Four processes do everything; two and three of them are groups of their own.
 """
@@ -14,6 +14,7 @@ from torch.distributed import checkpoint
 import dhcl_ops
 from dhcl_ops import sharded
 from dhcl_ops.sharded import shards as shards_module
+from tests.ops import sharded_losses
 from tests.ops.ranks import on_ranks, own_slice
 
 WORLDS = (2, 3, 4)
@@ -236,6 +237,7 @@ def refusals(group):
         "no state": lambda: bank.load_state_dict({}),
     }
     said = {name: message_of(call) for name, call in calls.items()}
+    said |= {name: message_of(call) for name, call in sharded_losses.refused_calls(group).items()}
     one = dhcl_ops.MemoryBank(N, D)
     one.init(features_of(1))
     return said, unlike(bank, one, own)
@@ -296,7 +298,10 @@ def loses_a_rank(group, stage):
     started = time.monotonic()
     try:
         bank.set_labels(labels_of(3)[own])
-        bank.update_(*batches(2, world)[rank])
+        given, images = batches(2, world)[rank]
+        bank.update_(given, images)
+        features = features_of(6)[: len(images)].requires_grad_()
+        sharded.hybrid_contrastive_loss(features, bank, images)
         bank.state_dict()
     except sharded.PeerError as error:
         return str(error), time.monotonic() - started
@@ -307,7 +312,15 @@ def loses_a_rank(group, stage):
     return "nothing", 0.0
 
 
-STAGES = ("labels", "rows of the bank", "update", "state")
+STAGES = (
+    "labels",
+    "rows of the bank",
+    "update",
+    "batch",
+    "sums of the loss",
+    "gradient",
+    "state",
+)
 
 
 def outcomes_on(rank, world, folder):
@@ -321,6 +334,16 @@ def outcomes_on(rank, world, folder):
             found[size, kind, name] = life_of_a_bank(kind, group, OPTIONS[name])
         found[size, "edges"] = edges(group)
         found[size, "traffic"] = traffic_of(group)
+        for name in sharded_losses.OPTIONS:
+            found[size, name] = sharded_losses.debiased(name, group)
+        for name in sharded_losses.HYBRIDS:
+            found[size, name] = sharded_losses.hybrid(name, group)
+        found[size, "suspects"] = sharded_losses.suspects_of_both(group)
+        found[size, "module"] = sharded_losses.as_a_module(group)
+        found[size, "bytes"] = [
+            sharded_losses.traffic_of(name, group) for name in ("defaults", "each", "listed")
+        ]
+        found[size, "alone"] = sharded_losses.backward_alone(group)
     found["resharded"] = resharded(folder, groups, rank)
     if rank < 2:
         found["refusals"] = refusals(groups[2])
@@ -373,6 +396,47 @@ def test_bytes_are_those_of_the_formula(outcomes, world):
     assert sum(outcomes[rank][world, "traffic"][0]["rows of the bank"] for rank in range(world)) > 0
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [*sharded_losses.OPTIONS, *sharded_losses.HYBRIDS])
+def test_losses_are_those_of_one_process_to_rounding(outcomes, world, name):
+    for rank in range(world):
+        for what, difference in outcomes[rank][world, name].items():
+            assert difference < 2e-6, f"{what} on rank {rank}"
+
+
+def test_the_losses_of_the_cases_are_not_all_clamped(outcomes):
+    for name, part in (("H1", "prototypes"), ("H2", "instances"), ("both, through", "instances")):
+        shares = [
+            -outcomes[rank][4, name][f"{part} share clamped"]
+            for rank in range(4)
+            if sharded_losses.shares(11, 3 - rank, 4) != slice(0, 0)
+        ]
+        assert min(shares) < 1, name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_suspects_are_those_of_one_process(outcomes, world):
+    for rank in range(world):
+        assert outcomes[rank][world, "suspects"] == []
+        assert outcomes[rank][world, "module"] < 2e-6
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bytes_of_the_losses_are_those_of_the_formula(outcomes, world):
+    for rank in range(world):
+        for sent, formula in outcomes[rank][world, "bytes"]:
+            assert {key: size for key, size in sent.items() if size} == {
+                key: size for key, size in formula.items() if size
+            }
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_backward_needs_no_other_rank_and_no_bank(outcomes, world):
+    same, twice = outcomes[0][world, "alone"]
+    assert same
+    assert "it is not twice differentiable" in twice
+
+
 def test_what_is_wrong_on_one_rank_is_refused_on_all(outcomes):
     for rank in range(2):
         said, changed = outcomes[rank]["refusals"]
@@ -396,7 +460,7 @@ def test_what_is_wrong_on_one_rank_is_refused_on_all(outcomes):
             "state": "features must be a DTensor (61, 20) (got DTensor (7, 20))",
             "no state": "features must be a DTensor (61, 20) (got none)",
         }
-        for name, words in wanted.items():
+        for name, words in (wanted | sharded_losses.REFUSED).items():
             assert words in said[name], name
         if rank == 0:
             assert "refused on rank 1" in said["zero"]

@@ -1,0 +1,253 @@
+"""The loss of DHCL-HNM over a memory bank whose rows and prototypes lie on several ranks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from dhcl_ops import _checks, hybrid
+from dhcl_ops.contrastive import (
+    Arguments,
+    ContrastiveStats,
+    check_arguments,
+    divisor_of,
+    loss_dtype,
+    stats_of,
+)
+from dhcl_ops.hybrid import FalseNegatives, Suspects
+from dhcl_ops.sharded.bank import MemoryBank
+from dhcl_ops.sharded.contrastive import MEAN, Problem, agreed_settings, gathered, loss_over
+from dhcl_ops.sharded.shards import Shards
+
+__all__ = ["DHCLLoss", "hybrid_contrastive_loss", "suspected_false_negatives"]
+
+
+@torch.no_grad()
+def suspected_false_negatives(memory: MemoryBank, loose_labels: torch.Tensor) -> Suspects:
+    """:func:`dhcl_ops.suspected_false_negatives` of a bank on several ranks, equal on all of them.
+
+    Args:
+        memory: a bank with labels.
+        loose_labels: (n,) int64 labels of this rank's images at a larger eps.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, PeerError: as :class:`MemoryBank`.
+    """
+    op = "sharded.suspected_false_negatives"
+    begin, end = memory.image_starts[memory.rank : memory.rank + 2]
+
+    def check() -> torch.Tensor:
+        why = "one per image of this rank"
+        loose = _checks.integers(op, "loose_labels", loose_labels, end - begin, why)
+        _checks.same_device(op, memory=memory.proto_of, loose_labels=loose)
+        if len(loose) and int(loose.min()) < -1:
+            raise ValueError(f"{op}: loose_labels must be >= -1 (got {int(loose.min())})")
+        return loose
+
+    shards = Shards(op, memory.group, check, {}, memory.traffic)
+    loose = shards.own
+    with shards.stage("suspects"):
+        highest = loose.max()[None] if len(loose) else loose.new_full((1,), -1)
+        base = int(shards.gather_shares(highest, [1] * shards.world).max()) + 1
+        if base > memory.num_samples:
+            # Numbers with gaps: only which images are together counts.
+            numbers = shards.gather(loose).unique()
+            loose = torch.where(loose < 0, loose, torch.searchsorted(numbers, loose))
+            base = len(numbers)
+    loose = memory.beside_rows(shards, loose[:, None]).squeeze(1)
+    first, behind = memory.prototype_starts[memory.rank : memory.rank + 2]
+    classes = memory.proto_of[memory.images].long() - first
+    best = hybrid.largest_shares(classes, loose, behind - first, base)
+    with shards.stage("suspects"):
+        return hybrid.suspects_of(shards.gather(best), base)
+
+
+def hybrid_contrastive_loss(
+    features: torch.Tensor,
+    memory: MemoryBank,
+    indices: torch.Tensor,
+    *,
+    instance_weight: float = 0.25,
+    prototype_weight: float = 1.0,
+    instance_positives: str = "self",
+    cameras: torch.Tensor | None = None,
+    temperature: float = 0.05,
+    kappa: float = 0.0,
+    tau_plus: float | None = None,
+    beta: float = 0.0,
+    suspects: Suspects | None = None,
+    suspects_as: str = "exclude",
+    hardness_gradient: str = "stop",
+    reduction: str = "mean",
+    return_stats: bool = False,
+    precision: str = "exact",
+) -> Any:
+    """:func:`dhcl_ops.hybrid_contrastive_loss` over a bank on several ranks, whose group it takes.
+
+    Every rank calls it with its own batch. The loss is that of one process which has the whole bank
+    and this rank's batch, to rounding: see :func:`debiased_contrastive_loss`. Nothing is sent in
+    backward, and the bank may change before it.
+
+    Args:
+        features: (b, d) this rank's batch, of norm 1, any number of rows.
+        memory: a sharded bank with labels.
+        indices: (b,) int64 numbers of their images, among those of all ranks.
+        cameras: (N,) int64 of the images of all ranks, for ``"cross-camera"``.
+        suspects: of :func:`suspected_false_negatives` of this module.
+        instance_weight, prototype_weight, instance_positives, temperature, kappa, tau_plus, beta,
+            suspects_as, hardness_gradient, reduction, precision: as in
+            :func:`dhcl_ops.hybrid_contrastive_loss`, equal on all ranks.
+        return_stats: also return :class:`dhcl_ops.HybridStats` of own rows; the hardest instances
+            are numbered among the images of all ranks.
+
+    Returns:
+        The loss, () or (b,), or with ``return_stats`` the pair (loss, stats).
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError, PeerError: as
+            :func:`debiased_contrastive_loss`; RuntimeError also for a bank without labels.
+    """
+    op = "sharded.hybrid_contrastive_loss"
+    if not isinstance(memory, MemoryBank):
+        raise TypeError(f"{op}: memory must be a sharded.MemoryBank (got {type(memory).__name__})")
+    weights: tuple[float, float]
+    given: Arguments
+
+    def check() -> torch.Tensor:
+        nonlocal weights, given
+        weights = hybrid.check_terms(
+            op, features, indices, memory.num_samples, (prototype_weight, instance_weight),
+            instance_positives, suspects_as, cameras,
+        )  # fmt: skip
+        memory.check_cameras(op, cameras if instance_positives == "cross-camera" else None)
+        _checks.same_device(op, features=features, memory=memory.rows, indices=indices)
+        # Settings of both terms, checked on the rows' side of one of them.
+        given = check_arguments(
+            op, features, memory.prototypes, memory.proto_of[indices].long(),
+            temperature=temperature, kappa=0.0, tau_plus=None, beta=beta, proxy_labels=None,
+            positives="mean", exclude=None, hardness_gradient=hardness_gradient,
+            reduction=reduction, precision=precision, chunk_size=None, whole=False,
+        )  # fmt: skip
+        return features.detach()
+
+    settings = agreed_settings(
+        features, memory.rows, instance_weight=instance_weight, prototype_weight=prototype_weight,
+        instance_positives=instance_positives, temperature=temperature, kappa=kappa,
+        tau_plus=tau_plus, beta=beta, suspects=suspects is not None, suspects_as=suspects_as,
+        hardness_gradient=hardness_gradient, reduction=reduction, precision=precision,
+    )  # fmt: skip
+    shards = Shards(op, memory.group, check, settings, memory.traffic)
+    with shards.stage("batch"):
+        every = gathered(shards, indices)
+        batch = _Batch(gathered(shards, shards.own), memory.proto_of[every].long(), every)
+    if weights[1] and instance_positives in ("hardest", "cross-camera"):
+        apart = cameras if instance_positives == "cross-camera" else None
+        hardest = memory.hardest_of_all(shards, batch.features, every, apart)
+        batch = batch._replace(positives=hardest)
+    classes = memory.num_prototypes
+    debias = hybrid.false_negatives(
+        op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as
+    )
+    problems = (
+        _prototype_term(batch, memory, debias, given, precision == "fast") if weights[0] else None,
+        _instance_term(
+            batch, memory, instance_positives == "class", debias, given, precision == "fast"
+        )
+        if weights[1]
+        else None,
+    )
+    terms: list[torch.Tensor | None] = [None, None]
+    seen: list[ContrastiveStats | None] = [None, None]
+    divisor = divisor_of(reduction, len(features))
+    for place, problem in enumerate(problems):
+        if problem is not None:
+            results = loss_over(shards, problem, features)
+            losses = results.losses.to(loss_dtype(features, memory.rows))
+            terms[place] = losses if divisor is None else losses.sum() / divisor
+            seen[place] = stats_of(results, problem.settings.aggregation)
+    return hybrid.combined(weights, terms, seen, return_stats)
+
+
+class _Batch(NamedTuple):
+    """Rows of all ranks."""
+
+    features: torch.Tensor  # (B, d)
+    labels: torch.Tensor  # (B,) classes
+    positives: torch.Tensor  # (B,) images whose rows the instance term pulls to
+
+
+def _with_kappa(
+    given: Arguments, kappa: float | torch.Tensor, tau_plus: float | None, batch: _Batch
+) -> Any:
+    """The settings with these false negatives."""
+    if not isinstance(kappa, torch.Tensor):
+        share = kappa if tau_plus is None else tau_plus
+        rows, device = len(batch.labels), batch.labels.device
+        kappa = torch.full((rows,), share, dtype=torch.float64, device=device)
+    return given.settings._replace(kappa=kappa.double(), prior=tau_plus is not None)
+
+
+def _prototype_term(
+    batch: _Batch, memory: MemoryBank, debias: FalseNegatives, given: Arguments, fast: bool
+) -> Problem:
+    first, behind = memory.prototype_starts[memory.rank : memory.rank + 2]
+    groups = debias.groups
+    roles = given.roles._replace(
+        labels=batch.labels - first,
+        row_groups=None if groups is None else groups[batch.labels],
+        column_groups=None if groups is None else groups[first:behind].contiguous(),
+    )
+    settings = _with_kappa(given, debias.kappa, debias.tau_plus, batch)
+    return Problem(batch.features, memory.prototypes, roles, settings, fast, 0, None, first)
+
+
+def _instance_term(
+    batch: _Batch,
+    memory: MemoryBank,
+    of_class: bool,
+    debias: FalseNegatives,
+    given: Arguments,
+    fast: bool,
+) -> Problem:
+    images, labels = memory.images, batch.labels
+    classes = memory.proto_of[images].long()
+    row_groups, column_groups = labels, classes
+    if debias.groups is not None:
+        row_groups, column_groups = debias.groups[labels], debias.groups[classes]
+    # The same share of the negatives as among the prototypes.
+    others = max(memory.num_prototypes - 1, 1)
+    share = debias.share(others)
+    kappa: float | torch.Tensor = 0.0
+    if share is None:
+        negatives = memory.num_samples - memory.class_sizes[labels]
+        kappa = debias.kappa / others * negatives
+    grouped = not of_class or debias.groups is not None
+    roles = given.roles._replace(
+        labels=labels if of_class else _places(images, batch.positives),
+        proxy_labels=classes if of_class else None,
+        row_groups=row_groups if grouped else None,
+        column_groups=column_groups if grouped else None,
+    )
+    settings = _with_kappa(given, kappa, share, batch)
+    if of_class:
+        settings = settings._replace(aggregation=MEAN)
+    return Problem(batch.features, memory.rows, roles, settings, fast, 0, images, 0)
+
+
+def _places(images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Where images stand among ascending ones, -1 where they do not."""
+    if len(images) == 0:
+        return torch.full_like(wanted, -1)
+    place = torch.searchsorted(images, wanted).clamp(max=len(images) - 1)
+    return torch.where(images[place] == wanted, place, -1)
+
+
+class DHCLLoss(hybrid.DHCLLoss):
+    """:class:`dhcl_ops.DHCLLoss` over a bank on several ranks; every rank calls it together.
+
+    Loose labels are those (n,) of this rank's images.
+    """
+
+    loss_of = staticmethod(hybrid_contrastive_loss)
+    suspects_of = staticmethod(suspected_false_negatives)
