@@ -41,7 +41,7 @@ class IndexArguments:
     out: Path | None = None
     """Folder that the index lies in."""
     store: str | None = None
-    """Address of the index in place of a folder, of another kind of store."""
+    """Address of the index in place of a folder, such as milvus://host:port/collection."""
     run: Path | None = None
     """Folder of the run whose model extracts the features; later the index knows it."""
     which: Which = "last"
@@ -132,7 +132,7 @@ class SearchArguments:
     """Find the people of some images in an index."""
 
     index: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """Folder that the index lies in, or address of another kind of store."""
+    """Folder that the index lies in, or its address, such as milvus://host:port/collection."""
     query: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUERY …")]
     """Images to search with, or folders of them."""
     topk: int = 20

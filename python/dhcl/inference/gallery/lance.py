@@ -214,8 +214,10 @@ class LanceStore:
 
 
 def _none(width: int, columns: Sequence[str]) -> Any:
-    schema = arrow_schema(width)
-    return schema.empty_table().select(list(columns)).to_batches()[0]
+    import pyarrow as pa
+
+    fields = [arrow_schema(width).field(name) for name in columns]
+    return pa.RecordBatch.from_pylist([], schema=pa.schema(fields))
 
 
 def _list_sums(lists: Neighbours) -> NDArray[np.int64]:

@@ -19,7 +19,11 @@ Address = str | os.PathLike[str]
 """A folder, or a URL."""
 
 # Modules of stores by the scheme of their URLs; an address without one is a folder.
-_STORES = {"": "dhcl.inference.gallery.lance"}
+_STORES = {
+    "": "dhcl.inference.gallery.lance",
+    "milvus": "dhcl.inference.gallery.milvus",
+    "milvus+tls": "dhcl.inference.gallery.milvus",
+}
 
 
 def _scheme(address: Address) -> str:

@@ -9,7 +9,7 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,26 +193,30 @@ def place_of(folder: Path) -> Iterator[str]:
 
 def expression(where: Where) -> Any:
     """The filter as an expression of Arrow, in which values are no text of a language."""
+    import pyarrow as pa
     import pyarrow.compute as pc
+
+    def texts(values: Iterable[str]) -> Any:
+        return pa.array(list(values), pa.string())  # also of none
 
     row, camera, root, path = map(pc.field, ("row", "camera", "root", "path"))
     parts = []
     if where.cameras is not None:
-        parts.append(camera.isin([text_of(each) for each in where.cameras]))
+        parts.append(camera.isin(texts(map(text_of, where.cameras))))
     if where.not_camera is not None:
         parts.append(camera != text_of(where.not_camera))
     if where.ids is not None:
-        parts.append(pc.field("id").isin([text_of(each) for each in where.ids]))
+        parts.append(pc.field("id").isin(texts(map(text_of, where.ids))))
     if where.since is not None:
         parts.append(pc.field("time") >= where.since)
     if where.until is not None:
         parts.append(pc.field("time") <= where.until)
     if where.rows is not None:
-        parts.append(row.isin(where.rows.tolist()))
+        parts.append(row.isin(pa.array(where.rows, pa.int64())))
     if where.paths is not None:
         roots = sorted({number for number, _ in where.paths})
         listed = {n: [written(p) for m, p in where.paths if m == n] for n in roots}
-        parts.append(_any((root == n) & path.isin(listed[n]) for n in roots))
+        parts.append(_any((root == n) & path.isin(texts(listed[n])) for n in roots))
     if where.below is not None:
         below = [(number, written(p)) for number, p in where.below]
         parts.append(
