@@ -115,6 +115,23 @@ class _Search:
         op = _select if self.kernels else OPS["knn_select_"].reference
         op(*state, *args)
 
+    def state_above_floor(self) -> tuple[torch.Tensor, ...]:
+        """No candidates yet, and only those taken whose products let them reach the floor.
+
+        A row with a floor begins with empty places for all that ranking stores of it, as if these
+        were candidates: what it gets may be less.
+        """
+        assert self.floor is not None
+        state = _new_state(len(self.queries), self.capacity, self.device)
+        _, _, counts, thresholds = state
+        known = self.floor > -torch.inf
+        counts.masked_fill_(known, self.others)
+        least = ((self.floor.double() - self.products.bound) * self.products.scale**2).float()
+        # What is dropped lies at or below the threshold, and what reaches the floor must not.
+        least = torch.nextafter(least, torch.full_like(least, -torch.inf))
+        thresholds.copy_(torch.where(known, least, thresholds))
+        return state
+
     def search_torch(self) -> None:
         if self.by_strips:
             self._search_strips()
@@ -483,7 +500,7 @@ def meet(
                 own, others, products, min(k, len(others)), self_search=False, certify=True,
                 progress=None, floor=floors[place],
             )  # fmt: skip
-            sides.append((search, _new_state(len(own), search.capacity, search.device)))
+            sides.append((search, search.state_above_floor()))
         (one, state), (other, other_state) = sides
         if one.others > 0 and other.others > 0:
             out = one.workspace()

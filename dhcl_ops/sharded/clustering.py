@@ -19,7 +19,7 @@ from dhcl_ops.reciprocal import Convention, list_width, lower_by_products
 from dhcl_ops.sharded import graph
 from dhcl_ops.sharded.components import dbscan
 from dhcl_ops.sharded.neighbours import search
-from dhcl_ops.sharded.shards import PIECE_BYTES, Shards
+from dhcl_ops.sharded.shards import Shards, piece_rows
 
 __all__ = ["cluster", "knn"]
 
@@ -143,7 +143,7 @@ def largest_squares(features: torch.Tensor, shards: Shards) -> torch.Tensor:
 
     with full_precision(features.device):
         meet(slice(0, len(features)), features)
-        size = max(PIECE_BYTES // max(4 * width, 1), 1)
+        size = piece_rows(4 * width, features.device)
         visits = shards.visits(
             size,
             lambda rank, begin, end: [(end - begin, width)],

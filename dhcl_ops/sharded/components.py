@@ -16,7 +16,9 @@ def _smallest_reached(ids: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> to
     a, b = (torch.searchsorted(ids, side.contiguous()) for side in (a, b))
     own = torch.arange(count, device=ids.device)
     # Connected components are DBSCAN's clusters where every row is core.
-    keys = torch.cat([a * count + b, b * count + a, own * (count + 1)]).unique()
+    keys = torch.cat([a * count + b, b * count + a, own * (count + 1)])
+    del a, b
+    keys = keys.unique()
     column = keys % max(count, 1)
     lines = _csr.offsets_of(keys // max(count, 1), count)
     component = labels_of(lines, column, torch.zeros(len(column), device=ids.device), 1.0, 1)
@@ -34,17 +36,25 @@ def dbscan(graph: Rows, eps: float, min_samples: int, shards: Shards) -> torch.T
     then numbered by their smallest core row, which its owner counts.
     """
     device = graph.offsets.device
-    row = _csr.row_ids(graph.offsets)
     near = graph.values <= torch.tensor(eps, dtype=torch.float32, device=device)
-    row, column = row[near], graph.columns[near]
+    row, column = _csr.row_ids(graph.offsets)[near], graph.columns[near]
+    del near
     core = torch.bincount(row, minlength=shards.rows) >= min_samples
-    ids = column.unique()
+    # A mark for each row of all ranks takes less than sorting the columns.
+    marks = torch.zeros(shards.total, dtype=torch.bool, device=device)
+    marks[column] = True
+    ids = marks.nonzero().squeeze(1)
     (is_core,) = shards.fetch(ids, core)
-    to_core = is_core[torch.searchsorted(ids, column)]
+    marks[ids] = is_core
+    to_core = marks[column]
+    del marks, ids
     row, column = row[to_core], column[to_core]
     inner = core[row]
     own = torch.arange(shards.begin, shards.end, device=device)
-    root = _roots(own, own[row[inner]], column[inner], core, shards)
+    # Of a pair the rank of the lower row makes an edge: the other one has it the other way round.
+    edges = (inner & (column > row + shards.begin)).nonzero().squeeze(1)
+    root = _roots(own, row[edges] + shards.begin, column[edges], core, shards)
+    del edges
     is_root = core & (root == own)
     counts = shards.gather(is_root.sum()[None])
     number = is_root.cumsum(0) - 1 + counts[: shards.rank].sum()

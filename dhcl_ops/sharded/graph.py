@@ -17,10 +17,10 @@ from dhcl_ops._progress import Progress, slices
 from dhcl_ops.jaccard import Index, inverted_index, jaccard_join
 from dhcl_ops.knn import pair_scores
 from dhcl_ops.reciprocal import k_reciprocal, query_expand, softmax_rows
-from dhcl_ops.sharded.shards import PIECE_BYTES, Shards
+from dhcl_ops.sharded.shards import Shards, piece_rows
 
 # Entries of sets for which the features of their members are fetched at once.
-_FETCHED_BYTES = 64 << 20
+_FETCHED_BYTES = 16 << 20
 
 
 def _offsets(sizes: torch.Tensor) -> torch.Tensor:
@@ -218,7 +218,7 @@ class _Luggage:
         self.rows = rows
         entries = shards.gather(torch.tensor([len(rows.columns)], device=shards.device))
         mean = int(entries.sum()) // max(shards.total, 1) + 1
-        self.size = max(PIECE_BYTES // (8 * mean), 1)
+        self.size = piece_rows(8 * mean, shards.device)
         own = [
             int(rows.offsets[end] - rows.offsets[begin])
             for begin, end in shards.pieces(shards.rank, self.size)
@@ -244,27 +244,36 @@ class _Luggage:
 
 def eps_graph(rows: Rows, eps: float, shards: Shards, progress: Progress | None) -> Rows:
     """Own lines of the graph of all pairs within eps; each pair is looked for by one rank."""
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def note(row: torch.Tensor, column: torch.Tensor, distance: torch.Tensor) -> None:
+        # There are many pairs and each waits in here: 12 bytes of it, not 20.
+        found.append((row.int(), column.int(), distance))
+
     row, other, distance = _pairs(rows, None, eps)
     beside = row != other
-    found = [
-        (row, other + shards.begin, distance),
-        (other[beside], row[beside] + shards.begin, distance[beside]),
-    ]
+    note(row, other + shards.begin, distance)
+    note(other[beside], row[beside] + shards.begin, distance[beside])
+    del row, other, distance, beside
     luggage = _Luggage(rows, shards)
     for visit in shards.visits(luggage.size, luggage.outline, luggage.give):
         sizes, columns, values = visit.tables
         visitor = Rows(_offsets(sizes.long()), columns, values)
         row, other, distance = _pairs(_cut(rows, 0, visit.mine.stop), visitor, eps)
-        found.append((row, other + visit.first, distance))
+        note(row, other + visit.first, distance)
         # What the visitor's rows found here goes home, by its own numbers.
         theirs = other + (visit.first - shards.starts[visit.owner])
         ours = row + shards.begin
         back = shards.swap(visit.owner, visit.host, theirs.int(), ours.int(), distance)
-        found.append((back[0].long(), back[1].long(), back[2]))
+        note(*back)
         if progress is not None:
             progress("pairs", min(visit.first, shards.total), shards.total)
     row, column, distance = (torch.cat(parts) for parts in zip(*found, strict=True))
-    del found
-    order = (row * max(shards.total, 1) + column).argsort()
-    row, column, distance = row[order], column[order], distance[order]
-    return Rows(_csr.offsets_of(row, shards.rows), column, distance)
+    found.clear()
+    total = max(shards.total, 1)
+    key = row.long() * total + column
+    del row, column
+    key, order = key.sort()
+    distance = distance[order]
+    del order
+    return Rows(_csr.offsets_of(key // total, shards.rows), key % total, distance)

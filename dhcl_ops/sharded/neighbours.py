@@ -13,7 +13,7 @@ import torch
 
 from dhcl_ops._progress import Progress
 from dhcl_ops.knn import Neighbours, knn, meet
-from dhcl_ops.sharded.shards import PIECE_BYTES, Shards
+from dhcl_ops.sharded.shards import Shards, piece_rows
 
 
 class _Best(NamedTuple):
@@ -21,6 +21,14 @@ class _Best(NamedTuple):
 
     similarities: torch.Tensor
     indices: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, k: int, total: int, device: torch.device) -> _Best:
+        """Lists without a neighbour, of which the index is ``total``."""
+        return cls(
+            torch.full((rows, k), -torch.inf, device=device),
+            torch.full((rows, k), total, dtype=torch.int64, device=device),
+        )
 
     def take(self, rows: slice, similarities: torch.Tensor, indices: torch.Tensor) -> None:
         """Merge what some rows have found elsewhere: best first, lower indices first."""
@@ -40,17 +48,33 @@ class _Best(NamedTuple):
 def search(features: torch.Tensor, k: int, shards: Shards, progress: Progress | None) -> Neighbours:
     """Lists (n, k) of own rows float32 among all rows, each row first in its own; k <= total."""
     rows, device = shards.rows, shards.device
-    others = max(k - 1, 0)
+    others, first = max(k - 1, 0), min(k, 1)
     near = knn(features, min(k, rows))
-    best = _Best(
-        torch.full((rows, others), -torch.inf, device=device),
-        torch.full((rows, others), shards.total, dtype=torch.int64, device=device),
-    )
+    best = _Best.empty(rows, others, shards.total, device)
     known = max(min(k, rows) - 1, 0)
     best.similarities[:, :known] = near.similarities[:, 1:]
     best.indices[:, :known] = near.indices[:, 1:] + shards.begin
-    width = features.shape[1]
+    # A rank without rows has lists of no length.
+    itself = near.similarities[:, :first].reshape(rows, first).clone()
     uncertified = near.uncertified.clone()
+    del near
+    if others:
+        uncertified += _visited(best, features, shards, progress)
+    own = torch.arange(shards.begin, shards.end, device=device)[:, None]
+    return Neighbours(
+        torch.cat([itself, best.similarities], 1),
+        torch.cat([own[:, :first], best.indices], 1),
+        shards.gather(uncertified[None]).sum(),
+    )
+
+
+def _visited(
+    best: _Best, features: torch.Tensor, shards: Shards, progress: Progress | None
+) -> torch.Tensor:
+    """Complete own lists by visits, and count the searches that were repeated."""
+    width, others = features.shape[1], best.indices.shape[1]
+    size = piece_rows(4 * width, shards.device)
+    uncertified = torch.zeros((), dtype=torch.int64, device=shards.device)
 
     def outline(rank: int, begin: int, end: int) -> list[Sequence[int]]:
         return [(end - begin, width), (end - begin,)]
@@ -58,31 +82,25 @@ def search(features: torch.Tensor, k: int, shards: Shards, progress: Progress | 
     def give(begin: int, end: int) -> list[torch.Tensor]:
         return [features[begin:end], best.floor(begin, end)]
 
-    if others:
-        size = max(PIECE_BYTES // max(4 * width, 1), 1)
-        for visit in shards.visits(size, outline, give):
-            visitor, floor = visit.tables
-            mine = visit.mine
-            here, away = meet(
-                features[mine], visitor, others, (best.floor(mine.start, mine.stop), floor)
-            )
+    for visit in shards.visits(size, outline, give):
+        visitor, floor = visit.tables
+        theirs = _Best.empty(len(visitor), others, shards.total, shards.device)
+        # Own rows in pieces too: what a search holds of a row is more than the row itself.
+        for begin in range(visit.mine.start, visit.mine.stop, size):
+            mine = slice(begin, min(begin + size, visit.mine.stop))
+            floors = (best.floor(mine.start, mine.stop), floor)
+            here, away = meet(features[mine], visitor, others, floors)
             best.take(mine, here.similarities, here.indices + visit.first)
-            found = torch.full((len(visitor), others), -torch.inf, device=device)
-            ids = torch.full((len(visitor), others), shards.total, dtype=torch.int32, device=device)
-            found[:, : away.indices.shape[1]] = away.similarities
-            ids[:, : away.indices.shape[1]] = (away.indices + shards.begin).int()
-            ids.masked_fill_(found == -torch.inf, shards.total)
-            # What the visitor's rows found here goes home.
-            similarities, indices = shards.swap(visit.owner, visit.host, found, ids)
-            best.take(visit.away, similarities, indices.long())
+            found = away.indices + (shards.begin + begin)
+            found.masked_fill_(away.similarities == -torch.inf, shards.total)
+            theirs.take(slice(0, len(visitor)), away.similarities, found)
+            floor = floor.maximum(theirs.floor(0, len(visitor)))
             uncertified += here.uncertified + away.uncertified
-            if progress is not None:
-                progress("products", min(visit.first, shards.total), shards.total)
-    # A rank without rows has lists of no length.
-    first = near.similarities[:, : min(k, 1)].reshape(rows, min(k, 1))
-    own = torch.arange(shards.begin, shards.end, device=device)[:, None]
-    return Neighbours(
-        torch.cat([first, best.similarities], 1),
-        torch.cat([own[:, : min(k, 1)], best.indices], 1),
-        shards.gather(uncertified[None]).sum(),
-    )
+        # What the visitor's rows found here goes home.
+        similarities, indices = shards.swap(
+            visit.owner, visit.host, theirs.similarities, theirs.indices.int()
+        )
+        best.take(visit.away, similarities, indices.long())
+        if progress is not None:
+            progress("products", min(visit.first, shards.total), shards.total)
+    return uncertified

@@ -19,10 +19,17 @@ import torch.distributed as dist
 from dhcl_ops._version import __version__
 from dhcl_ops.sharded.peers import PeerError, is_lost_peer
 
-__all__ = ["Shards", "Visit"]
+__all__ = ["Shards", "Visit", "piece_rows"]
 
-# Bytes of visiting rows that a rank holds at once, beside the piece that is on its way.
-PIECE_BYTES = 64 << 20
+# Bytes of visiting rows that a rank holds at once, beside the piece that is on its way. A GPU has
+# more memory, and products that are too small keep it waiting for the host.
+PIECE_BYTES = 4 << 20
+_PIECES = {"cuda": 64}
+
+
+def piece_rows(row_bytes: int, device: torch.device) -> int:
+    """How many rows of so many bytes are handled at once."""
+    return max(PIECE_BYTES * _PIECES.get(device.type, 1) // max(row_bytes, 1), 1)
 
 
 class Visit(NamedTuple):
