@@ -108,6 +108,7 @@ def _encoded(
             found = search(features, k, shards, progress)
         similarities, ranks = found.similarities, found.indices.int()
         uncertified = int(found.uncertified)
+        del found
     else:
         similarities, ranks = given
     timer("neighbours")
@@ -120,8 +121,10 @@ def _encoded(
     with shards.stage("sets"):
         back = graph.positions(ranks, shards)
         sets = graph.expanded_sets(ranks, back, half, shards, progress)
+        del back
     with shards.stage("weights"):
         weights = graph.feature_weights(features, ranks, similarities, sets, scale, shards)
+        del similarities, sets
     timer("sets and weights")
     with shards.stage("query expansion"):
         rows = graph.expanded_weights(ranks, weights, k2, shards, progress)

@@ -9,6 +9,9 @@ from dhcl_ops._csr import Rows
 from dhcl_ops.dbscan import labels_of
 from dhcl_ops.sharded.shards import Shards
 
+# Edges that are joined at once.
+_EDGES = 1 << 18
+
 
 def _smallest_reached(ids: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Of each id (ascending) the smallest id that pairs (a, b) of ids connect it to."""
@@ -37,12 +40,11 @@ def dbscan(graph: Rows, eps: float, min_samples: int, shards: Shards) -> torch.T
     """
     device = graph.offsets.device
     near = graph.values <= torch.tensor(eps, dtype=torch.float32, device=device)
-    row, column = _csr.row_ids(graph.offsets)[near], graph.columns[near]
+    # 32 bits are enough for the number of a row, and there are many pairs.
+    row, column = _csr.row_ids(graph.offsets).int()[near], graph.columns.int()[near]
     del near
     core = torch.bincount(row, minlength=shards.rows) >= min_samples
-    # A mark for each row of all ranks takes less than sorting the columns.
-    marks = torch.zeros(shards.total, dtype=torch.bool, device=device)
-    marks[column] = True
+    marks = shards.marked(column)
     ids = marks.nonzero().squeeze(1)
     (is_core,) = shards.fetch(ids, core)
     marks[ids] = is_core
@@ -63,7 +65,7 @@ def dbscan(graph: Rows, eps: float, min_samples: int, shards: Shards) -> torch.T
     labels = torch.full((shards.rows,), -1, device=device)
     labels[core] = numbers[torch.searchsorted(wanted, root[core])]
     # A border row goes to the lowest cluster it touches.
-    row, column = row[~inner], column[~inner]
+    row, column = row[~inner].long(), column[~inner]
     ids = column.unique()
     (theirs,) = shards.fetch(ids, labels)
     touched = theirs[torch.searchsorted(ids, column)]
@@ -75,8 +77,13 @@ def _roots(
     own: torch.Tensor, a: torch.Tensor, b: torch.Tensor, core: torch.Tensor, shards: Shards
 ) -> torch.Tensor:
     """The smallest core row that each own core row is connected to, by the edges of all ranks."""
-    seen = torch.cat([own[core], b]).unique()
-    root = _smallest_reached(seen, a, b)
+    seen = shards.marked(own[core], b).nonzero().squeeze(1)
+    root = seen
+    # Some edges at a time, with the forest of those before.
+    for some in torch.arange(len(a), device=a.device).split(_EDGES):
+        tree = seen[root != seen]
+        one, other = torch.cat([tree, a[some]]), torch.cat([root[root != seen], b[some]])
+        root = _smallest_reached(seen, one, other)
     beside = root != seen
     forest = torch.stack([seen[beside], root[beside]], 1).int()
     every = shards.gather(forest).long()

@@ -140,18 +140,24 @@ def expanded_weights(
     wanted = shards.foreign(near)
     sizes, columns, values = shards.fetch_lines(wanted, *weights)
     own = torch.arange(shards.begin, shards.end, dtype=torch.int32, device=ranks.device)
-    ids = torch.cat([own, wanted, weights.columns, columns]).unique()
-    begin = int(torch.searchsorted(ids, shards.begin))
+    marks = shards.marked(own, wanted, weights.columns, columns)
+    # Where each of these rows stands among them.
+    place = marks.cumsum(0, dtype=torch.int32) - 1
+    ids = marks.nonzero().squeeze(1).int()
+    del marks
+    begin = int(place[shards.begin]) if shards.rows else 0
     # Own lines stand between those of lower and of higher rows.
     below = int(sizes[: int((wanted < shards.begin).sum())].sum())
     length = sizes.new_zeros(len(ids))
-    length[torch.searchsorted(ids, wanted)] = sizes
+    length[place[wanted].long()] = sizes
     length[begin : begin + len(ranks)] = weights.offsets.diff()
-    columns = torch.cat([columns[:below], weights.columns, columns[below:]])
+    columns = place[torch.cat([columns[:below], weights.columns, columns[below:]])]
     values = torch.cat([values[:below], weights.values, values[below:]])
     local = ids.new_zeros(len(ids), k2)
-    local[begin : begin + len(ranks)] = torch.searchsorted(ids, near).int()
-    lines = Rows(_offsets(length), torch.searchsorted(ids, columns).int(), values)
+    local[begin : begin + len(ranks)] = place[near]
+    del place
+    lines = Rows(_offsets(length), columns, values)
+    del columns, values
     parts = [
         query_expand(local, *lines, k2, begin + start, begin + stop)
         for start, stop in slices(len(ranks), "query expansion", progress)
@@ -183,7 +189,7 @@ def _without_first(index: Index, rows: int) -> Index:
 
 
 def _pairs(
-    own: Rows, visitor: Rows | None, eps: float
+    own: Rows, visitor: Rows | None, eps: float, shards: Shards
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pairs within eps: own row, and later own row or row of the visitor, and their distance."""
     rows = len(own.offsets) - 1
@@ -192,10 +198,14 @@ def _pairs(
         lines = torch.cat([lines, visitor.offsets[1:] + lines[-1]])
         columns = torch.cat([columns, visitor.columns])
         values = torch.cat([values, visitor.values])
-    ids, columns = columns.unique(return_inverse=True)
+    place = shards.marked(columns).cumsum(0, dtype=torch.int32)
+    count = int(place[-1]) if len(place) else 0
+    columns = place[columns] - 1
+    del place
     # The ops take square matrices: rows without entries make up for columns without rows.
-    empty = max(len(ids) - (len(lines) - 1), 0)
-    both = Rows(torch.cat([lines, lines[-1:].expand(empty)]), columns.int(), values)
+    empty = max(count - (len(lines) - 1), 0)
+    both = Rows(torch.cat([lines, lines[-1:].expand(empty)]), columns, values)
+    del columns, values
     index = inverted_index(both, eps)
     if visitor is not None:
         index = _without_first(index, rows)
@@ -250,7 +260,7 @@ def eps_graph(rows: Rows, eps: float, shards: Shards, progress: Progress | None)
         # There are many pairs and each waits in here: 12 bytes of it, not 20.
         found.append((row.int(), column.int(), distance))
 
-    row, other, distance = _pairs(rows, None, eps)
+    row, other, distance = _pairs(rows, None, eps, shards)
     beside = row != other
     note(row, other + shards.begin, distance)
     note(other[beside], row[beside] + shards.begin, distance[beside])
@@ -259,7 +269,7 @@ def eps_graph(rows: Rows, eps: float, shards: Shards, progress: Progress | None)
     for visit in shards.visits(luggage.size, luggage.outline, luggage.give):
         sizes, columns, values = visit.tables
         visitor = Rows(_offsets(sizes.long()), columns, values)
-        row, other, distance = _pairs(_cut(rows, 0, visit.mine.stop), visitor, eps)
+        row, other, distance = _pairs(_cut(rows, 0, visit.mine.stop), visitor, eps, shards)
         note(row, other + visit.first, distance)
         # What the visitor's rows found here goes home, by its own numbers.
         theirs = other + (visit.first - shards.starts[visit.owner])

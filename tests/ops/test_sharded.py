@@ -11,6 +11,7 @@ from dhcl_ops import sharded
 from dhcl_ops.sharded import shards as shards_module
 from tests.ops.jaccard_data import features_like
 from tests.ops.ranks import on_ranks, own_slice
+from tests.ops.sharded_bytes import compared
 
 WORLDS = (2, 3, 4)
 # Name: regime, rows, shares, options of cluster.
@@ -106,6 +107,12 @@ def test_bytes_are_those_of_the_formula(outcomes):
     between = int((rank_of[ends[0]] != rank_of[ends[1]]).sum()) // 2
     visiting = visits * (4 * rows + 8 * whole.sizes["set_entries"])
     assert sent["pairs"] == pytest.approx(visiting + 12 * between, rel=0.05)
+
+
+def test_every_stage_sends_the_bytes_that_are_stated(outcomes):
+    sent = [outcome["traffic"][0] for outcome in outcomes]
+    for stage, (bytes_sent, stated) in compared(rows_of("moderate", 600), sent).items():
+        assert bytes_sent == pytest.approx(stated, rel=0.05), stage
 
 
 def test_the_cases_have_clusters_and_outliers():
