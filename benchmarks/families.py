@@ -29,7 +29,7 @@ def _build_module() -> Any:
 
 FAMILIES: tuple[str, ...] = tuple(_build_module().families())
 # Benchmarks of several families together.
-COMPOSITIONS = ("compat", "end_to_end", "scaling")
+COMPOSITIONS = ("compat", "end_to_end", "scaling", "sharded")
 
 
 def kernels(family: str) -> list[str]:

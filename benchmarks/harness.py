@@ -48,6 +48,7 @@ __all__ = [
     "Bench",
     "Ceilings",
     "Comparison",
+    "OneCall",
     "Results",
     "Row",
     "SchemaError",
@@ -61,6 +62,7 @@ __all__ = [
     "machine_facts",
     "max_difference",
     "measure_ceilings",
+    "measured_call",
     "peak_extra_bytes",
     "render_table",
 ]
@@ -191,6 +193,43 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device | str = "cpu"
         return None
     finally:
         _set_malloc(TIMING_THRESHOLD)
+
+
+@dataclass(frozen=True)
+class OneCall:
+    """What one call took.
+
+    Seconds are by the clock and of the processor; the peak is in bytes above what was there before.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak: int
+
+
+def measured_call(call: Callable[[], Any], device: torch.device) -> tuple[Any, OneCall]:
+    """Make a call that is too long, or needs too many others, to be made again for its memory.
+
+    What libraries set up in their first call counts, so one that is small should come before.
+    """
+    _set_malloc(PEAK_THRESHOLD)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        before = _resident_bytes("VmRSS")
+    cpu = time.process_time()
+    result, seconds = _timed_call(call, device)
+    cpu = time.process_time() - cpu
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = _resident_bytes("VmHWM")
+    return result, OneCall(seconds, cpu, peak - before)
 
 
 def _timed_call(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
@@ -370,9 +409,13 @@ class Bench:
                     note="; ".join(filter(None, (s.variant.note, s.note, crowd))),
                 )
             )
-        self.results.rows += rows
-        self._save()  # after each case: an interrupted run keeps what it has
+        self.add_rows(rows)
         return rows
+
+    def add_rows(self, rows: Sequence[Row]) -> None:
+        """Keep the rows of a case, here and in the file: an interrupted run keeps what it has."""
+        self.results.rows += rows
+        self._save()
 
     def _measure(
         self, label: str, variants: Sequence[Variant], baseline: str, reference: Any
