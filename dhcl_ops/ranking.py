@@ -119,14 +119,14 @@ def _match_ranks_sample(device: torch.device) -> tuple[Any, ...]:
     distance = torch.randint(0, 9, (3, 8), generator=generator).float()
     gallery = torch.tensor([1, 2, 1, 0, 2, 1, 1, 3])
     queries = torch.tensor([1, 5, 2])
-    members, begin, offsets = _matches(queries, gallery)
+    members, begin, offsets = matches(queries, gallery)
     cameras = torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1, 0, 0, 1, 0, 1])
     tensors = (distance, members, begin, offsets, *cameras)
     d, m, b, o, qc, gc = (t.to(device) for t in tensors)
     return d, m, b, o, int(offsets[-1]), qc, gc
 
 
-def _matches(
+def matches(
     query_ids: torch.Tensor, gallery_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gallery entries grouped by identity, and where each query's group begins and how long it is.
@@ -180,7 +180,7 @@ class _GivenDistances:
         return rows
 
 
-class _FeatureDistances:
+class FeatureDistances:
     """Blocks of rows of what orders a gallery like the distance does, from features.
 
     Euclidean: |g|^2 / 2 - q.g, which is (|q - g|^2 - |q|^2) / 2. Cosine: -q.g of normalised rows.
@@ -448,21 +448,21 @@ def evaluate_with_draws(
         raise ValueError(f"{_OP}: features must be a pair, query and gallery (got {len(given)})")
     names = ("query", "gallery") if pair else ("distance",)
     tensors = _arrays.as_tensors(_OP, **dict(zip(names, given, strict=True)))
-    distances: _FeatureDistances | _GivenDistances
+    distances: FeatureDistances | _GivenDistances
     if pair:
-        distances = _FeatureDistances(tensors[0], tensors[1], settings.metric)
+        distances = FeatureDistances(tensors[0], tensors[1], settings.metric)
     else:
         distances = _GivenDistances(tensors[0])
     with full_precision(distances.device):
-        identities = _without_junk(distances, identities, settings.junk_id)
+        identities = without_junk(distances, identities, settings.junk_id)
         each, cmcs = _each_query(distances, identities, settings, randint, progress)
-    result = _means(distances, each, cmcs, settings)
+    result = _means(distances.shape, distances.device, each, cmcs, settings)
     metrics: RankingMetrics = _arrays.like(given[0], result)
     return metrics
 
 
-def _without_junk(
-    distances: _FeatureDistances | _GivenDistances, given: Identities, junk_id: int | None
+def without_junk(
+    distances: FeatureDistances | _GivenDistances, given: Identities, junk_id: int | None
 ) -> Identities:
     """The checked identities as int64 tensors; junk is taken out of them and of the distances."""
     device = distances.device
@@ -484,7 +484,7 @@ def _without_junk(
 
 
 def _each_query(
-    distances: _FeatureDistances | _GivenDistances,
+    distances: FeatureDistances | _GivenDistances,
     identities: Identities,
     settings: Settings,
     randint: Callable[[int, Any], Any],
@@ -492,7 +492,7 @@ def _each_query(
 ) -> tuple[_PerQuery, list[Any]]:
     """Metrics of each query and, unless it is that of first matches, the terms of the CMC."""
     queries, gallery = distances.shape
-    members, begin, offsets = _matches(identities.query_ids, identities.gallery_ids)
+    members, begin, offsets = matches(identities.query_ids, identities.gallery_ids)
     bounds = offsets.tolist()
     ranks: list[torch.Tensor] = []
     cmcs: list[Any] = []
@@ -527,8 +527,20 @@ def _each_query(
     return _per_query(ordered, settings.ap), cmcs
 
 
+def metrics_of_ranks(
+    ranks: torch.Tensor, offsets: torch.Tensor, gallery: int, settings: Settings
+) -> RankingMetrics:
+    """Metrics from the ranks (T,) of all right matches, by query at ``offsets`` (Q + 1,).
+
+    A rank counts from 1 and is 0 for a match that is removed; ``gallery`` is the number of entries.
+    """
+    each = _per_query(_ordered(ranks, offsets), settings.ap)
+    return _means((len(offsets) - 1, gallery), ranks.device, each, [], settings)
+
+
 def _means(
-    distances: _FeatureDistances | _GivenDistances,
+    shape: tuple[int, int],
+    device: torch.device,
     each: _PerQuery,
     cmcs: list[Any],
     settings: Settings,
@@ -537,7 +549,7 @@ def _means(
     valid = each.first_match > 0
     num_valid = int(valid.sum())
     if num_valid == 0:
-        queries, gallery = distances.shape
+        queries, gallery = shape
         raise NoValidQuery(
             f"{_OP}: no query has a right match in the gallery once entries of its own camera and "
             f"junk are removed (got {queries} queries, {gallery} gallery entries)"
@@ -546,7 +558,6 @@ def _means(
         cmc = np.sum(cmcs, axis=0) / num_valid
     else:
         cmc = _cmc_of_first_matches(each.first_match, settings.max_rank)
-    device = distances.device
     # fsum rounds once, whatever the order.
     return RankingMetrics(
         torch.from_numpy(cmc).to(device),

@@ -1,4 +1,4 @@
-"""Clustering, memory and loss of rows that lie on several ranks of torch.distributed.
+"""Clustering, memory, loss and evaluation of rows that lie on several ranks of torch.distributed.
 
 The names and arguments are those of :mod:`dhcl_ops`, plus a process group. Each rank passes its own
 rows; row numbers go on from rank to rank.
@@ -13,6 +13,7 @@ from dhcl_ops.sharded.hybrid import (
     suspected_false_negatives,
 )
 from dhcl_ops.sharded.peers import PeerError, is_lost_peer
+from dhcl_ops.sharded.ranking import evaluate_ranking
 
 __all__ = [
     "DHCLLoss",
@@ -20,6 +21,7 @@ __all__ = [
     "PeerError",
     "cluster",
     "debiased_contrastive_loss",
+    "evaluate_ranking",
     "hybrid_contrastive_loss",
     "is_lost_peer",
     "knn",

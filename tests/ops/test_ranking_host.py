@@ -22,7 +22,7 @@ def host_ranks(host, distance, members, begin, offsets, total, query_cameras, ga
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_match_ranks(kernels, q, g, people, levels, cameras, dtype):
     distance, qi, gi, qc, gc = case(q, g, people=people, levels=levels)
-    members, begin, offsets = ranking_module._matches(qi, gi)
+    members, begin, offsets = ranking_module.matches(qi, gi)
     arguments = (distance.to(dtype), members, begin, offsets, int(offsets[-1]))
     seen_by = (qc, gc) if cameras else (None, None)
     expected = call("reference", "match_ranks", *arguments, *seen_by)

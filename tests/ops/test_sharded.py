@@ -8,6 +8,7 @@ import torch
 
 import dhcl_ops
 from dhcl_ops import sharded
+from dhcl_ops.sharded import ranking as ranking_module
 from dhcl_ops.sharded import shards as shards_module
 from tests.ops.jaccard_data import features_like
 from tests.ops.ranks import on_ranks, own_slice
@@ -29,6 +30,9 @@ CASES = {
     "fewer rows than ranks": ("clean", 2, "even", {"min_samples": 1}),
     "no rows": ("clean", 0, "even", {}),
 }
+
+
+RANKING_CASES = [("uneven", True, "hits"), ("one", True, "trapezoid"), ("even", False, "hits")]
 
 
 def rows_of(regime, n):
@@ -67,6 +71,28 @@ def differences(rank, world, kind, x, options):
     return wrong + [key for key in sizes if found.sizes[key] != one.sizes[key]]
 
 
+def ranking_differences(rank, world, kind, cameras, ap):
+    """What of the metrics over own gallery rows is not as over all of them in one process."""
+    draw = torch.Generator().manual_seed(len(kind))
+    # Whole numbers, whose products are exact and often equal.
+    query, gallery = (torch.randint(-2, 3, (n, 6), generator=draw).float() for n in (37, 160))
+    ids = [torch.randint(-1, 9, (n,), generator=draw) for n in (37, 160)]
+    seen = [torch.randint(0, 3, (n,), generator=draw) for n in (37, 160)] if cameras else [None] * 2
+    own = own_slice(kind, 160, rank, world)
+    options = {"ap": ap, "max_rank": 20, "per_query": True}
+    one = dhcl_ops.evaluate_ranking((query, gallery), *ids, *seen, **options)
+    found = sharded.evaluate_ranking(
+        (query, gallery[own]), ids[0], ids[1][own], seen[0], seen[1][own] if cameras else None,
+        **options,
+    )  # fmt: skip
+    pairs = zip(one._fields, one, found, strict=True)
+    return [
+        name
+        for name, a, b in pairs
+        if not torch.equal(torch.as_tensor(a).nan_to_num(7), torch.as_tensor(b).nan_to_num(7))
+    ]
+
+
 def all_cases(rank, world):
     outcome = {
         name: differences(rank, world, kind, rows_of(regime, n), options)
@@ -76,6 +102,9 @@ def all_cases(rank, world):
     traffic = {}
     found = sharded.cluster(x[own_slice("even", 600, rank, world)], traffic=traffic)
     outcome["traffic"] = traffic, found.sizes
+    # A few rows a block, so that there are several.
+    ranking_module._BLOCK_ENTRIES = 160 * 5
+    outcome["ranking"] = {case: ranking_differences(rank, world, *case) for case in RANKING_CASES}
     return outcome
 
 
@@ -89,6 +118,12 @@ def test_bits_are_those_of_one_process(outcomes, case):
     for rank, outcome in enumerate(outcomes):
         assert not isinstance(outcome, Exception), outcome
         assert outcome[case] == [], f"rank {rank}"
+
+
+@pytest.mark.parametrize("case", RANKING_CASES)
+def test_metrics_are_those_of_a_gallery_in_one_piece(outcomes, case):
+    for outcome in outcomes:
+        assert outcome["ranking"][case] == []
 
 
 def test_bytes_are_those_of_the_formula(outcomes):
