@@ -56,7 +56,7 @@ def knn(
 
     Every rank calls it with its own rows; row numbers go on from rank to rank. Blocks of rows visit
     other ranks, each pair of rows of two ranks meets once, and no rank ever holds more than its own
-    rows and two pieces of 64 MiB of others.
+    rows and two pieces of others, of 4 MiB each, or 256 MiB on a GPU.
 
     Args:
         features: (n, d) this rank's rows, any number of them; dtypes as in :func:`dhcl_ops.knn`.
