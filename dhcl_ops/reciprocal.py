@@ -270,6 +270,13 @@ def expanded_sets(lists: Lists, progress: Progress | None) -> tuple[torch.Tensor
     return _joined(_parts_of_sets(lists, progress), lists.ranks)
 
 
+def first_sets(lists: Lists, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets and columns of the expanded sets of the first rows alone."""
+    positions = _reciprocal_positions(lists.ranks)
+    sets = k_reciprocal(lists.ranks, positions, lists.k, lists.half, 0, count)
+    return cast("tuple[torch.Tensor, torch.Tensor]", sets)
+
+
 def expanded_weights(lists: Lists, weights: Rows, progress: Progress | None) -> Rows:
     """The mean of the rows of each row's first k2 neighbours."""
     if lists.k2 <= 1:

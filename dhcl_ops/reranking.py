@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -19,18 +20,20 @@ from dhcl_ops._products import SplitProducts, full_precision, split_where_it_pay
 from dhcl_ops._progress import Progress, slices
 from dhcl_ops.defaults import ZHONG
 from dhcl_ops.jaccard import dense_rows
-from dhcl_ops.knn import knn_and_least
+from dhcl_ops.knn import knn_and_least, pair_scores
 from dhcl_ops.reciprocal import (
     Lists,
     expanded_sets,
     expanded_weights,
     feature_weights,
+    first_sets,
     largest_squares,
     list_width,
+    query_expand,
     softmax_rows,
 )
 
-__all__ = ["RankedLists", "rerank", "rerank_distances"]
+__all__ = ["RankedLists", "jaccard_of_some", "rerank", "rerank_distances"]
 
 # Queries at a time: what is dense is this many rows by all rows.
 _QUERIES = 256
@@ -294,3 +297,55 @@ def rerank_distances(
     source = _Distances(q_g.detach(), q_q.detach(), g_g.detach())
     result = _rerank(op, cast("_Source", source), k1, k2, lambda_value, topk, progress)
     return _arrays.like(given, result)
+
+
+@torch.no_grad()
+def jaccard_of_some(
+    ranks: torch.Tensor,
+    scale: torch.Tensor,
+    features: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    queries: int,
+    listed: int,
+    weighted: int,
+    k1: int = ZHONG.k1,
+    k2: int = ZHONG.k2,
+) -> torch.Tensor:
+    """Jaccard distances of queries to some rows, where lists of all rows that matter are known.
+
+    It is the part of :func:`rerank` which needs no search. Rows are numbered so that the queries
+    come first, then those that distances are asked of, then all others that are among the first
+    ``k2`` of the lists of these, whose weights are needed; last, rows of which only the lists
+    matter. A row whose list does not matter either has itself in all places of it.
+
+    Args:
+        ranks: (n, k) int32, the k1 + 1 nearest rows of each row, itself among them, best first.
+        scale: (n,) float32, the largest squared distance of each row to any.
+        features: gives those (m, d) of rows (m,), float32 and of norm 1.
+        queries: number of rows that are queries, Q.
+        listed: number of these and of rows that a distance is asked of, L.
+        weighted: number of these and of rows whose weights are needed.
+        k1, k2: as of :func:`rerank`.
+
+    Returns:
+        (Q, L) float32.
+    """
+    n = len(ranks)
+    k, half, k2 = list_width("rerank", n, k1, k2, "zhong")
+    offsets, columns = first_sets(Lists(ranks, k, half, k2), weighted)
+    owners = torch.arange(weighted, device=ranks.device).repeat_interleave(offsets.diff())
+    needed, places = torch.cat([owners, columns.long()]).unique(return_inverse=True)
+    rows = features(needed)
+    own, other = places[: len(owners)], places[len(owners) :]
+    squares = (2.0 - 2.0 * pair_scores(rows, rows, own, other)) / scale.clamp(min=_TINY)[owners]
+    weights = Rows(_up_to(offsets, n), columns, softmax_rows(offsets, -squares))
+    if k2 > 1:
+        offsets, columns, values = query_expand(ranks, *weights, k2, 0, listed)
+        weights = Rows(_up_to(offsets, n), columns, values)
+    parts = [part[:, :listed] for _, _, part in dense_rows(weights, None, stop=queries)]
+    return torch.cat(parts) if parts else scale.new_empty(0, listed)
+
+
+def _up_to(offsets: torch.Tensor, n: int) -> torch.Tensor:
+    """Offsets of so many rows, of which those behind the last one are empty."""
+    return torch.cat([offsets, offsets[-1:].expand(n + 1 - len(offsets))])

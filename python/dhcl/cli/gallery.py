@@ -52,6 +52,8 @@ class IndexArguments:
     """Whether to do the same, and remove images that these folders no longer hold."""
     remove: bool = False
     """Whether to remove these files, and all below these folders, from the index."""
+    neighbours: bool = False
+    """Whether to find the nearest images of each image, so that --rerank of a search is quick."""
     compact: bool = False
     """Whether to write a folder's index anew in few files, and free what it does not need."""
     convert: bool = False
@@ -70,7 +72,7 @@ def index(given: IndexArguments) -> None:
     if given.add + given.sync + given.remove + given.compact + given.convert > 1:
         raise ConfigError("add, sync, remove, compact and convert: choose one")
     place: Path | str = given.out if given.store is None else given.store  # type: ignore[assignment]
-    alone = given.compact or given.convert
+    alone = given.compact or given.convert or (given.neighbours and not given.gallery)
     if alone != (not given.gallery):
         rule = "can't be given with this option" if alone else "must be given"
         raise ConfigError(f"gallery: folders of images or files {rule}")
@@ -78,10 +80,21 @@ def index(given: IndexArguments) -> None:
         print_other_kinds(given.gallery)
     with options_checked():
         done = _done(given, place)
-    say(f"{show(place)}: {done}")
+    if done is not None:
+        say(f"{show(place)}: {done}")
+    if given.neighbours:
+        _with_neighbours(place)
 
 
-def _done(given: IndexArguments, place: Path | str) -> Update | str:
+def _with_neighbours(place: Path | str) -> None:
+    from dhcl.inference.update import find_neighbours
+
+    with op_progress() as progress:
+        count = find_neighbours(place, progress)
+    say(f"{show(place)}: the nearest images of {count:,} images were found")
+
+
+def _done(given: IndexArguments, place: Path | str) -> Update | str | None:
     from dhcl.inference.update import compact_index, convert_index, remove_images
 
     if given.convert:
@@ -90,6 +103,8 @@ def _done(given: IndexArguments, place: Path | str) -> Update | str:
         return compact_index(place)
     if given.remove:
         return remove_images(place, given.gallery)
+    if not given.gallery:
+        return None
     return _added(given, place) if given.add or given.sync else _created(given, place)
 
 
@@ -138,7 +153,7 @@ class SearchArguments:
     topk: int = 20
     """Number of results for each query."""
     rerank: bool = False
-    """Whether to order by k-reciprocal re-ranking, which compares all images of the index."""
+    """Whether to order by k-reciprocal re-ranking; quick where `index --neighbours` was before."""
     camera: tuple[str, ...] = ()
     """Cameras whose images may be found; without any, those of all cameras."""
     id: tuple[str, ...] = ()

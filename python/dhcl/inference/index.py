@@ -26,6 +26,7 @@ from dhcl.inference.gallery.schema import (
     checked_records,
 )
 from dhcl.inference.gallery.store import EVERYTHING, Store, Where
+from dhcl.inference.neighbours import Lists, reranked
 from dhcl.inference.reid import ReID
 from dhcl.inference.search import Backend, Found, search
 from dhcl.stored import Damaged
@@ -366,12 +367,29 @@ class Index:
         where: Where,
         progress: Callable[[str, int, int], None] | None,
     ) -> Found:
+        if where == EVERYTHING and where.rows is None and self.lists is not None:
+            return self._with_lists(query, topk, self.lists, progress)
         parts = list(self.batches(where))
         numbers = np.concatenate([part[0] for part in parts] or [np.empty(0, np.int64)])
         rows = [part[1] for part in parts] or [np.empty((0, self.width), np.float32)]
         gallery = torch.from_numpy(np.concatenate(rows))
         found = search(query, gallery, topk, True, progress=progress)
         return found._replace(indices=torch.from_numpy(numbers)[found.indices])
+
+    @functools.cached_property
+    def lists(self) -> Lists | None:
+        """The nearest rows of each row, if they were found after the last change."""
+        return Lists.of(self)
+
+    def _with_lists(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        lists: Lists,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> Found:
+        found = reranked(self, lists, query, topk, progress=progress)
+        return found._replace(indices=torch.from_numpy(self.numbers)[found.indices])
 
 
 def _both(where: Where, cameras: frozenset[int | str] | None) -> Where:

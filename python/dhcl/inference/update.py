@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dhcl.inference.gallery.places import Address, creating, is_folder, open_sto
 from dhcl.inference.gallery.schema import About, Record, arrow_batch
 from dhcl.inference.gallery.store import BLOCK, Store, Where, Writer
 from dhcl.inference.index import Index
+from dhcl.inference.neighbours import missing_lists
 from dhcl.inference.reid import ReID
 from dhcl.stored import Damaged
 from dhcl.words import first_ones, show
@@ -30,6 +31,7 @@ __all__ = [
     "compact_index",
     "convert_index",
     "create_index",
+    "find_neighbours",
     "remove_images",
 ]
 
@@ -129,7 +131,9 @@ def add_images(
     wanted = _listed(gallery)
     with index.store.writing() as writer:
         Index(writer.now).check_model(model)
-        return _change(writer, wanted, model, sync, options)
+        done = _change(writer, wanted, model, sync, options)
+    _keep_neighbours(folder)
+    return done
 
 
 def remove_images(folder: Address, paths: Sequence[str | os.PathLike[str]]) -> Update:
@@ -155,7 +159,8 @@ def remove_images(folder: Address, paths: Sequence[str | os.PathLike[str]]) -> U
         total = len(old) - len(gone)
         _check_left(old, total)
         writer.delete(np.array(gone, np.int64))
-        return Update(removed=len(gone), total=total)
+    _keep_neighbours(folder)
+    return Update(removed=len(gone), total=total)
 
 
 def convert_index(folder: Address) -> Update:
@@ -206,6 +211,42 @@ def compact_index(folder: Address) -> str:
 def _bytes_below(folder: Path) -> int:
     files = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
     return sum(os.lstat(file).st_size for file in files)
+
+
+def find_neighbours(
+    folder: Address, progress: Callable[[str, int, int], None] | None = None
+) -> int:
+    """Find the nearest images of each image of an index, where they are not known yet.
+
+    A search with re-ranking then takes little longer than one without. Changes keep them true from
+    then on, which takes one pass over the index each.
+
+    Args:
+        folder: of the index, or its URL.
+        progress: as of :func:`dhcl_ops.knn`.
+
+    Returns:
+        Number of images whose nearest ones were found or have changed; 0 where nothing was
+        missing, or there are so few images that they are not needed.
+
+    Raises:
+        ConfigError: another process is changing it. DataError: no index.
+    """
+    with open_store(folder).writing() as writer:
+        missing = missing_lists(Index(writer.now), progress=progress)
+        if missing is None:
+            return 0
+        lists, all_of_them = missing
+        if all_of_them:
+            writer.drop_neighbours()
+        writer.put_neighbours(lists)
+    return len(lists.rows)
+
+
+def _keep_neighbours(folder: Address) -> None:
+    """After a change, where they are known."""
+    if open_store(folder).neighbours() is not None:
+        find_neighbours(folder)
 
 
 def _check_left(index: Index, total: int) -> None:

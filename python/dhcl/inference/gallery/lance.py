@@ -202,7 +202,7 @@ class LanceStore:
         with self._reading():
             table = self._table(LISTS, self.head.neighbours).to_table()
             found = _lists_of(table)
-        return found if np.array_equal(found.rows, self.numbers()) else None
+        return found
 
     def writing(self) -> contextlib.AbstractContextManager[LanceWriter]:
         """As of :class:`dhcl.inference.gallery.store.Store`."""
@@ -223,10 +223,10 @@ def _none(width: int, columns: Sequence[str]) -> Any:
 def _list_sums(lists: Neighbours) -> NDArray[np.int64]:
     """CRC-32 of each list with its row's number."""
     count = len(lists.rows)
-    columns = (("<i8", lists.rows), ("<i8", lists.lists), ("<f4", lists.similarities))
+    kinds = ("<i8", "<i8", "<f4", "<f4", "<i8")
     parts = [
         np.ascontiguousarray(values, kind).reshape(count, -1).view("u1")
-        for kind, values in (*columns, ("<f4", lists.least))
+        for kind, values in zip(kinds, lists, strict=True)
     ]
     data = np.ascontiguousarray(np.concatenate(parts, axis=1))
     return np.fromiter(map(zlib.crc32, data), np.int64, count)  # type: ignore[arg-type]
@@ -244,6 +244,7 @@ def _table_of(lists: Neighbours) -> Any:
             "lists": pa.FixedSizeListArray.from_arrays(flat, width),
             "similarities": pa.FixedSizeListArray.from_arrays(values, width),
             "least": lists.least,
+            "farthest": lists.farthest,
             "sum": _list_sums(lists),
         }
     )
@@ -262,6 +263,7 @@ def _lists_of(table: Any) -> Neighbours:
         columns["lists"].reshape(-1, width)[order],
         columns["similarities"].reshape(-1, width)[order],
         least[order],
+        table["farthest"].to_numpy()[order],
     )
     if not np.array_equal(_list_sums(found), table["sum"].to_numpy()[order]):
         raise Damaged("lists of neighbours are not as they were written: a checksum is another")

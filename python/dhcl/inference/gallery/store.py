@@ -83,15 +83,17 @@ class Hits(NamedTuple):
 class Neighbours(NamedTuple):
     """What re-ranking knows of the gallery beforehand, a list for each of n rows.
 
-    ``rows`` (n,) int64 numbers; ``lists`` (n, k) int64 numbers of its nearest rows, itself first,
-    then best first, ties by number; ``similarities`` (n, k) float32 of these; ``least`` (n,)
-    float32, the smallest similarity to any row.
+    ``rows`` (n,) int64 numbers; ``lists`` (n, k) int64 numbers of its nearest rows, itself among
+    them, best first, ties by number; ``similarities`` (n, k) float32 of these; ``least`` (n,)
+    float32, the smallest similarity to any row, and ``farthest`` (n,) int64 the number of that row.
+    Numbers in them may be of rows that were removed since.
     """
 
     rows: NDArray[np.int64]
     lists: NDArray[np.int64]
     similarities: NDArray[np.float32]
     least: NDArray[np.float32]
+    farthest: NDArray[np.int64]
 
 
 class Writer(Protocol):
@@ -187,7 +189,7 @@ class Store(Protocol):
         """All cameras but the unknown one, as identifiers."""
 
     def neighbours(self) -> Neighbours | None:
-        """All lists by ascending numbers of rows; None if some row has none."""
+        """The lists that there are, by ascending numbers of their rows; None if none were made."""
 
     def writing(self) -> AbstractContextManager[Writer]:
         """Hold the store's lock, if it has one, and change it from its present state.
