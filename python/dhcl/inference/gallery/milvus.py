@@ -359,23 +359,21 @@ class MilvusStore:
 
     def neighbours(self) -> Neighbours | None:
         """As of :class:`dhcl.inference.gallery.store.Store`."""
-        if not self.link.has(self.lists_name) or self.link.count(self.lists_name) != len(self):
+        if not self.link.has(self.lists_name):
             return None
         found: list[dict[str, Any]] = []
         for low in range(0, self.next_row, _LISTED):
             bounds = f"row >= {low} and row < {low + _LISTED}"
-            columns = ("row", "lists", "similarities", "least")
+            columns = ("row", *Neighbours._fields[1:])
             part = self.link.query(self.lists_name, bounds, columns, _LISTED)
             found += sorted(part, key=lambda row: int(row["row"]))
-        lists = Neighbours(
+        return Neighbours(
             np.array([row["row"] for row in found], np.int64),
             np.array([list(row["lists"]) for row in found], np.int64),
             np.array([list(row["similarities"]) for row in found], np.float32),
             np.array([row["least"] for row in found], np.float32),
+            np.array([row["farthest"] for row in found], np.int64),
         )
-        numbers = [batch["row"].to_numpy(zero_copy_only=False) for batch in self.scan(["row"])]
-        there = np.concatenate(numbers) if numbers else np.empty(0, np.int64)
-        return lists if np.array_equal(there, lists.rows) else None
 
     def writing(self) -> contextlib.AbstractContextManager[MilvusWriter]:
         """As of :class:`dhcl.inference.gallery.store.Store`; another writer is kept off by a mark.
@@ -478,13 +476,14 @@ class MilvusWriter:
                     ("lists", "ARRAY", {"element_type": _kind("INT64"), **room}),
                     ("similarities", "ARRAY", {"element_type": _kind("FLOAT"), **room}),
                     ("least", "FLOAT", {}),
+                    ("farthest", "INT64", {}),
                     ("unused", "FLOAT_VECTOR", {"dim": 2}),
                 ],
             )
         for start in range(0, len(lists.rows), 1000):
             part = slice(start, start + 1000)
             values = zip(*(column[part].tolist() for column in lists), strict=True)
-            names = ("row", "lists", "similarities", "least")
+            names = ("row", *Neighbours._fields[1:])
             rows = [{**dict(zip(names, row, strict=True)), "unused": [1.0, 0.0]} for row in values]
             self._link.call("upsert", self._lists, rows)
 
