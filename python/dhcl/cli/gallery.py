@@ -58,6 +58,10 @@ class IndexArguments:
     """Whether to write a folder's index anew in few files, and free what it does not need."""
     convert: bool = False
     """Whether to bring an index of an earlier version to the present format, with its features."""
+    features: Path | None = None
+    """File of features and paths to make the index of, which the run's model extracted before."""
+    export: Path | None = None
+    """File to write the index's features to, .npz or .parquet."""
     pattern: str | None = None
     """Regular expression that finds identity and camera in the paths, as in training."""
     trained_cameras: bool = False
@@ -69,10 +73,11 @@ def index(given: IndexArguments) -> None:
     """Make an index, or change one."""
     if (given.out is None) == (given.store is None):
         raise ConfigError("out: the folder of the index must be given (--out INDEX), or --store")
-    if given.add + given.sync + given.remove + given.compact + given.convert > 1:
-        raise ConfigError("add, sync, remove, compact and convert: choose one")
+    files = (given.features is not None) + (given.export is not None)
+    if given.add + given.sync + given.remove + given.compact + given.convert + files > 1:
+        raise ConfigError("add, sync, remove, compact, convert, features, export: choose one")
     place: Path | str = given.out if given.store is None else given.store  # type: ignore[assignment]
-    alone = given.compact or given.convert or (given.neighbours and not given.gallery)
+    alone = given.compact or given.convert or files > 0 or (given.neighbours and not given.gallery)
     if alone != (not given.gallery):
         rule = "can't be given with this option" if alone else "must be given"
         raise ConfigError(f"gallery: folders of images or files {rule}")
@@ -103,9 +108,30 @@ def _done(given: IndexArguments, place: Path | str) -> Update | str | None:
         return compact_index(place)
     if given.remove:
         return remove_images(place, given.gallery)
+    if given.export is not None:
+        return _exported(given.export, place)
+    if given.features is not None:
+        return _of_features(given, given.features, place)
     if not given.gallery:
         return None
     return _added(given, place) if given.add or given.sync else _created(given, place)
+
+
+def _exported(file: Path, place: Path | str) -> str:
+    from dhcl.inference.index import Index
+    from dhcl.inference.transfer import export_features
+
+    return f"{export_features(Index.open(place), file):,} images written to {show(file)}"
+
+
+def _of_features(given: IndexArguments, file: Path, place: Path | str) -> str:
+    from dhcl.inference.reid import ReID
+    from dhcl.inference.transfer import index_features
+
+    if given.run is None:
+        raise ConfigError("run: the folder of the run that made the features must be given (--run)")
+    model = ReID.load(given.run, given.which, given.reading.device)
+    return f"{index_features(place, file, model, pattern=given.pattern):,} images in the index"
 
 
 def _added(given: IndexArguments, place: Path | str) -> Update:

@@ -533,3 +533,55 @@ def test_a_name_that_ends_a_line_does_not_end_a_search(index, pictures, tmp_path
     assert len(said.splitlines()) == 1 + 16
     assert main([*given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["queries"][0]["path"] == str(crops / f"{name}.png")
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet"])
+def test_features_are_written_to_a_file_and_indexed_again(
+    by_command, run, other_run, gallery, tmp_path, kind, capsys
+):
+    file, again = tmp_path / f"features.{kind}", str(tmp_path / "again")
+    assert main(["index", "--export", str(file), "--out", by_command]) == 0
+    assert f"16 images written to {file}" in capsys.readouterr().out
+    made = ["index", "--features", str(file), "--out", again]
+    assert main([*made, "--run", str(other_run)]) == 2
+    assert "features of two models can't be compared" in capsys.readouterr().err
+    assert main([*made, "--run", str(run), "--pattern", PATTERN]) == 0
+    old, new = Index.open(by_command), Index.open(again)
+    assert np.array_equal(new.features, old.features)
+    assert paths(again) == paths(by_command)
+    assert [(r.id, r.camera) for r in new.records] == [(r.id, r.camera) for r in old.records]
+    assert (new.model, new.pattern) == (old.model, old.pattern)
+    assert main(["index", str(gallery), "--out", again, "--add", "--workers", "0"]) == 0
+    assert "16 changed; 16 images" in capsys.readouterr().out
+
+
+def test_images_are_chosen_by_identity_time_and_folder(gallery, model, run, tmp_path, capsys):
+    folder = str(tmp_path / "timed")
+    pattern = r"(?P<id>-?\d+)_c(?P<camera>\d+)s\d_(?P<time>\d+)"
+    create_index(folder, [gallery], model, pattern=pattern)
+    opened = Index.open(folder)
+    records = list(opened.records)
+    times = sorted(record.time for record in records)
+    assert all(float(record.path.split("_")[2]) == record.time for record in records)
+    query = model.features([opened.path(0)])
+
+    def rows(**chosen):
+        [found] = opened.search(query, 16, where=opened.where(**chosen))
+        return set(found.indices.tolist())
+
+    someone = records[3].id
+    assert rows(ids=[f"0{someone}"]) == {n for n, r in enumerate(records) if r.id == someone}
+    middle = rows(since=times[4], until=times[9])
+    assert middle == {n for n, r in enumerate(records) if times[4] <= r.time <= times[9]}
+    inner = rows(below=[gallery / "more images"])
+    assert inner == {n for n, r in enumerate(records) if r.path.startswith("more images/")}
+    assert rows(below=[opened.path(2), gallery / "more images"]) == {*inner, 2}
+    assert rows(below=[gallery.parent]) == set(range(16))
+    with pytest.raises(ConfigError, match=r"below: .* has nothing below /nowhere, its images"):
+        opened.where(below=["/nowhere"])
+    given = ["search", folder, str(opened.path(0)), "--json", "--id", str(someone)]
+    assert main([*given, "--since", str(times[0])]) == 0
+    [found] = json.loads(capsys.readouterr().out)["queries"]
+    assert {each["id"] for each in found["results"]} == {someone}
+    assert main([*given, "--since", "yesterday"]) == 2
+    assert "since: must be seconds, or a time such as 2026-" in capsys.readouterr().err
