@@ -48,7 +48,8 @@ class Bed:
     photographs: Literal["forward", "reversed"] | None = None
     """Take the photographs; reversed, those of testing are trained on and the other way round."""
     start: str | None = None
-    """Name of the training to start from; without one, from the options' own weights."""
+    """Name of the training to start from, or ``imagenet`` for the file of ``--imagenet``; without
+    one, from random weights."""
 
     def check(self, name: str) -> None:
         """Raise :class:`ConfigError` unless the images are said, once."""

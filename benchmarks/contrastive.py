@@ -172,6 +172,17 @@ def watched(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Call]]:
     for name, parts in (("loss", "forward"), ("loss and gradient", "both")):
         yield name, Step(our_loss("exact"), parts, features, proxies, labels)
 
+    # Every other proxy counts less.
+    offsets = torch.arange(b + 1, device=device) * (n // 2)
+    entries = torch.arange(n // 2, device=device).repeat(b) * 2
+    weights = dhcl_ops.NegativeWeights(
+        torch.arange(b, device=device), offsets, entries, torch.full_like(entries, -1).float()
+    )
+    yield (
+        "loss with weights",
+        lambda: dhcl_ops.debiased_contrastive_loss(features, proxies, labels, weights=weights),
+    )
+
     def both_gradients() -> object:
         x, c = (t.detach().requires_grad_() for t in (features, proxies))
         loss = dhcl_ops.debiased_contrastive_loss(

@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAN = ROOT / "benchmarks" / "evidence.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.json"
 PAGE = ROOT / "docs" / "results.md"
+IMAGENET = "imagenet"
 Task = functools.partial[None]
 
 
@@ -62,7 +63,7 @@ class Plan:
         """Raise :class:`DHCLError` for names that stand for nothing."""
         for name, bed in self.beds.items():
             bed.check(name)
-            if bed.start is not None and bed.start not in self.starts:
+            if bed.start not in (None, IMAGENET) and bed.start not in self.starts:
                 raise DHCLError(f"beds: {name} starts from {bed.start!r}, which is not in starts")
         for pair in self.comparisons:
             for name in pair:
@@ -97,6 +98,7 @@ class Work:
     out: Path
     photographs: Path | None
     threads: int
+    imagenet: Path | None = None  # weights of benchmarks.imagenet, for beds that start from them
 
     def folder(self, run: Run) -> Path:
         """Where a run lies."""
@@ -104,7 +106,11 @@ class Work:
 
     def start(self, bed: Bed, seed: int) -> Path | None:
         """Where the training that a bed starts from lies."""
-        return None if bed.start is None else self.out / "starts" / f"{slug(bed.start)}-seed{seed}"
+        return (
+            None
+            if bed.start in (None, IMAGENET)
+            else self.out / "starts" / f"{slug(str(bed.start))}-seed{seed}"
+        )
 
     def config(self, run: Run, root: Path | None) -> TrainConfig:
         """The options of a run whose images lie there."""
@@ -117,6 +123,8 @@ class Work:
             "eval_every": 0,
             "report": False,
         }
+        if bed.start == IMAGENET:
+            common["weights"] = self.imagenet
         if start is not None:
             common["weights"] = start / "checkpoints" / "last.pt"
         changes = {**common, **bed.options, **setting}
@@ -180,6 +188,8 @@ def make_run(work: Work, run: Run) -> None:
     """Train with one setting, or go on with it."""
     from dhcl.training.runs import train
 
+    if work.plan.beds[run.bed].start == IMAGENET and work.imagenet is None:
+        raise DHCLError(f"imagenet: the bed {run.bed} needs the file of its weights (got None)")
     root = root_of(work.plan.beds[run.bed], slug(run.bed), work.out / "data", work.photographs)
     config = work.config(run, root)
     torch.set_num_threads(work.threads)
@@ -313,6 +323,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("runs", nargs="?", type=Path, default=PLAN, help="the file of runs, YAML")
     made.add_argument("--out", type=Path, required=True, help="folder of images, starts and runs")
     made.add_argument("--photographs", type=Path, help="folder for the beds of photographs")
+    made.add_argument("--imagenet", type=Path, help="file of weights for the beds that need it")
     made.add_argument("--processes", type=int, default=1, help="trainings at a time")
     made.add_argument("--threads", type=int, help="of each; by default the cores, shared out")
     made.add_argument("--only", nargs="+", default=[], help="runs whose BED/SETTING-seedS has this")
@@ -329,7 +340,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         plan = read_plan(given.runs)
         runs = runs_of(plan, given.only)
-        work = Work(plan, given.out, given.photographs, threads)
+        work = Work(plan, given.out, given.photographs, threads, given.imagenet)
         for run in runs:
             work.config(run, None)  # wrong options are found before the first run
         if given.plan:

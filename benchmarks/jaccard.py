@@ -25,6 +25,9 @@ from dhcl_ops.defaults import SPCL, ZHONG
 from dhcl_ops.jaccard import dense_rows, inverted_index, join
 from dhcl_ops.knn import Neighbours, knn
 
+# The eps of the graph that false negatives are told from; the trainer's default.
+LOOSER = 0.85
+
 
 def closeness_of_graph(graph: torch.Tensor) -> torch.Tensor:
     """Per row, the sum of eps - J over the pairs within eps; it changes little where J does."""
@@ -99,6 +102,40 @@ def bench_clustering(
     print(f"{name}: {sizes}", file=sys.stderr)
 
 
+def bench_false_negatives(bench: Bench, n: int, d: int, per: float) -> None:
+    """A clustering, and what it takes more to tell false negatives from a looser graph."""
+    params = {"N": n, "d": d, "k1": SPCL.k1, "k2": SPCL.k2, "eps": SPCL.eps, "graph_eps": LOOSER}
+    if not bench.wanted("graph_false_negatives", params):
+        return
+    features = identities(n, d, per).to(bench.device)
+    found = knn(features, SPCL.k1)
+
+    def labels(graph_eps: float | None) -> dhcl_ops.Clustering:
+        return dhcl_ops.cluster(features, ranks=found, graph_eps=graph_eps)
+
+    def told() -> torch.Tensor:
+        result = labels(LOOSER)
+        dhcl_ops.graph_false_negatives(result.labels, result.graph)
+        found_labels: torch.Tensor = result.labels
+        return found_labels
+
+    variants = [
+        Variant("cluster", lambda: labels(None).labels),
+        Variant("cluster, looser graph", lambda: labels(LOOSER).labels),
+        Variant("dhcl", told),
+    ]
+    pairs = len(labels(LOOSER).graph.values())
+    bench.run_case(
+        "graph_false_negatives",
+        params,
+        variants,
+        baseline="cluster",
+        bytes_read=sum(t.nbytes for t in (found.indices, found.similarities)),
+        bytes_written=12 * pairs + n * 16,
+    )
+    print(f"{pairs} pairs within {LOOSER}, {len(labels(None).graph.values())} within {SPCL.eps}")
+
+
 def dense_rerank(query: torch.Tensor, gallery: torch.Tensor, topk: int) -> torch.Tensor:
     """The smallest re-ranked distances from dense matrices."""
     k1, k2, share = ZHONG
@@ -167,6 +204,7 @@ def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -
     if bench.quick:
         bench_clustering(bench, "identities", 1_000, 256, 17.2, dense=True)
         bench_clustering(bench, "a hub in every list", 1_000, 256, 17.2, dense=False, hub=True)
+        bench_false_negatives(bench, 1_000, 256, 17.2)
         bench_rerank(bench, 100, 900, 256, 50, dense=True)
     else:
         bench_clustering(bench, "identities", 3_000, 2048, 17.2, dense=True)
@@ -175,6 +213,7 @@ def main(words: Sequence[str] | None = None, ceilings: Ceilings | None = None) -
         bench_clustering(bench, "identities", 20_000, 256, 20.0, dense=False)
         bench_clustering(bench, "a hub in every list", 20_000, 256, 20.0, dense=False, hub=True)
         bench_clustering(bench, "identities", 100_000, 256, 20.0, dense=False)
+        bench_false_negatives(bench, 12_936, 2048, 17.2)
         bench_rerank(bench, 500, 4_500, 256, 50, dense=True)
         bench_rerank(bench, 11_659, 82_161, 256, 50)
         if bench.device.type == "cuda":

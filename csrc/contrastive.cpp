@@ -67,6 +67,82 @@ class Roles {
   MaybeTensor labels_, proxy_labels_, row_groups_, column_groups_, excluded_;
 };
 
+// Lists of negatives that count by a weight, kept as the roles are.
+class Listed {
+ public:
+  Listed(const char* op, const MaybeTensor& rows, const MaybeTensor& offsets,
+         const MaybeTensor& entries, const MaybeTensor& logs, const MaybeTensor& members,
+         const MaybeTensor& member_offsets, int64_t num_rows)
+      : rows_(keep(op, "rows", rows)),
+        offsets_(keep(op, "offsets", offsets)),
+        entries_(keep(op, "entries", entries)),
+        members_(keep(op, "members", members)),
+        member_offsets_(keep(op, "member_offsets", member_offsets)) {
+    if (!rows_) return;
+    check(offsets_ && entries_ && logs.has_value(), op,
+          ": rows, offsets, entries and logs go together");
+    check_float(op, "logs", *logs);
+    logs_ = torch::stable::contiguous(*logs);
+    check(rows_->size(0) == num_rows, op, ": one list per row is needed");
+    check(offsets_->size(0) > 0 && logs_->size(0) == entries_->size(0), op,
+          ": one logarithm per entry is needed");
+    check(members_.has_value() == member_offsets_.has_value() &&
+              (!member_offsets_ || member_offsets_->size(0) > 0),
+          op, ": members and member_offsets go together");
+  }
+  explicit operator bool() const { return rows_.has_value(); }
+  ContrastiveListed get() const {
+    ContrastiveListed listed{};
+    if (!rows_) return listed;
+    listed.rows = int64_data(*rows_);
+    listed.offsets = int64_data(*offsets_);
+    listed.entries = int64_data(*entries_);
+    listed.logs = float_data(*logs_);
+    listed.num_lists = offsets_->size(0) - 1;
+    listed.num_entries = entries_->size(0);
+    if (!members_) return listed;
+    listed.members = int64_data(*members_);
+    listed.member_offsets = int64_data(*member_offsets_);
+    listed.num_members = members_->size(0);
+    listed.num_classes = member_offsets_->size(0) - 1;
+    return listed;
+  }
+
+ private:
+  static MaybeTensor keep(const char* op, const char* name, const MaybeTensor& t) {
+    if (!t) return std::nullopt;
+    check_int64(op, name, *t);
+    check_rank(op, name, *t, 1);
+    return torch::stable::contiguous(*t);
+  }
+  MaybeTensor rows_, offsets_, entries_, logs_, members_, member_offsets_;
+};
+
+template <typename Device>
+void contrastive_weigh(const Tensor& products, const Tensor& labels,
+                       const MaybeTensor& proxy_labels, const Tensor& rows, const Tensor& offsets,
+                       const Tensor& entries, const Tensor& logs, const MaybeTensor& members,
+                       const MaybeTensor& member_offsets, int64_t start, double scale) {
+  const char* op = "contrastive_weigh_";
+  check_rank(op, "products", products, 2);
+  check_contiguous(op, "products", products);
+  ContrastiveWeighParams p{};
+  p.products = products.mutable_data_ptr();
+  p.num_rows = products.size(0);
+  p.num_cols = products.size(1);
+  p.start = start;
+  p.scale = scale;
+  p.dtype = dtype_of(op, "products", products);
+  check(p.dtype == ContrastiveDtype::kFloat32 || p.dtype == ContrastiveDtype::kFloat64, op,
+        ": products must be float32 or float64");
+  const Roles roles(op, labels, proxy_labels, std::nullopt, std::nullopt, std::nullopt, p.num_rows,
+                    start + p.num_cols);
+  const Listed listed(op, rows, offsets, entries, logs, members, member_offsets, p.num_rows);
+  p.roles = roles.get();
+  p.listed = listed.get();
+  Device::template run<run_weigh, launch_contrastive_weigh>(products, p);
+}
+
 template <typename Device>
 void contrastive_stream(const Tensor& state, const Tensor& counts, const MaybeTensor& positives,
                         const Tensor& products, const MaybeTensor& weights,
@@ -269,7 +345,8 @@ RowSums new_sums(const Tensor& features, Aggregation aggregation, const MaybeTen
 // same for every chunk.
 template <typename Device>
 void stream_chunks(const Operands<Device>& operands, const Formats& formats, int64_t num_proxies,
-                   ContrastiveStreamParams p, ReadOut<Device>* read_out) {
+                   ContrastiveStreamParams p, const ContrastiveListed& listed,
+                   ReadOut<Device>* read_out) {
   const ChunkBuffer products(operands.left(), p.num_rows, operands.columns(), formats.sums);
   p.factors = read_out == nullptr ? nullptr : read_out->factors().mutable_data_ptr();
   for (p.start = 0; p.start < num_proxies; p.start += p.num_cols) {
@@ -286,6 +363,8 @@ void stream_chunks(const Operands<Device>& operands, const Formats& formats, int
       p.weights = weights->mutable_data_ptr();
       p.weight_dtype = dtype_of("contrastive", "weights", *weights);
     }
+    if (listed.rows != nullptr)
+      Device::template run<run_weigh, launch_contrastive_weigh>(similarities, weighing(p, listed));
     Device::template run<run_stream, launch_contrastive_stream>(similarities, p);
     if (read_out != nullptr) read_out->add(*weights, chunk);
   }
@@ -294,16 +373,17 @@ void stream_chunks(const Operands<Device>& operands, const Formats& formats, int
 // The same for all proxies; gives what was read out of them (B, d), nothing unless weighted.
 template <typename Device>
 MaybeTensor stream_proxies(const Tensor& features, const Tensor& proxies, const Formats& formats,
-                           int64_t columns, bool weighted, const ContrastiveStreamParams& p) {
+                           int64_t columns, bool weighted, const ContrastiveStreamParams& p,
+                           const ContrastiveListed& listed) {
   const IeeeProducts guard;
 #ifdef DHCL_CUDA
   if constexpr (Device::kCuda)
-    if (formats.split) return SplitStream(features, proxies, columns, weighted).run(p);
+    if (formats.split) return SplitStream(features, proxies, columns, weighted).run(p, listed);
 #endif
   const Operands<Device> operands(features, proxies, formats, columns, weighted);
   std::optional<ReadOut<Device>> read_out;
   if (weighted) read_out.emplace(features, formats, operands.columns());
-  stream_chunks(operands, formats, proxies.size(0), p, read_out ? &*read_out : nullptr);
+  stream_chunks(operands, formats, proxies.size(0), p, listed, read_out ? &*read_out : nullptr);
   return read_out ? MaybeTensor(read_out->sums()) : std::nullopt;
 }
 
@@ -313,7 +393,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
     const MaybeTensor& proxy_labels, const MaybeTensor& row_groups,
     const MaybeTensor& column_groups, const MaybeTensor& excluded, const Tensor& kappa, bool prior,
     int64_t aggregation, double temperature, double beta, bool through, bool one_pass, bool fast,
-    int64_t columns) {
+    int64_t columns, const MaybeTensor& listed_rows, const MaybeTensor& listed_offsets,
+    const MaybeTensor& listed_entries, const MaybeTensor& listed_logs, const MaybeTensor& members,
+    const MaybeTensor& member_offsets) {
   const char* op = "contrastive";
   check_rank(op, "features", features, 2);
   check_rank(op, "proxies", proxies, 2);
@@ -323,6 +405,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
   const Formats formats = formats_of<Device>(features, proxies, fast);
   const Roles roles(op, labels, proxy_labels, row_groups, column_groups, excluded, features.size(0),
                     proxies.size(0));
+  const Listed listed(op, listed_rows, listed_offsets, listed_entries, listed_logs, members,
+                      member_offsets, features.size(0));
   const RowSums sums =
       new_sums<Device>(features, static_cast<Aggregation>(aggregation), proxy_labels);
   ContrastiveStreamParams p{};
@@ -336,10 +420,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
   p.beta = beta;
   p.weight_scale = formats.weight_scale;
   const MaybeTensor read_out =
-      stream_proxies<Device>(features, proxies, formats, columns, one_pass, p);
+      stream_proxies<Device>(features, proxies, formats, columns, one_pass, p, listed.get());
   if constexpr (!Device::kCuda) refuse(sums.state, sums.counts, kappa, prior, proxies);
+  // finish takes the temperature for the floor alone, which weighted negatives may lie below.
+  const double floor = listed ? kNoFloor : temperature;
   auto [losses, rows] = contrastive_finish<Device>(sums.state, sums.counts, sums.positives, kappa,
-                                                   prior, aggregation, temperature, beta, through);
+                                                   prior, aggregation, floor, beta, through);
   const Tensor gradient =
       read_out ? gradient_of<Device>(*read_out, formats, rows, proxies, labels, temperature)
                : torch::stable::new_empty(features, {0, features.size(1)});
@@ -349,6 +435,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
 template <typename Device, typename Library>
 void register_ops(Library& m) {
   m.impl("contrastive", TORCH_BOX(&contrastive<Device>));
+  m.impl("contrastive_weigh_", TORCH_BOX(&contrastive_weigh<Device>));
   m.impl("contrastive_stream_", TORCH_BOX(&contrastive_stream<Device>));
   m.impl("contrastive_finish", TORCH_BOX(&contrastive_finish<Device>));
   m.impl("contrastive_slopes_", TORCH_BOX(&contrastive_slopes<Device>));

@@ -92,6 +92,40 @@ struct Scale {
   }
 };
 
+constexpr int kListedThreads = 128;
+
+// A block for each row. Of lists of columns each thread takes every 128th entry, of lists of
+// classes each warp every fourth, whose members go to its lanes. No column occurs twice in a list.
+template <typename T>
+__global__ void __launch_bounds__(kListedThreads)
+    contrastive_weigh_kernel(const ContrastiveWeighParams p) {
+  const ContrastiveListed& listed = p.listed;
+  const int64_t row = blockIdx.x;
+  const int64_t list = listed.rows[row];
+  DHCL_DEVICE_ASSERT(list >= 0 && list < listed.num_lists,
+                     "contrastive_weigh_: rows must be in [0, %lld) (got %lld)\n",
+                     static_cast<long long>(listed.num_lists), static_cast<long long>(list));
+  T* x = static_cast<T*>(p.products) + row * p.num_cols;
+  const int64_t label = p.roles.labels[row];
+  const auto add = [&](int64_t column, float log_weight) {
+    const int64_t j = column - p.start;
+    if (j < 0 || j >= p.num_cols || is_positive(p.roles, label, column)) return;
+    x[j] += contrastive_shift<T>(p, row, j, log_weight);
+  };
+  const int64_t end = listed.offsets[list + 1];
+  if (listed.members == nullptr) {
+    for (int64_t e = listed.offsets[list] + threadIdx.x; e < end; e += kListedThreads)
+      add(listed.entries[e], listed.logs[e]);
+    return;
+  }
+  for (int64_t e = listed.offsets[list] + warp_id(); e < end; e += kListedThreads / kWarp) {
+    const int64_t k = listed.entries[e];
+    for (int64_t m = listed.member_offsets[k] + lane_id(); m < listed.member_offsets[k + 1];
+         m += kWarp)
+      add(listed.members[m], listed.logs[e]);
+  }
+}
+
 // A row's positives in ascending order of columns, found by one warp.
 template <typename T>
 __device__ void list_positives(const ContrastiveStreamParams& p, int64_t row, int64_t label,
@@ -505,6 +539,16 @@ void launch_contrastive_split(const ContrastiveSplitParams& p, void* stream) {
     default:
       return split_as<float>(p, s);
   }
+}
+
+void launch_contrastive_weigh(const ContrastiveWeighParams& p, void* stream) {
+  if (p.num_rows == 0 || p.num_cols == 0) return;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const dim3 grid(static_cast<unsigned>(p.num_rows));
+  if (p.dtype == ContrastiveDtype::kFloat64)
+    DHCL_LAUNCH(contrastive_weigh_kernel<double>, grid, dim3(kListedThreads), 0, s, p);
+  else
+    DHCL_LAUNCH(contrastive_weigh_kernel<float>, grid, dim3(kListedThreads), 0, s, p);
 }
 
 void launch_contrastive_fold_pieces(const ContrastiveFoldPiecesParams& p, void* stream) {

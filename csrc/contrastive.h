@@ -74,6 +74,36 @@ struct ContrastiveSplitParams {
   ContrastiveDtype dtype;  // of rows: any but double
 };
 
+// Negatives that count by a weight w: log w / scale is added to their products, which come to log w
+// in the logit, before they are streamed. Row i has list rows[i] of the CSR lists; of a list each
+// column occurs once at most. With members an entry is a class and its columns are members[j], j
+// from member_offsets[k] up to member_offsets[k + 1].
+struct ContrastiveListed {
+  const int64_t* rows;            // [B]; null: there are no lists
+  const int64_t* offsets;         // [R + 1]
+  const int64_t* entries;         // [E] columns or classes
+  const float* logs;              // [E] log w, -inf for a column that is no negative
+  const int64_t* members;         // [N] or null
+  const int64_t* member_offsets;  // [K + 1] or null
+  int64_t num_lists;              // R
+  int64_t num_entries;            // E
+  int64_t num_members;            // N
+  int64_t num_classes;            // K
+};
+
+struct ContrastiveWeighParams {
+  void* products;  // [B, n] similarities; a row's listed columns are changed, but for its positives
+  ContrastiveRoles roles;
+  ContrastiveListed listed;
+  const float* row_units;     // as of ContrastiveStreamParams
+  const float* column_units;  // [n]
+  int64_t num_rows;           // B
+  int64_t num_cols;           // n
+  int64_t start;              // column of the first product
+  double scale;
+  ContrastiveDtype dtype;  // of products: float or double
+};
+
 struct ContrastiveStreamParams {
   double* state;      // [B, 6]
   int64_t* counts;    // [B, 3]
@@ -170,6 +200,15 @@ struct ContrastiveSlopesParams {
   ContrastiveDtype dtype;  // of products
 };
 
+// What is added to the product of column j (of the chunk) in row i.
+template <typename T>
+DHCL_HOST_DEVICE inline T contrastive_shift(const ContrastiveWeighParams& p, int64_t i, int64_t j,
+                                            float log_weight) {
+  double scale = p.scale;
+  if (p.column_units != nullptr) scale *= static_cast<double>(p.row_units[i]) * p.column_units[j];
+  return static_cast<T>(static_cast<double>(log_weight) / scale);
+}
+
 // The loss for one positive logit r, the scale g of the negatives' slopes, and -(d loss / d r).
 struct ContrastiveTerm {
   double loss;
@@ -238,6 +277,7 @@ DHCL_HOST_DEVICE inline double contrastive_pull(double s, const double* row, int
 
 // The stream is a cudaStream_t; no launcher synchronises with the host.
 void launch_contrastive_stream(const ContrastiveStreamParams& p, void* stream);
+void launch_contrastive_weigh(const ContrastiveWeighParams& p, void* stream);
 void launch_contrastive_split(const ContrastiveSplitParams& p, void* stream);
 void launch_contrastive_fold_pieces(const ContrastiveFoldPiecesParams& p, void* stream);
 void launch_contrastive_fold(const ContrastiveFoldParams& p, void* stream);

@@ -188,6 +188,47 @@ void add_positive(double* state, double s) {
 }
 
 template <typename T>
+void weigh_row(const ContrastiveWeighParams& p, int64_t i) {
+  const char* op = "debiased_contrastive_loss";
+  const ContrastiveListed& listed = p.listed;
+  T* x = static_cast<T*>(p.products) + i * p.num_cols;
+  const int64_t label = p.roles.labels[i];
+  const auto add = [&](int64_t column, float log_weight) {
+    const int64_t j = column - p.start;
+    if (j < 0 || j >= p.num_cols) return;
+    if ((p.roles.proxy_labels != nullptr ? p.roles.proxy_labels[column] : column) == label) return;
+    x[j] += contrastive_shift<T>(p, i, j, log_weight);
+  };
+  const int64_t list = listed.rows[i];
+  check(list >= 0 && list < listed.num_lists, op, ": weights.rows must be in [0, ",
+        listed.num_lists, ") (got ", list, " at batch position ", i, ")");
+  const int64_t begin = listed.offsets[list], end = listed.offsets[list + 1];
+  check(0 <= begin && begin <= end && end <= listed.num_entries, op,
+        ": weights.offsets must ascend up to the number of entries (got ", begin, " and ", end,
+        ")");
+  for (int64_t e = begin; e < end; ++e) {
+    const int64_t entry = listed.entries[e];
+    if (listed.members == nullptr) {
+      add(entry, listed.logs[e]);
+      continue;
+    }
+    check(entry >= 0 && entry < listed.num_classes, op, ": weights.entries must be in [0, ",
+          listed.num_classes, ") (got ", entry, ")");
+    const int64_t first = listed.member_offsets[entry], last = listed.member_offsets[entry + 1];
+    check(0 <= first && first <= last && last <= listed.num_members, op,
+          ": weights.member_offsets must ascend up to the number of members (got ", first, " and ",
+          last, ")");
+    for (int64_t m = first; m < last; ++m) add(listed.members[m], listed.logs[e]);
+  }
+}
+
+void run_weigh(const ContrastiveWeighParams& p) {
+  parallel_tasks(p.num_rows, 4, p.num_rows * p.num_cols, [&](int64_t i) {
+    p.dtype == ContrastiveDtype::kFloat64 ? weigh_row<double>(p, i) : weigh_row<float>(p, i);
+  });
+}
+
+template <typename T>
 void stream_row(const ContrastiveStreamParams& p, int64_t i) {
   const int64_t n = p.num_cols;
   T* x = static_cast<T*>(p.products) + i * n;

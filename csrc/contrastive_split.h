@@ -65,7 +65,7 @@ class SplitStream {
   }
 
   // Streams all proxies through the rows' sums, which p holds, and gives what was read out (B, d).
-  MaybeTensor run(ContrastiveStreamParams p) const {
+  MaybeTensor run(ContrastiveStreamParams p, const ContrastiveListed& listed) const {
     p.dtype = ContrastiveDtype::kFloat32;
     p.weight_dtype = ContrastiveDtype::kFloat16;
     p.products = products_->mutable_data_ptr();
@@ -83,6 +83,7 @@ class SplitStream {
       const Tensor chunk = rows_of(*chunk_, 0, p.num_cols);
       split(rows_of(proxies_, p.start, p.num_cols), terms_.right_low, chunk, *units_);
       multiply<Cuda>(*left_, torch::stable::transpose(chunk, 0, 1), first(*products_, p.num_cols));
+      if (listed.rows != nullptr) launch<launch_contrastive_weigh>(weighing(p, listed));
       launch<launch_contrastive_stream>(p);
       if (weighted_) read_out(chunk, p.fresh);
     }

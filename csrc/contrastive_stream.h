@@ -41,6 +41,26 @@ constexpr int64_t kMost = Device::kCuda ? 1 << 20 : 4096;
 constexpr double kOperandScale = 256.0;
 constexpr double kWeightScale = 32768.0;
 
+// A temperature that puts the floor of the debiased estimate at -inf.
+constexpr double kNoFloor = 5e-324;
+
+// What a chunk's products are weighed with, from what they will be streamed with.
+inline ContrastiveWeighParams weighing(const ContrastiveStreamParams& p,
+                                       const ContrastiveListed& listed) {
+  ContrastiveWeighParams w{};
+  w.products = p.products;
+  w.roles = p.roles;
+  w.listed = listed;
+  w.row_units = p.row_units;
+  w.column_units = p.column_units;
+  w.num_rows = p.num_rows;
+  w.num_cols = p.num_cols;
+  w.start = p.start;
+  w.scale = p.scale;
+  w.dtype = p.dtype;
+  return w;
+}
+
 int64_t size_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }

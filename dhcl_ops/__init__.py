@@ -10,8 +10,9 @@ from dhcl_ops.bank import MemoryBank
 from dhcl_ops.camera_neighbours import camera_neighbours
 from dhcl_ops.clustering import Clustering, SelfPaced, cluster, self_paced_labels
 from dhcl_ops.constrained import constrained_dbscan
-from dhcl_ops.contrastive import ContrastiveStats, debiased_contrastive_loss
+from dhcl_ops.contrastive import ContrastiveStats, NegativeWeights, debiased_contrastive_loss
 from dhcl_ops.dbscan import dbscan
+from dhcl_ops.false_negatives import FalseNegatives, graph_false_negatives
 from dhcl_ops.graphed import GraphedStep
 from dhcl_ops.hybrid import (
     DHCLLoss,
@@ -30,9 +31,11 @@ __all__ = [
     "Clustering",
     "ContrastiveStats",
     "DHCLLoss",
+    "FalseNegatives",
     "GraphedStep",
     "HybridStats",
     "MemoryBank",
+    "NegativeWeights",
     "Neighbours",
     "NoValidQuery",
     "RankedLists",
@@ -47,6 +50,7 @@ __all__ = [
     "dbscan",
     "debiased_contrastive_loss",
     "evaluate_ranking",
+    "graph_false_negatives",
     "hybrid_contrastive_loss",
     "jaccard_distance",
     "jaccard_graph",

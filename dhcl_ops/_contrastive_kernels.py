@@ -122,6 +122,7 @@ def _stream_reference(*flat: Any) -> None:
         return
     positive, negative = roles.masks(start, start + products.shape[1])
     products.mul_(scale)
+    negative &= products != -math.inf  # a weight of zero
     _add_positives(sums, products, positive)
     products.masked_fill_(~negative, -math.inf)
     mass, factor = _add_negatives(sums, products, negative, start, beta)
@@ -293,6 +294,7 @@ def _slopes_reference(*flat: Any) -> None:
     start, scale, beta, aggregation = flat[-4:]
     positive, negative = roles.masks(start, start + products.shape[1])
     logits = (products * scale).double()
+    negative &= logits != -math.inf  # a weight of zero
     distance = (logits - state[:, MAX, None]).masked_fill(~negative, 0.0)
     slope = rows[:, ALPHA, None] * ((1.0 + beta) * distance).exp()
     slope += rows[:, GAMMA, None] * (beta * distance).exp()

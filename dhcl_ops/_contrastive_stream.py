@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops._contrastive_kernels import Roles, Settings, Sums, grouped
+from dhcl_ops._contrastive_listed import NOTHING, Listed, weigh
 from dhcl_ops._ops import below_autograd, define
 from dhcl_ops._precision import ieee_products
 from dhcl_ops._products import (
@@ -37,6 +38,8 @@ _CHUNK = {"cpu": (256, 4096), "cuda": (4096, 1 << 20)}
 # Powers of two that keep operands and weights out of fp16's subnormal numbers.
 _OPERAND_SCALE = 2.0**8
 WEIGHT_SCALE = 2.0**15
+# A temperature that puts the floor of the debiased estimate at -inf.
+_NO_FLOOR = 5e-324
 
 
 class Streaming(NamedTuple):
@@ -277,6 +280,7 @@ def stream_sums(
     roles: Roles,
     settings: Settings,
     streaming: Streaming,
+    listed: Listed = NOTHING,
 ) -> Partial:
     """The sums of each row over these proxies and, with ``one_pass``, what is read out of them."""
     with ieee_products(), torch.autocast(features.device.type, enabled=False):
@@ -290,6 +294,7 @@ def stream_sums(
         for start, products, chunk in operands.chunks():
             if one_pass:
                 weights = operands.weights(len(chunk))
+            _weigh(products, roles, listed, start, scale)
             kernels.stream(
                 *sums, products, weights, factors, *roles,
                 start, scale, settings.beta, operands.weight_scale,
@@ -305,12 +310,15 @@ def stream_loss(
     roles: Roles,
     settings: Settings,
     streaming: Streaming,
+    listed: Listed = NOTHING,
 ) -> Results:
     """The loss of each row and, with ``one_pass``, its gradient with respect to the feature."""
     with torch.autocast(features.device.type, enabled=False):
-        sums, read_out, unit = stream_sums(features, proxies, roles, settings, streaming)
+        sums, read_out, unit = stream_sums(features, proxies, roles, settings, streaming, listed)
         _refuse(sums, settings, proxies)
-        losses, rows = kernels.finish(*sums, *settings)
+        # The kernel takes the temperature for the floor alone, which weights may lie below.
+        floored = settings if listed.rows is None else settings._replace(temperature=_NO_FLOOR)
+        losses, rows = kernels.finish(*sums, *floored)
         if read_out is None:
             gradient = features.new_empty(0, features.shape[1])
         else:
@@ -320,6 +328,12 @@ def stream_loss(
             positives = proxies.index_select(0, roles.labels).to(gradient.dtype)
             gradient.addcmul_(positives, pull)
         return Results(losses, gradient, sums.state, sums.counts, rows)
+
+
+def _weigh(products: torch.Tensor, roles: Roles, listed: Listed, start: int, scale: float) -> None:
+    """Add the logarithms of listed weights to the products of a chunk."""
+    if listed.rows is not None:
+        weigh(products, roles.labels, roles.proxy_labels, *listed, start, scale)
 
 
 def _slots(roles: Roles, settings: Settings) -> int | None:
@@ -371,6 +385,7 @@ def stream_gradients(
     roles: Roles,
     first: Rows,
     options: SecondPass,
+    listed: Listed = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients with respect to features and proxies by a second pass; empty if not wanted.
 
@@ -387,6 +402,7 @@ def stream_gradients(
         by_feature = torch.zeros_like(left) if options.for_features else left.new_empty(0)
         by_proxy = torch.empty_like(proxies) if options.for_proxies else proxies.new_empty(0)
         for start, products, chunk in operands.chunks():
+            _weigh(products, roles, listed, start, 1.0 / temperature)
             kernels.slopes(
                 products, first.rows, first.state, first.counts, grad, *roles,
                 start, 1.0 / temperature, options.beta, options.aggregation,
@@ -418,6 +434,7 @@ def _keep(
     roles: Roles,
     settings: Settings,
     streaming: Streaming,
+    listed: Listed,
     results: Results,
 ) -> None:
     """Keep for backward what it needs."""
@@ -430,7 +447,7 @@ def _keep(
     else:
         gradient = results.gradient if ctx.one_pass else None
         first = (results.state, results.counts, results.rows)
-        ctx.save_for_backward(gradient, features, proxies, *roles, *first)
+        ctx.save_for_backward(gradient, features, proxies, *roles, *first, *listed)
     ctx.set_materialize_grads(False)
 
 
@@ -450,7 +467,8 @@ def _gradients(
         for_features = False
     if for_features or for_proxies:
         options = ctx.options._replace(for_features=for_features, for_proxies=for_proxies)
-        parts = contrastive_backward(grad, *saved, *options)
+        count = len(Listed._fields)
+        parts = contrastive_backward(grad, *saved[:-count], *options, *saved[-count:])
         by_feature = parts[0] if for_features else by_feature
         by_proxy = parts[1] if for_proxies else None
     return by_feature, by_proxy
@@ -477,11 +495,12 @@ class _Differentiable(torch.autograd.Function):
         roles: Roles,
         settings: Settings,
         streaming: Streaming,
+        listed: Listed,
         dtype: torch.dtype,
         divisor: int | None,
     ) -> tuple[torch.Tensor, ...]:
-        results = Results(*_loss_alone(features, proxies, roles, settings, streaming))
-        _keep(ctx, features, proxies, roles, settings, streaming, results)
+        results = Results(*_loss_alone(features, proxies, roles, settings, streaming, listed))
+        _keep(ctx, features, proxies, roles, settings, streaming, listed, results)
         ctx.rows, ctx.divisor = len(features), divisor
         # The gradient counts as differentiable, so that a second derivative is refused, not zero.
         return (_reduced(results.losses, dtype, divisor), *results[1:])
@@ -494,15 +513,15 @@ class _Differentiable(torch.autograd.Function):
             grad = grad.double()
         # The ops refuse a second derivative, for which they have to be recorded.
         with contextlib.nullcontext() if torch.is_grad_enabled() else below_autograd():
-            return (*_gradients(ctx, grad), None, None, None, None, None)
+            return (*_gradients(ctx, grad), *(None,) * (len(ctx.needs_input_grad) - 2))
 
 
 def _loss_alone(*grouped_arguments: Any) -> tuple[torch.Tensor, ...]:
     """The op's results, without what torch puts around an op that has a gradient."""
-    features, proxies, roles, settings, streaming = grouped_arguments
+    features, proxies, *groups = grouped_arguments
     with below_autograd():
         results: tuple[torch.Tensor, ...] = contrastive(
-            features, proxies, *roles, *settings, *streaming
+            features, proxies, *(each for group in groups for each in group)
         )
     return results
 
@@ -515,16 +534,18 @@ def loss_of(
     streaming: Streaming,
     dtype: torch.dtype,
     divisor: int | None,
+    listed: Listed = NOTHING,
 ) -> Results:
     """The results of :func:`stream_loss`, the losses reduced and differentiable once.
 
     They are of this dtype: one for each row or, with a divisor, () their sum divided by it.
     """
     if torch.compiler.is_compiling():
-        results = Results(*contrastive(features, proxies, *roles, *settings, *streaming))
+        flat = (*roles, *settings, *streaming, *listed)
+        results = Results(*contrastive(features, proxies, *flat))
         return results._replace(losses=_reduced(results.losses, dtype, divisor))
     differentiated = torch.is_grad_enabled() and (features.requires_grad or proxies.requires_grad)
-    grouped_arguments = (features, proxies, roles, settings, streaming)
+    grouped_arguments = (features, proxies, roles, settings, streaming, listed)
     try:
         if differentiated:
             return Results(*_Differentiable.apply(*grouped_arguments, dtype, divisor))
@@ -541,8 +562,8 @@ def loss_of(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    features, proxies, roles, settings, streaming = _of_loss(inputs)
-    _keep(ctx, features, proxies, roles, settings, streaming, Results(*output))
+    features, proxies, roles, settings, streaming, listed = _of_loss(inputs)
+    _keep(ctx, features, proxies, roles, settings, streaming, listed, Results(*output))
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *others: Any) -> tuple[Any, ...]:
@@ -565,11 +586,11 @@ def _loss_sample(device: torch.device) -> tuple[Any, ...]:
 
 def _of_loss(flat: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of :func:`stream_loss` from those of its op."""
-    return (*flat[:2], *grouped(flat[2:], Roles, Settings, Streaming))
+    return (*flat[:2], *grouped(flat[2:], Roles, Settings, Streaming, Listed))
 
 
 def _loss_fake(*flat: Any) -> tuple[torch.Tensor, ...]:
-    features, proxies, _, _, streaming = _of_loss(flat)
+    features, proxies, _, _, streaming, _ = _of_loss(flat)
     batch, width = features.shape
     double = torch.float64 in (features.dtype, proxies.dtype)
     dtype = torch.float64 if double else torch.float32
@@ -588,7 +609,9 @@ contrastive: Any = define(
     "contrastive(Tensor features, Tensor proxies, Tensor labels, Tensor? proxy_labels, "
     "Tensor? row_groups, Tensor? column_groups, Tensor? excluded, Tensor kappa, bool prior, "
     "int aggregation, float temperature, float beta, bool through, bool one_pass, bool fast, "
-    "int columns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int columns, Tensor? listed_rows=None, Tensor? listed_offsets=None, "
+    "Tensor? listed_entries=None, Tensor? listed_logs=None, Tensor? members=None, "
+    "Tensor? member_offsets=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     family="contrastive",
     reference=lambda *flat: tuple(stream_loss(*_of_loss(flat))),
     fake=_loss_fake,
@@ -600,11 +623,11 @@ contrastive: Any = define(
 
 def _of_gradients(flat: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of :func:`stream_gradients` from those of its op."""
-    return (*flat[:3], *grouped(flat[3:], Roles, Rows, SecondPass))
+    return (*flat[:3], *grouped(flat[3:], Roles, Rows, SecondPass, Listed))
 
 
 def _gradients_fake(*flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    _, features, proxies, _, _, options = _of_gradients(flat)
+    _, features, proxies, _, _, options, _ = _of_gradients(flat)
     return (
         torch.empty_like(features) if options.for_features else features.new_empty(0),
         torch.empty_like(proxies) if options.for_proxies else proxies.new_empty(0),
@@ -612,7 +635,7 @@ def _gradients_fake(*flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gradients_sample(device: torch.device) -> tuple[Any, ...]:
-    features, proxies, roles, settings, streaming = _of_loss(_loss_sample(device))
+    features, proxies, roles, settings, streaming, _ = _of_loss(_loss_sample(device))
     results = stream_loss(features, proxies, roles, settings, streaming)
     grad = torch.ones(3, dtype=torch.float64, device=device)
     options = _second_pass(settings, streaming)
@@ -623,7 +646,9 @@ contrastive_backward: Any = define(
     "contrastive_backward(Tensor grad, Tensor features, Tensor proxies, Tensor labels, "
     "Tensor? proxy_labels, Tensor? row_groups, Tensor? column_groups, Tensor? excluded, "
     "Tensor state, Tensor counts, Tensor rows, int aggregation, "
-    "float temperature, float beta, int columns, bool for_features, bool for_proxies) "
+    "float temperature, float beta, int columns, bool for_features, bool for_proxies, "
+    "Tensor? listed_rows=None, Tensor? listed_offsets=None, Tensor? listed_entries=None, "
+    "Tensor? listed_logs=None, Tensor? members=None, Tensor? member_offsets=None) "
     "-> (Tensor, Tensor)",
     family="contrastive",
     reference=lambda *flat: stream_gradients(*_of_gradients(flat)),

@@ -149,6 +149,15 @@ class MemoryBank(nn.Module):
         self._require_labels("class_sizes")
         return self._offsets.diff()
 
+    @property
+    def class_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Members (N,) int64, the rows by class and ascending in each, and offsets (K + 1,) int64.
+
+        Class k has the members from ``offsets[k]`` up to ``offsets[k + 1]``.
+        """
+        self._require_labels("class_rows")
+        return self._members, self._offsets
+
     def _require_labels(self, what: str) -> None:
         if self._proto_of.shape[0] == 0:
             raise RuntimeError(f"MemoryBank.{what}: call set_labels(labels) first")

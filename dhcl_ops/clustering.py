@@ -160,7 +160,7 @@ class Clustering:
             for hubs; ``uncertified_rows`` of the neighbour search.
         threshold: limit of independence, with ``self_paced`` only; pass it to the next call.
         graph: the graph of the pairs within eps, or within eps + eps_gap where ``loose_labels``
-            are given, for :func:`dhcl_ops.dbscan` at other, smaller eps.
+            are given, or within ``graph_eps``, for :func:`dhcl_ops.dbscan` at other, smaller eps.
         loose_labels: (N,) int64, the labels at eps + eps_gap with ``self_paced`` or ``loose``, of
             the kind of ``labels``; else None. For
             :func:`dhcl_ops.suspected_false_negatives`.
@@ -237,6 +237,7 @@ def cluster(
     self_paced: bool = False,
     loose: bool = False,
     eps_gap: float = SPCL.eps_gap,
+    graph_eps: float | None = None,
     threshold: float | None = None,
     progress: Progress | None = None,
 ) -> Clustering:
@@ -266,6 +267,9 @@ def cluster(
         loose: give the labels at eps + eps_gap too, which ``self_paced`` gives in any case.
         eps_gap: distance of the tight and the loose eps from eps, >= 0; those that are used must
             lie in (0, 1).
+        graph_eps: give the graph of the pairs within this eps, which is at least as large as those
+            that DBSCAN runs at, in (0, 1): for :func:`dhcl_ops.graph_false_negatives`. The labels
+            are the same.
         threshold: limit of independence from an earlier call, with ``self_paced`` only.
 
     Returns:
@@ -285,6 +289,12 @@ def cluster(
     if threshold is not None and not self_paced:
         raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
     radii = radii_of(op, eps, eps_gap, self_paced, loose)
+    largest = radii.largest
+    if graph_eps is not None and (largest := check_eps(op, graph_eps)) < radii.largest:
+        raise ValueError(
+            f"{op}: graph_eps must be at least {radii.largest:g}, the largest eps of DBSCAN "
+            f"(got {graph_eps})"
+        )
     min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     rows = _checks.unit_rows(op, "features", features)
     timer = Stages(rows.device)
@@ -295,9 +305,9 @@ def cluster(
     for radius in radii:
         if radius is not None:
             warn_of_tie(op, radius, k2)
-    index = inverted_index(encoded.rows, radii.largest)
+    index = inverted_index(encoded.rows, largest)
     timer("index")
-    graph = join(encoded.rows, index, radii.largest, progress)
+    graph = join(encoded.rows, index, largest, progress)
     timer("pairs")
     parts = (graph.crow_indices(), graph.col_indices(), graph.values())
     several = [labels_of(*parts, r, min_samples) for r in radii if r is not None]

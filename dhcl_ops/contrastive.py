@@ -18,8 +18,9 @@ from dhcl_ops import _checks
 from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops import _contrastive_stream as stream
 from dhcl_ops._contrastive_kernels import Roles, Settings
+from dhcl_ops._contrastive_listed import Listed
 
-__all__ = ["ContrastiveStats", "debiased_contrastive_loss"]
+__all__ = ["ContrastiveStats", "NegativeWeights", "debiased_contrastive_loss"]
 
 _AGGREGATIONS = {"each": kernels.EACH, "sum": kernels.SUM, "mean": kernels.MEAN}
 
@@ -38,6 +39,23 @@ class ContrastiveStats(NamedTuple):
     hardest_index: torch.Tensor  # (B,) its column, -1 without negatives
     effective_negatives: torch.Tensor  # (B,) (sum p)^2 / sum p^2 of the negatives' softmax weights
     num_negatives: torch.Tensor  # (B,)
+
+
+class NegativeWeights(NamedTuple):
+    """Negatives that count by a weight in [0, 1], others counting once; lists in CSR form.
+
+    Row i of a batch has list ``rows[i]``: entries ``offsets[l]`` up to ``offsets[l + 1]``. An entry
+    is a proxy or, with ``members``, a class of proxies, which all get its weight: class k has
+    ``members[member_offsets[k]]`` up to ``members[member_offsets[k + 1]]``. A list names a proxy
+    once at most.
+    """
+
+    rows: torch.Tensor  # (B,) int64
+    offsets: torch.Tensor  # (R + 1,) int64
+    entries: torch.Tensor  # (E,) int64
+    logs: torch.Tensor  # (E,) float32, logarithms of the weights; -inf is no negative at all
+    members: torch.Tensor | None = None  # (N,) int64
+    member_offsets: torch.Tensor | None = None  # (K + 1,) int64
 
 
 _norm_seen = False
@@ -86,6 +104,7 @@ def debiased_contrastive_loss(
     proxy_labels: torch.Tensor | None = None,
     positives: str = "each",
     exclude: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    weights: NegativeWeights | None = None,
     hardness_gradient: str = "stop",
     reduction: str = "mean",
     return_stats: bool = False,
@@ -133,6 +152,9 @@ def debiased_contrastive_loss(
         exclude: proxies that are not negatives of a row although they are no positives: (B, E)
             int64 column numbers padded with -1, or a pair of group numbers (B,) and (K,), where
             equal groups >= 0 exclude each other.
+        weights: negatives that count by a weight w: log w is added to their logits, and they have
+            no floor to be clamped at. In place of kappa and tau_plus. With ``beta = 0`` the mass is
+            ``sum w_j e^(s_j)``. A row's positives keep their logits.
         hardness_gradient: ``"stop"`` treats the weights e^(beta s) as constants; ``"through"``
             differentiates them, as the authors' code does.
         reduction: ``"mean"`` (0 for B = 0), ``"sum"`` or ``"none"``.
@@ -162,6 +184,7 @@ def debiased_contrastive_loss(
         hardness_gradient=hardness_gradient, reduction=reduction, precision=precision,
         chunk_size=chunk_size,
     )  # fmt: skip
+    listed = _listed(op, weights, features, kappa, tau_plus)
     differentiated = features.requires_grad and torch.is_grad_enabled()
     streaming = stream.Streaming(
         differentiated and given.one_pass, precision == "fast", given.columns
@@ -174,6 +197,7 @@ def debiased_contrastive_loss(
         streaming,
         loss_dtype(features, proxies),
         divisor_of(reduction, len(features)),
+        listed,
     )
     loss = results.losses
     return (loss, stats_of(results, given.settings.aggregation)) if return_stats else loss
@@ -329,6 +353,36 @@ def _false_negatives(
         if share == 1.0:
             raise ValueError(f"{op}: tau_plus must be in [0, 1) (got 1.0)")
     return torch.full((len(features),), share, dtype=torch.float64, device=features.device)
+
+
+def _listed(
+    op: str,
+    weights: NegativeWeights | None,
+    features: torch.Tensor,
+    kappa: float | torch.Tensor,
+    tau_plus: float | None,
+) -> Listed:
+    """The checked lists of weights; what the entries are, the kernels look at."""
+    if weights is None:
+        return Listed()
+    if isinstance(kappa, torch.Tensor) or kappa or tau_plus:
+        raise ValueError(f"{op}: weights stand in place of kappa and tau_plus (got both)")
+    if not isinstance(weights, NegativeWeights):
+        raise TypeError(f"{op}: weights must be NegativeWeights (got {type(weights).__name__})")
+    _checks.integers(op, "weights.rows", weights.rows, len(features), "a list per feature")
+    there = {name: t for name, t in weights._asdict().items() if t is not None}
+    for name, value in there.items():
+        _checks.tensor(op, f"weights.{name}", value)
+        _checks.rank(op, f"weights.{name}", value, 1)
+        kind = torch.float32 if name == "logs" else torch.int64
+        _checks.dtype(op, f"weights.{name}", value, (kind,))
+    wanted = tuple(weights.entries.shape)
+    _checks.shape(op, "weights.logs", weights.logs, wanted, "one per entry")
+    if (weights.members is None) != (weights.member_offsets is None):
+        raise ValueError(f"{op}: weights.members and weights.member_offsets go together (got one)")
+    named = {f"weights.{name}": value for name, value in there.items()}
+    _checks.same_device(op, features=features, **named)
+    return Listed(*weights)
 
 
 def _same_device(

@@ -74,7 +74,7 @@ class GraphedStep:
         self._loss, self._memory, self._cameras = loss, memory, cameras
         self._settings = dict(loss.settings)
         # Held, so that other tensors can't take the addresses that the graphs write to.
-        self._captured = (*self._bank(), loss.suspects)
+        self._captured = self._looked_at()
         # Where the graphs read a batch and the gradient of its loss.
         self._features = features.detach().clone().requires_grad_()
         self._indices = indices.clone()
@@ -102,9 +102,11 @@ class GraphedStep:
         """
         _as_built("features", features, self._features)
         _as_built("indices", indices, self._indices)
-        now = (*self._bank(), self._loss.suspects)
+        now = self._looked_at()
         if any(a is not b for a, b in zip(now, self._captured, strict=True)):
-            raise RuntimeError(f"{_OP}: labels or suspects were set since; build another one")
+            raise RuntimeError(
+                f"{_OP}: labels, suspects or false negatives were set since; build another one"
+            )
         if self._loss.settings != self._settings:
             raise RuntimeError(f"{_OP}: the loss's settings changed since; build another one")
         value: torch.Tensor = _Replayed.apply(features, indices, self)
@@ -123,6 +125,10 @@ class GraphedStep:
     def _bank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         memory = self._memory
         return memory.features, memory.prototypes, memory.proto_of
+
+    def _looked_at(self) -> tuple[Any, ...]:
+        """Whose memory the graphs have the addresses of, beside the batch."""
+        return (*self._bank(), self._loss.suspects, self._loss.false_negatives)
 
     # ---- what is captured -----------------------------------------------------------------------
 

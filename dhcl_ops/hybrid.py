@@ -14,7 +14,8 @@ from torch import nn
 
 from dhcl_ops import _checks
 from dhcl_ops.bank import MemoryBank
-from dhcl_ops.contrastive import ContrastiveStats, debiased_contrastive_loss
+from dhcl_ops.contrastive import ContrastiveStats, NegativeWeights, debiased_contrastive_loss
+from dhcl_ops.false_negatives import FalseNegatives
 
 __all__ = [
     "DHCLLoss",
@@ -113,6 +114,7 @@ def hybrid_contrastive_loss(
     beta: float = 0.0,
     suspects: Suspects | None = None,
     suspects_as: str = "exclude",
+    false_negatives: FalseNegatives | None = None,
     hardness_gradient: str = "stop",
     reduction: str = "mean",
     return_stats: bool = False,
@@ -149,6 +151,9 @@ def hybrid_contrastive_loss(
         suspects_as: ``"exclude"`` leaves suspected classes out of the negatives; ``"kappa"`` counts
             them instead, each row's kappa being the number of other classes in its group, at most
             half of the negatives.
+        false_negatives: of :func:`graph_false_negatives`, with the bank's labels. A negative whose
+            class is the image's own identity with probability p then counts 1 - p, in both terms,
+            in place of kappa, and no row is clamped.
         return_stats: also return :class:`HybridStats`.
 
     Returns:
@@ -166,8 +171,11 @@ def hybrid_contrastive_loss(
         instance_positives, suspects_as, cameras,
     )  # fmt: skip
     batch = _Batch(features, memory.proto_of[indices], indices)
+    counted = _negative_weights(op, memory, indices, false_negatives, suspects_as)
     classes = len(memory.prototypes)
-    debias = false_negatives(op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as)
+    debias = expected_false_negatives(
+        op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as
+    )
     settings: dict[str, Any] = {
         "temperature": temperature,
         "beta": beta,
@@ -179,12 +187,15 @@ def hybrid_contrastive_loss(
     terms: list[torch.Tensor | None] = [None, None]
     seen: list[ContrastiveStats | None] = [None, None]
     if weights[0]:
+        settings["weights"] = counted
         terms[0], seen[0] = _prototype_term(batch, memory, debias, settings)
     if weights[1]:
         of_class = instance_positives == "class"
         if instance_positives in ("hardest", "cross-camera"):
             apart = cameras if instance_positives == "cross-camera" else None
             batch = batch._replace(positives=memory.hardest_positives(features, indices, apart))
+        if counted is not None:
+            settings["weights"] = NegativeWeights(*counted[:4], *memory.class_rows)
         terms[1], seen[1] = _instance_term(batch, memory, of_class, debias, settings)
     return combined(weights, terms, seen, return_stats)
 
@@ -235,13 +246,30 @@ def combined(
     return loss, HybridStats(means[0], means[1], seen[0], seen[1])
 
 
+def _negative_weights(
+    op: str,
+    memory: MemoryBank,
+    indices: torch.Tensor,
+    found: FalseNegatives | None,
+    suspects_as: str,
+) -> NegativeWeights | None:
+    """The weights of the other prototypes, from those of their classes."""
+    if found is None:
+        return None
+    if suspects_as == "kappa":
+        raise ValueError(f'{op}: false_negatives stand in place of suspects_as="kappa" (got both)')
+    wanted = (len(memory.proto_of) + 1,)
+    _checks.shape(op, "false_negatives.offsets", found.offsets, wanted, "one more than images")
+    return NegativeWeights(indices, *found)
+
+
 class _Batch(NamedTuple):
     features: torch.Tensor  # (B, d)
     labels: torch.Tensor  # (B,) classes
     positives: torch.Tensor  # (B,) rows of the bank that the instance term pulls to
 
 
-class FalseNegatives(NamedTuple):
+class Expected(NamedTuple):
     """What is known or expected of false negatives."""
 
     kappa: float | torch.Tensor  # among the other prototypes; one number, or one per row (B,)
@@ -255,7 +283,7 @@ class FalseNegatives(NamedTuple):
         return None if isinstance(self.kappa, torch.Tensor) else self.kappa / others
 
 
-def false_negatives(
+def expected_false_negatives(
     op: str,
     classes: int,
     labels: torch.Tensor,
@@ -263,7 +291,7 @@ def false_negatives(
     tau_plus: float | None,
     suspects: Suspects | None,
     suspects_as: str,
-) -> FalseNegatives:
+) -> Expected:
     """What a batch of these labels is told of false negatives among this many prototypes."""
     if isinstance(kappa, torch.Tensor):
         raise TypeError(f"{op}: kappa must be a number (got a tensor)")
@@ -278,22 +306,22 @@ def false_negatives(
                 f"(got {kappa:g} and {others})"
             )
     if suspects is None:
-        return FalseNegatives(kappa, tau_plus, None)
+        return Expected(kappa, tau_plus, None)
     wanted = (classes,)
     _checks.shape(op, "suspects.groups", suspects.groups, wanted, "one per prototype")
     if suspects_as == "exclude":
-        return FalseNegatives(kappa, tau_plus, suspects.groups)
+        return Expected(kappa, tau_plus, suspects.groups)
     if kappa or tau_plus:
         raise ValueError(
             f'{op}: suspects_as="kappa" sets kappa itself '
             f"(got kappa={kappa}, tau_plus={tau_plus} too)"
         )
     counted = suspects.others[labels].double().clamp(max=others / 2)
-    return FalseNegatives(counted, None, None)
+    return Expected(counted, None, None)
 
 
 def _prototype_term(
-    batch: _Batch, memory: MemoryBank, debias: FalseNegatives, settings: dict[str, Any]
+    batch: _Batch, memory: MemoryBank, debias: Expected, settings: dict[str, Any]
 ) -> tuple[torch.Tensor, ContrastiveStats | None]:
     exclude = None
     if debias.groups is not None:
@@ -314,7 +342,7 @@ def _instance_term(
     batch: _Batch,
     memory: MemoryBank,
     of_class: bool,
-    debias: FalseNegatives,
+    debias: Expected,
     settings: dict[str, Any],
 ) -> tuple[torch.Tensor, ContrastiveStats | None]:
     proto_of, labels = memory.proto_of, batch.labels
@@ -346,7 +374,8 @@ class DHCLLoss(nn.Module):
     """:func:`hybrid_contrastive_loss` as a module: settings once, then ``loss(features, memory,
     indices)``.
 
-    ``suspects``, if any, are set once per epoch with :meth:`set_suspects`.
+    ``suspects``, if any, are set once per epoch with :meth:`set_suspects`, and so are false
+    negatives with :meth:`set_false_negatives`.
     """
 
     # A bank over several ranks has its own.
@@ -379,6 +408,7 @@ class DHCLLoss(nn.Module):
             "precision": precision,
         }
         self._suspects: Suspects | None = None
+        self._false_negatives: FalseNegatives | None = None
 
     def set_suspects(self, memory: Any, loose_labels: torch.Tensor | None) -> None:
         """Take the loose labels (N,) of this epoch's clustering, or None for no suspects."""
@@ -390,6 +420,15 @@ class DHCLLoss(nn.Module):
     def suspects(self) -> Suspects | None:
         """What :meth:`set_suspects` made of the labels."""
         return self._suspects
+
+    def set_false_negatives(self, found: FalseNegatives | None) -> None:
+        """Take what :func:`graph_false_negatives` made of this epoch's labels, or None."""
+        self._false_negatives = found
+
+    @property
+    def false_negatives(self) -> FalseNegatives | None:
+        """What :meth:`set_false_negatives` was given."""
+        return self._false_negatives
 
     def forward(
         self,
@@ -405,12 +444,14 @@ class DHCLLoss(nn.Module):
         ``cameras`` (N,) are those of the training images, for
         ``instance_positives="cross-camera"``.
         """
+        found = self._false_negatives
         return self.loss_of(
             features,
             memory,
             indices,
             cameras=cameras,
             suspects=self._suspects,
+            **({} if found is None else {"false_negatives": found}),
             return_stats=return_stats,
             **self.settings,
         )

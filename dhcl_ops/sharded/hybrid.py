@@ -15,7 +15,8 @@ from dhcl_ops.contrastive import (
     loss_dtype,
     stats_of,
 )
-from dhcl_ops.hybrid import FalseNegatives, Suspects
+from dhcl_ops.false_negatives import FalseNegatives
+from dhcl_ops.hybrid import Expected, Suspects
 from dhcl_ops.sharded.bank import MemoryBank
 from dhcl_ops.sharded.contrastive import MEAN, Problem, agreed_settings, gathered, loss_over
 from dhcl_ops.sharded.shards import Shards
@@ -146,7 +147,7 @@ def hybrid_contrastive_loss(
         hardest = memory.hardest_of_all(shards, batch.features, every, apart)
         batch = batch._replace(positives=hardest)
     classes = memory.num_prototypes
-    debias = hybrid.false_negatives(
+    debias = hybrid.expected_false_negatives(
         op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as
     )
     problems = (
@@ -189,7 +190,7 @@ def _with_kappa(
 
 
 def _prototype_term(
-    batch: _Batch, memory: MemoryBank, debias: FalseNegatives, given: Arguments, fast: bool
+    batch: _Batch, memory: MemoryBank, debias: Expected, given: Arguments, fast: bool
 ) -> Problem:
     first, behind = memory.prototype_starts[memory.rank : memory.rank + 2]
     groups = debias.groups
@@ -206,7 +207,7 @@ def _instance_term(
     batch: _Batch,
     memory: MemoryBank,
     of_class: bool,
-    debias: FalseNegatives,
+    debias: Expected,
     given: Arguments,
     fast: bool,
 ) -> Problem:
@@ -251,3 +252,11 @@ class DHCLLoss(hybrid.DHCLLoss):
 
     loss_of = staticmethod(hybrid_contrastive_loss)
     suspects_of = staticmethod(suspected_false_negatives)
+
+    def set_false_negatives(self, found: FalseNegatives | None) -> None:
+        """Raise ``ValueError`` for any: a graph's lines are told from in one process alone."""
+        if found is not None:
+            raise ValueError(
+                "sharded.DHCLLoss: false negatives by the graph need a bank in one process (got "
+                "some for one on several ranks)"
+            )

@@ -168,6 +168,10 @@ class LossOptions:
     instance_positives: Literal["self", "hardest", "cross-camera", "class"] = "self"
     """Positive of the loss over single images: the image's own row, the hardest of its class, the
     hardest of its class in another camera, or all of its class."""
+    debias: Literal["constant", "graph"] = "constant"
+    """What is known of false negatives: a number, kappa, or the Jaccard graph at debias_eps."""
+    debias_eps: Annotated[float, _Number, Field(gt=0, lt=1)] = 0.85
+    """Largest Jaccard distance of the pairs that debias graph looks at; larger than eps."""
     kappa: NonNegativeFloat = 0.0
     """Number of false negatives to expect among the other prototypes; 0 does not debias."""
     beta: NonNegativeFloat = 0.0
@@ -345,6 +349,8 @@ def _contradictions(c: TrainConfig) -> list[str]:
     clusters = c.memory.memory == "clusters"
     images = batches.classes_per_batch * batches.images_per_class
     gap = f"eps -/+ {EPS_GAP} must lie between 0 and 1 (got eps {labels.eps})"
+    by_graph = loss.debias == "graph"
+    widest = labels.eps + (EPS_GAP if labels.self_paced or loss.suspects != "off" else 0.0)
     leaves = not 0 < labels.eps - EPS_GAP <= labels.eps + EPS_GAP < 1
     rules = {
         "samples_per_bn and camera_bn: statistics are per chunk or per camera, choose one": (
@@ -361,6 +367,17 @@ def _contradictions(c: TrainConfig) -> list[str]:
         "memory and suspects: suspects need a memory of instances": (
             clusters and loss.suspects != "off"
         ),
+        "memory and debias: the graph is one of images, and needs a memory of instances": (
+            clusters and by_graph
+        ),
+        f"debias and kappa: the graph stands in place of kappa (got kappa {loss.kappa} too)": (
+            by_graph and loss.kappa
+        ),
+        "debias and suspects: the graph stands in place of suspects: kappa": (
+            by_graph and loss.suspects == "kappa"
+        ),
+        f"debias_eps and eps: debias_eps must be at least {widest:g}, the largest eps that labels "
+        f"are made with (got {loss.debias_eps})": by_graph and loss.debias_eps < widest,
         "outliers and memory: outliers can be dropped from a memory of clusters only": (
             labels.outliers == "drop" and not clusters
         ),

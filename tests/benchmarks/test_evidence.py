@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 import yaml
 from dhcl.data import load_data
 from dhcl.synth import render_dataset
 
-from benchmarks import evidence, evidence_table
+from benchmarks import evidence, evidence_table, imagenet
 from benchmarks.beds import Bed, root_of
 
 TINY = {
@@ -130,6 +131,16 @@ def test_the_plan_that_is_committed_can_be_read(tmp_path):
     work = evidence.Work(plan, tmp_path, None, 1)
     runs = evidence.runs_of(plan, ["drawn/"])
     assert {work.config(run, None).data.data for run in runs} == {"market1501"}
+
+
+def test_imagenet_weights_get_their_names_by_their_order():
+    state = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    names = {"x": torch.zeros(2, 3), "y": torch.zeros(4)}
+    assert imagenet.renamed(state, names) == {"x": state["a"], "y": state["b"]}
+    with pytest.raises(ValueError, match=r"layer by layer .not y"):
+        imagenet.renamed(state, {**names, "y": torch.zeros(5)})
+    with pytest.raises(ValueError, match="not their number"):
+        imagenet.renamed(state, {**names, "z": torch.zeros(5)})
 
 
 def test_the_table_has_differences_of_pairs_and_how_many_agree():

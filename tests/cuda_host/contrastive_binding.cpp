@@ -28,6 +28,28 @@ dhcl::ContrastiveRoles roles_of(const py::tuple& t) {
   return roles;
 }
 
+void weigh(const py::array& products, const py::tuple& roles, const py::tuple& listed,
+           int64_t start, double scale, int dtype, const py::tuple& units) {
+  dhcl::ContrastiveWeighParams p{};
+  p.products = data<void>(products);
+  p.roles = roles_of(roles);
+  p.listed.rows = data<int64_t>(listed[0]);
+  p.listed.offsets = data<int64_t>(listed[1]);
+  p.listed.entries = data<int64_t>(listed[2]);
+  p.listed.logs = data<float>(listed[3]);
+  p.listed.members = data<int64_t>(listed[4]);
+  p.listed.member_offsets = data<int64_t>(listed[5]);
+  p.listed.num_lists = listed[1].cast<py::array>().shape(0) - 1;
+  p.row_units = data<float>(units[0]);
+  p.column_units = data<float>(units[1]);
+  p.num_rows = products.shape(0);
+  p.num_cols = products.shape(1);
+  p.start = start;
+  p.scale = scale;
+  p.dtype = static_cast<ContrastiveDtype>(dtype);
+  dhcl::launch_contrastive_weigh(p, nullptr);
+}
+
 void stream(const py::object& state, const py::object& counts, const py::object& positives,
             const py::array& products, const py::object& weights, const py::object& factors,
             const py::tuple& roles, int64_t start, double scale, double beta, double weight_scale,
@@ -160,6 +182,7 @@ void gradient(const py::array& sums, const py::array& rows, const py::array& pro
 
 PYBIND11_MODULE(contrastive_host, m) {
   m.def("set_schedule", &cuda_host::set_schedule);
+  m.def("weigh", &weigh);
   m.def("stream", &stream);
   m.def("split", &split);
   m.def("fold_pieces", &fold_pieces);

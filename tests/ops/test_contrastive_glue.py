@@ -11,6 +11,7 @@ from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops import _contrastive_stream as streaming
 from tests.cuda_host import build
 from tests.ops.test_contrastive import case
+from tests.ops.test_false_negatives import weights_of
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -24,7 +25,10 @@ def glue():
     folder = _build.source_dir()
     sources = [folder / "contrastive.cu", build.HERE / "contrastive_glue.cpp"]
     ops = torch.library.Library("dhcl_glue", "DEF")
-    for op in ("contrastive", "contrastive_stream_", "contrastive_finish", "contrastive_slopes_"):
+    for op in (
+        *("contrastive", "contrastive_weigh_", "contrastive_stream_", "contrastive_finish"),
+        "contrastive_slopes_",
+    ):
         ops.define(str(_ops.OPS[op].overload._schema).removeprefix("dhcl::"))
     # CUDA's product of 16-bit factors with fp32 sums, which the CPU has none of.
     products = torch.library.Library("aten", "IMPL")
@@ -40,12 +44,12 @@ def glue():
     ops._destroy()
 
 
-def run(op, features, proxies, labels, how, proxy_labels=None):
+def run(op, features, proxies, labels, how, proxy_labels=None, weights=()):
     roles = kernels.Roles(labels, proxy_labels, None, None, None)
     aggregation = kernels.SUM if proxy_labels is None else kernels.EACH
     kappa = torch.zeros(len(features), dtype=torch.float64)
     settings = kernels.Settings(kappa, False, aggregation, 0.05, 0.2, False)
-    return streaming.Results(*op(features, proxies, *roles, *settings, *how))
+    return streaming.Results(*op(features, proxies, *roles, *settings, *how, *weights))
 
 
 def assert_close(found, expected, tolerance):
@@ -70,8 +74,10 @@ def test_the_loop_on_cuda(glue, dtypes, chunk, fast, kind):
         proxies = proxies.t().contiguous().t()
     one_pass = kind != "classes"
     how = streaming.Streaming(one_pass, fast, chunk)
-    expected = run(_ops.OPS["contrastive"].overload, *wide, how, proxy_labels)
-    found = run(glue, features, proxies, labels, how, proxy_labels)
+    # Lists of weights with every other case, which has enough to do without.
+    weights = weights_of(5, 37, 0, classes=one_pass) if chunk == 13 else ()
+    expected = run(_ops.OPS["contrastive"].overload, *wide, how, proxy_labels, weights)
+    found = run(glue, features, proxies, labels, how, proxy_labels, weights)
     # fp16 rounds fp32 operands, and any 16-bit format the gradient's weights.
     rounded = (fast and F32 in dtypes and torch.float64 not in dtypes) or F16 in dtypes
     tolerance = 5e-2 if dtypes == (BF16, BF16) else 2e-2 if rounded else 1e-4
@@ -91,7 +97,8 @@ def test_the_loop_on_cuda_over_pieces(glue, monkeypatch, dtypes):
     features = torch.nn.functional.normalize(proxies[labels] + noise / width**0.5)
     features, proxies = features.to(dtypes[0]), (proxies * 2).to(dtypes[1])
     how = streaming.Streaming(True, False, 24)
-    found = run(glue, features, proxies, labels, how)
+    weights = weights_of(128, 33, 0)
+    found = run(glue, features, proxies, labels, how, weights=weights)
     monkeypatch.setattr(streaming, "pays_to_split", lambda features, proxies: True)
-    expected = run(_ops.OPS["contrastive"].reference, features, proxies, labels, how)
+    expected = run(_ops.OPS["contrastive"].reference, features, proxies, labels, how, None, weights)
     assert_close(found, expected, 1e-4)

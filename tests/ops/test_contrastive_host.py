@@ -9,6 +9,7 @@ from dhcl_ops._contrastive_stream import WEIGHT_SCALE, SplitOperands
 from dhcl_ops._products import LOW, TERMS, fp32_sums, split_operand
 from tests.checks import call, clones, same_bits
 from tests.ops.test_contrastive import assert_kernels_agree, case, kernel_inputs, leaf
+from tests.ops.test_false_negatives import weights_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -74,6 +75,30 @@ def test_kernels_equal_their_reference(kernels, name, dtype, mode):
     returned = getattr(Glue(kernels), name)(*ours) or ()
     wanted = call("reference", name, *expected) or ()
     assert_kernels_agree(ours + list(returned), expected + list(wanted), dtype)
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_are_added_to_their_products(kernels, dtype, classes):
+    columns, start = 150, 7
+    weights = weights_of(5, columns, 3, classes=classes)
+    generator = torch.Generator().manual_seed(1)
+    products = torch.randn(5, columns - start - 4, generator=generator).to(dtype)
+    labels = torch.randint(0, columns, (5,), generator=generator)
+    for proxy_labels in (None, torch.arange(columns) % 9):
+        expected = products.clone()
+        rest = (labels, proxy_labels, *weights, start, 20.0)
+        call("reference", "contrastive_weigh_", expected, *rest)
+        got = products.clone()
+        roles = (array(labels), array(proxy_labels), None, None, None)
+        listed, code = tuple(map(array, weights)), DTYPES.index(dtype)
+        kernels.weigh(array(got), roles, listed, start, 20.0, code, (None, None))
+        assert same_bits(got, expected)
+        # In units, as products of pieces are: powers of two, so nothing is rounded otherwise.
+        units = torch.full((5,), 0.5), torch.full((products.shape[1],), 0.25)
+        scaled = products * 8
+        kernels.weigh(array(scaled), roles, listed, start, 20.0, code, tuple(map(array, units)))
+        torch.testing.assert_close(scaled / 8, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", range(3))

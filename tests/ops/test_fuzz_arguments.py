@@ -82,6 +82,8 @@ CALLS = [
      {"features": QUERY, "indices": SEVEN, "cameras": TWELVE % 2}),
     ("MemoryBank.hardest_positives", of_bank("hardest_positives"),
      {"features": QUERY, "indices": SEVEN, "cameras": TWELVE % 2}),
+    ("graph_false_negatives", dhcl_ops.graph_false_negatives,
+     {"labels": LABELS, "graph": graph(), "scale": 0.1}),
     ("suspected_false_negatives",
      lambda **a: dhcl_ops.suspected_false_negatives(bank(), **a), {"loose_labels": LABELS}),
     ("jaccard_graph", dhcl_ops.jaccard_graph, {"features": GALLERY, **LISTS, "eps": 0.6}),

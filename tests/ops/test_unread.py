@@ -11,6 +11,7 @@ import dhcl_ops.contrastive
 import dhcl_ops.memory
 from dhcl_ops import (
     DHCLLoss,
+    FalseNegatives,
     MemoryBank,
     _arrays,
     debiased_contrastive_loss,
@@ -92,6 +93,7 @@ HYBRID = {
     "prototypes alone": {"instance_weight": 0.0},
     "positives of the class": {"instance_positives": "class"},
     "hardest positive of another camera": {"instance_positives": "cross-camera"},
+    "false negatives by the graph": {"kappa": 0.0, "false_negatives": True},
     "suspects excluded": {"beta": 0.1, "suspects": "exclude"},
     "suspects counted": {"kappa": 0.0, "suspects": "kappa"},
 }
@@ -106,12 +108,16 @@ def test_a_step_of_the_hybrid_loss_and_the_bank(there, variant, normalised):
     bank.set_labels(LABELS)
     settings = dict(HYBRID[variant])
     suspects_as = settings.pop("suspects", None)
+    listed = settings.pop("false_negatives", False)
     loss = DHCLLoss(**settings, **({"suspects_as": suspects_as} if suspects_as else {}))
     if suspects_as:
         suspects = suspected_false_negatives(bank, LOOSE)
         loss._suspects = suspects._replace(
             groups=there.of(suspects.groups), others=there.of(suspects.others)
         )
+    if listed:
+        lists = torch.arange(13), torch.arange(12) % 6, torch.full((12,), -0.5)
+        loss.set_false_negatives(FalseNegatives(*map(there.of, lists)))
     there.move(bank)
     features, indices = there.of(features), there.of(indices)
     cameras = there.of(torch.arange(12) % 3)

@@ -14,7 +14,14 @@ import torch
 
 from dhcl.config import EPS_GAP, LabelOptions
 from dhcl.data.tracks import Tracklets
-from dhcl_ops import Clustering, cluster, constrained_dbscan, self_paced_labels
+from dhcl_ops import (
+    Clustering,
+    FalseNegatives,
+    cluster,
+    constrained_dbscan,
+    graph_false_negatives,
+    self_paced_labels,
+)
 
 __all__ = ["PseudoLabels", "pseudo_labels"]
 
@@ -27,12 +34,14 @@ class PseudoLabels(NamedTuple):
         loose: (N,) the same at a larger eps, or None where it was not asked for.
         threshold: limit of independence of the self-paced criterion, for the epochs to come.
         seconds: wall time by stage: neighbours, dbscan, and jaccard for all between them.
+        false_negatives: classes near each image, on the CPU, where they were asked for.
     """
 
     labels: torch.Tensor
     loose: torch.Tensor | None
     threshold: float | None
     seconds: dict[str, float]
+    false_negatives: FalseNegatives | None = None
 
 
 def pseudo_labels(
@@ -44,6 +53,7 @@ def pseudo_labels(
     threshold: float | None,
     progress: Callable[[str, int, int], None],
     tracklets: Tracklets | None = None,
+    graph_eps: float | None = None,
 ) -> PseudoLabels:
     """Cluster features by Jaccard distance and DBSCAN.
 
@@ -57,6 +67,8 @@ def pseudo_labels(
         tracklets: which images belong together. Then tracklets are clustered, by their pooled
             features; those seen at once never share a cluster, and images of one tracklet always
             do, those of a tracklet in no cluster too unless outliers are dropped.
+        graph_eps: tell from the pairs within this eps which classes may be an image's own identity;
+            of images that belong to no tracklets.
     """
     if tracklets is not None:
         features, cameras = tracklets.pool(features), torch.from_numpy(tracklets.cameras)
@@ -71,6 +83,7 @@ def pseudo_labels(
         self_paced=options.self_paced,
         loose=loose,
         eps_gap=EPS_GAP,
+        graph_eps=graph_eps,
         threshold=threshold,
         progress=progress,
     )
@@ -84,11 +97,16 @@ def pseudo_labels(
         if at_larger_eps is not None:
             at_larger_eps = tracklets.spread(at_larger_eps, alone=alone)
     apart = time.perf_counter() - clustered
+    likely = None
+    if graph_eps is not None:
+        found_out = graph_false_negatives(labels, found.graph)
+        likely = FalseNegatives(*(part.cpu() for part in found_out))
     seconds = dict(found.seconds)
     stages = {"neighbours": seconds.pop("neighbours")}
     stages["dbscan"] = seconds.pop("clusters") + apart
-    stages["jaccard"] = sum(seconds.values())
-    return PseudoLabels(labels.cpu(), at_larger_eps.cpu() if loose else None, limit, stages)
+    stages["jaccard"] = sum(seconds.values()) + time.perf_counter() - clustered - apart
+    at_larger_eps = at_larger_eps.cpu() if loose else None
+    return PseudoLabels(labels.cpu(), at_larger_eps, limit, stages, likely)
 
 
 def _apart(

@@ -20,6 +20,7 @@ from dhcl.config import (
     run_text,
 )
 from dhcl.data import DataError, ReIDData, check_images, load_data
+from dhcl.data.tracks import Tracklets
 from dhcl.files import NotPlainFile, Taken, write_atomic, writing_folder
 from dhcl.metrics import RANKS, check_ranks, table
 from dhcl.training.checkpoint import load_checkpoint
@@ -258,6 +259,10 @@ def _check_data(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
         raise ConfigError(
             "instance_positives: cross-camera needs training images of two known cameras at least "
             f"(got {data.train.num_cameras})"
+        )
+    if config.loss.debias == "graph" and Tracklets.of_list(data.train) is not None:
+        raise ConfigError(
+            "debias: the graph is one of images, and these belong to tracklets; use constant"
         )
     if data.train.num_cameras > 1 and not config.model.camera_bn:
         engine.say(

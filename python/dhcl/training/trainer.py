@@ -45,7 +45,7 @@ from dhcl.training.logs import RunLog
 from dhcl.training.steps import StepValues
 from dhcl.training.trackers import Trackers
 from dhcl.words import duration, first_line, show
-from dhcl_ops import DHCLLoss, GraphedStep, HybridStats, MemoryBank, prototypes
+from dhcl_ops import DHCLLoss, FalseNegatives, GraphedStep, HybridStats, MemoryBank, prototypes
 
 __all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "learning_rate"]
 
@@ -149,6 +149,7 @@ class Trainer:
             self._cameras = torch.from_numpy(images.cameras).to(engine.device)
         self.labels = torch.full((len(images),), -1)  # cluster of each image, -1 for outliers
         self.loose: torch.Tensor | None = None  # clusters at the larger eps, for suspects
+        self.false_negatives: FalseNegatives | None = None  # by the graph, for debias: graph
         self.loss: DHCLLoss  # of the epoch, from when its memory is filled
         self._graphed: GraphedStep | None = None  # of the loss as it is
         self._replays = engine.replays
@@ -218,6 +219,7 @@ class Trainer:
                 threshold=self.at.threshold,
                 progress=self._check_stop,
                 tracklets=self._tracklets,
+                graph_eps=self._graph_eps,
             )
         )
         self._mark = time.perf_counter()  # the stages have their own times
@@ -228,6 +230,7 @@ class Trainer:
         at, device = self.at, self.engine.device
         self._graphed = None  # it is of the labels before
         self.labels, self.loose, at.threshold = found.labels, found.loose, found.threshold
+        self.false_negatives = found.false_negatives
         labels = found.labels.to(device)
         clusters, outliers = int(labels.max()) + 1, int((labels < 0).sum())
         at.barren = 0 if clusters else at.barren + 1
@@ -405,7 +408,18 @@ class Trainer:
         )
         if warm and options.suspects != "off" and self.loose is not None:
             loss.set_suspects(self.bank, self.loose.to(self.engine.device))
+        if warm and self.false_negatives is not None:
+            there = (part.to(self.engine.device) for part in self.false_negatives)
+            loss.set_false_negatives(FalseNegatives(*there))
         return loss
+
+    @property
+    def _graph_eps(self) -> float | None:
+        """The eps of the graph that false negatives are told from, in the epochs that do."""
+        loss = self.config.loss
+        if loss.debias != "graph" or self.at.epoch < loss.warmup_epochs:
+            return None
+        return loss.debias_eps
 
     @property
     def lr(self) -> float:
@@ -580,6 +594,7 @@ class Trainer:
             "rows": self.rows,
             "labels": self.labels,
             "loose": self.loose,
+            "false_negatives": self.false_negatives and tuple(self.false_negatives),
             "progress": dataclasses.asdict(self.at),
             "random": states,
             "images": fingerprint(self._images),
@@ -605,6 +620,8 @@ class Trainer:
         self.bank.load_state_dict(state["bank"])
         self.rows = state["rows"].to(self.engine.device)
         self.labels, self.loose = state["labels"], state["loose"]
+        likely = state.get("false_negatives")  # checkpoints before have none
+        self.false_negatives = FalseNegatives(*likely) if likely else None
         if self.at.clustered:
             self.loss = self._new_loss()
         if len(state["random"]) == self.engine.world_size:

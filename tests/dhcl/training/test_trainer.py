@@ -59,6 +59,7 @@ VARIANTS = {
     "H1": {"name": "dhcl-hnm"},
     "H2": {"prototype_weight": 0.0, "instance_weight": 1.0, "instance_positives": "class"},
     "cross-camera positives": {"instance_weight": 1.0, "instance_positives": "cross-camera"},
+    "false negatives by the graph": {"debias": "graph", "warmup_epochs": 1, "beta": 0.1},
     "camera_bn": {"camera_bn": True},
     "neighbours by camera": {"k1_own": 3},
     "ghost, accumulated": {"samples_per_bn": 8, "accumulate": 2, "iterations": 6},

@@ -1,0 +1,78 @@
+"""False negatives that the Jaccard graph tells: how likely a class is the identity of an image.
+
+Mathematics: method.md in docs, section "Loss". Two images of one person that lie in two clusters
+are still near each other in the graph at a looser eps than the clusters were made with.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dhcl_ops import _checks, _csr
+
+__all__ = ["FalseNegatives", "graph_false_negatives"]
+
+
+class FalseNegatives(NamedTuple):
+    """Of each image the classes that may be its own identity, in CSR form.
+
+    Image i has the classes from ``offsets[i]`` up to ``offsets[i + 1]``, ascending; of those that
+    are not listed the probability is 0. Class numbers are those of
+    :meth:`dhcl_ops.MemoryBank.set_labels` with the same labels.
+    """
+
+    offsets: torch.Tensor  # (N + 1,) int64
+    classes: torch.Tensor  # (E,) int64
+    logs: torch.Tensor  # (E,) float32, log(1 - probability)
+
+
+@torch.no_grad()
+def graph_false_negatives(
+    labels: torch.Tensor, graph: torch.Tensor, scale: float = 0.1
+) -> FalseNegatives:
+    """How likely the classes near an image are its own identity.
+
+    For image i and a class k that is not its own,
+    ``probability = min(1, mean over the members j of k of (1 - J(i, j)) / scale)``, where a pair
+    that is not in the graph adds nothing.
+
+    Args:
+        labels: (N,) int64 clusters, -1 for un-clustered images, each of which is a class of its
+            own, as :meth:`dhcl_ops.MemoryBank.set_labels` takes them.
+        graph: (N, N) sparse CSR tensor of Jaccard distances, such as ``Clustering.graph`` with
+            ``graph_eps``.
+        scale: the mean similarity from which a class is certainly the image's own, > 0.
+
+    Returns:
+        :class:`FalseNegatives` on the graph's device. Sums are in the graph's order, so the same
+        bits every time.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape or device.
+    """
+    op = "graph_false_negatives"
+    _checks.tensor(op, "graph", graph, torch.sparse_csr)
+    count = graph.shape[0]
+    labels = _checks.integers(op, "labels", labels, count, "one per row of the graph")
+    _checks.same_device(op, labels=labels, graph=graph)
+    scale = _checks.number(op, "scale", scale, 0.0, rule="finite and > 0")
+    if scale == 0.0:
+        raise ValueError(f"{op}: scale must be finite and > 0 (got 0.0)")
+    if graph.shape[1] != count:
+        raise ValueError(f"{op}: graph must be square (got {tuple(graph.shape)})")
+    offsets, columns, values = graph.crow_indices(), graph.col_indices(), graph.values()
+    _checks.dtype(op, "graph", values, (torch.float32,))
+    if count == 0:
+        return FalseNegatives(offsets.clone(), columns.clone(), values.clone())
+    classes = torch.where(labels < 0, labels.max() + (labels < 0).cumsum(0), labels)
+    number = int(classes.max()) + 1
+    rows, near = _csr.row_ids(offsets), classes[columns]
+    other = near != classes[rows]
+    keys, order = (rows[other] * number + near[other]).sort(stable=True)
+    keys, total = _csr.sums_in_order((1.0 - values[other])[order], keys)
+    row, found = keys // number, keys % number
+    sizes = torch.bincount(classes, minlength=number)
+    likely = (total / sizes[found] / scale).clamp(max=1.0)
+    return FalseNegatives(_csr.offsets_of(row, count), found, torch.log1p(-likely))
