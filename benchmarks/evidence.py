@@ -106,11 +106,9 @@ class Work:
 
     def start(self, bed: Bed, seed: int) -> Path | None:
         """Where the training that a bed starts from lies."""
-        return (
-            None
-            if bed.start in (None, IMAGENET)
-            else self.out / "starts" / f"{slug(str(bed.start))}-seed{seed}"
-        )
+        if bed.start is None or bed.start == IMAGENET:
+            return None
+        return self.out / "starts" / f"{slug(bed.start)}-seed{seed}"
 
     def config(self, run: Run, root: Path | None) -> TrainConfig:
         """The options of a run whose images lie there."""

@@ -97,16 +97,17 @@ class GraphedStep:
         Raises:
             TypeError, ValueError: arguments of another kind than it was built with.
             IndexError: an index out of range, on the CPU; on CUDA a device-side assert instead.
-            RuntimeError: the bank's labels were set, or the loss's settings or suspects, since it
-                was built.
+            RuntimeError: the bank's labels were set, or the loss's settings, suspects or false
+                negatives, since it was built.
         """
         _as_built("features", features, self._features)
         _as_built("indices", indices, self._indices)
-        now = self._looked_at()
-        if any(a is not b for a, b in zip(now, self._captured, strict=True)):
-            raise RuntimeError(
-                f"{_OP}: labels, suspects or false negatives were set since; build another one"
-            )
+        *now, found = self._looked_at()
+        *captured, found_then = self._captured
+        if any(a is not b for a, b in zip(now, captured, strict=True)):
+            raise RuntimeError(f"{_OP}: labels or suspects were set since; build another one")
+        if found is not found_then:
+            raise RuntimeError(f"{_OP}: false negatives were set since; build another one")
         if self._loss.settings != self._settings:
             raise RuntimeError(f"{_OP}: the loss's settings changed since; build another one")
         value: torch.Tensor = _Replayed.apply(features, indices, self)
