@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from dhcl_ops import _checks, _csr
+from dhcl_ops.dbscan import checked_graph
 
 __all__ = ["FalseNegatives", "graph_false_negatives"]
 
@@ -50,28 +51,29 @@ def graph_false_negatives(
         bits every time.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range.
     """
     op = "graph_false_negatives"
-    _checks.tensor(op, "graph", graph, torch.sparse_csr)
+    offsets, columns, values = checked_graph(op, graph)
     count = graph.shape[0]
     labels = _checks.integers(op, "labels", labels, count, "one per row of the graph")
     _checks.same_device(op, labels=labels, graph=graph)
     scale = _checks.number(op, "scale", scale, 0.0, rule="finite and > 0")
     if scale == 0.0:
         raise ValueError(f"{op}: scale must be finite and > 0 (got 0.0)")
-    if graph.shape[1] != count:
-        raise ValueError(f"{op}: graph must be square (got {tuple(graph.shape)})")
-    offsets, columns, values = graph.crow_indices(), graph.col_indices(), graph.values()
-    _checks.dtype(op, "graph", values, (torch.float32,))
     if count == 0:
         return FalseNegatives(offsets.clone(), columns.clone(), values.clone())
-    classes = torch.where(labels < 0, labels.max() + (labels < 0).cumsum(0), labels)
+    lowest, highest = (int(bound) for bound in torch.aminmax(labels))
+    if lowest < -1 or highest >= count:
+        wrong = lowest if lowest < -1 else highest
+        raise ValueError(f"{op}: labels must be in [-1, {count}) (got {wrong})")
+    outlier = labels < 0
+    classes = torch.where(outlier, highest + outlier.cumsum(0), labels)
     number = int(classes.max()) + 1
     rows, near = _csr.row_ids(offsets), classes[columns]
     other = near != classes[rows]
     keys, order = (rows[other] * number + near[other]).sort(stable=True)
-    keys, total = _csr.sums_in_order((1.0 - values[other])[order], keys)
+    keys, total = _csr.sums_in_order((1.0 - values[other]).clamp(0.0, 1.0)[order], keys)
     row, found = keys // number, keys % number
     sizes = torch.bincount(classes, minlength=number)
     likely = (total / sizes[found] / scale).clamp(max=1.0)

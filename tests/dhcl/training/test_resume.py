@@ -84,7 +84,7 @@ RECIPES = {
         "eval_every": 1,
         "iterations": 12,
     },
-    "spcl": {"accumulate": 2, "iterations": 12, "workers": 1},
+    "spcl": {"accumulate": 2, "iterations": 12, "workers": 1, "debias": "graph"},
     "cluster-contrast": {"images_per_class": 4, "iterations": 12},
 }
 # Less than a step takes, so that there is one after each.
