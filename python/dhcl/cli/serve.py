@@ -20,8 +20,8 @@ __all__ = ["serve"]
 class ServeArguments:
     """Search an index in a browser: a page that this machine serves, by default to itself alone."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """Folder that the index lies in."""
+    index: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """Folder that the index lies in, or its address, such as milvus://host:port/collection."""
     run: Path | None = None
     """Folder that the run of the model lies in now, if it was moved."""
     host: str = "127.0.0.1"

@@ -9,7 +9,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from dhcl.errors import DHCLError
-from dhcl.serve.gallery import Choice, Gallery, as_upload
+from dhcl.serve.gallery import Choice, Gallery, Place, as_upload
 from dhcl.serve.guard import Guard
 from dhcl.words import csv_cell, first_line, show
 from dhcl_ops import __version__
@@ -167,38 +167,42 @@ class _Answers:
         # A search has all threads of the machine to itself, and one picture at a time is decoded
         # for it; those of the page are small, or of the gallery's owner.
         self._searching = anyio.CapacityLimiter(1)
-        self._decoding = anyio.CapacityLimiter(4)
+        self._looking = anyio.CapacityLimiter(4)
 
     def about(self) -> dict[str, Any]:
         """What the page shows at its head, and its choices."""
-        index = self._gallery.index
+        gallery = self._gallery
         return {
-            "name": show(index.folder.resolve().name),
-            "images": len(index),
-            "model": index.model,
+            "name": show(gallery.name),
+            "images": len(gallery.index),
+            "model": gallery.index.model,
             "version": __version__,
-            "cameras": [show(str(name)) for name in self._gallery.cameras],
-            "identities": self._gallery.identities,
+            "cameras": [show(str(name)) for name in gallery.cameras],
+            "identities": gallery.identities,
+            "times": gallery.times,
             "max_bytes": self._max_bytes,
         }
 
     async def rows(self, given: Annotated[_Listing, Query()]) -> dict[str, Any]:
         """A page of the gallery."""
+        return await _threaded(self._looking, self._listed, given)
+
+    def _listed(self, given: _Listing) -> dict[str, Any]:
         rows = self._gallery.rows(given.choice())
-        part = rows[given.offset : given.offset + given.limit]
-        return {"total": len(rows), "rows": [self._shown(row) for row in part.tolist()]}
+        part = rows[given.offset : given.offset + given.limit].tolist()
+        return {"total": len(rows), "rows": self._shown(part)}
 
-    def _shown(self, row: int) -> dict[str, Any]:
-        """What is known of an image, with text for numbers that JavaScript would round."""
-        about = self._gallery.about(row)
-        return {
-            n: str(v) if n in ("id", "camera") and v is not None else v for n, v in about.items()
-        }
+    def _shown(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """What is known of images, with text for numbers that JavaScript would round."""
+        return [
+            {n: str(v) if n in ("id", "camera") and v is not None else v for n, v in each.items()}
+            for each in self._gallery.about(rows)
+        ]
 
-    async def picture(self, row: int) -> Response:
+    async def picture(self, row: _Row) -> Response:
         """A small picture of an image."""
         try:
-            data = await _threaded(self._decoding, self._gallery.picture, row)
+            data = await _threaded(self._looking, self._gallery.picture, row)
         except DHCLError as error:
             raise HTTPException(404, str(error)) from error
         return Response(data, media_type="image/jpeg")
@@ -206,20 +210,25 @@ class _Answers:
     async def search(self, request: Request, given: Annotated[_Search, Query()]) -> dict[str, Any]:
         """A ranked list."""
         data = await _body(request, self._max_bytes)
-        places = await _threaded(self._searching, self._near, data, given)
+        return await _threaded(self._searching, self._found, data, given)
+
+    def _found(self, data: bytes, given: _Search) -> dict[str, Any]:
+        places = self._near(data, given)
         results = [
             {
                 "rank": rank,
                 "similarity": round(place.similarity, 6),
                 "distance": None if place.distance is None else round(place.distance, 6),
-                **self._shown(place.row),
+                **about,
             }
-            for rank, place in enumerate(places, 1)
+            for rank, (place, about) in enumerate(
+                zip(places, self._shown([place.row for place in places]), strict=True), 1
+            )
         ]
         images = len(self._gallery.index)
         return {"images": images, "reranked": given.rerank, "results": results}
 
-    def _near(self, data: bytes, given: _Search) -> Any:
+    def _near(self, data: bytes, given: _Search) -> list[Place]:
         how = {"rerank": given.rerank, "other_cameras": given.other_cameras}
         if given.row is not None:
             return self._gallery.near_row(given.row, given.topk, given.choice(), **how)
@@ -233,11 +242,11 @@ class _Answers:
             given = _Marks.model_validate_json(data)
         except ValidationError as error:
             raise HTTPException(400, _first_wrong(error.errors())) from error
-        rows = [self._marked(mark) for mark in given.marks]
+        rows = await _threaded(self._looking, self._marked, given.marks)
         if format == "csv":
             text = _as_csv(rows)
         else:
-            about = {"index": show(self._gallery.index.folder), "model": self._gallery.index.model}
+            about = {"index": show(self._gallery.index.address), "model": self._gallery.index.model}
             text = json.dumps({**about, "marks": rows}, indent=1) + "\n"
         kind = {"csv": "text/csv", "json": "application/json"}[format]
         return Response(
@@ -246,22 +255,22 @@ class _Answers:
             headers={"Content-Disposition": f'attachment; filename="marks.{format}"'},
         )
 
-    def _marked(self, mark: _Mark) -> dict[str, Any]:
-        about = self._gallery.about(mark.row)
-        name = show(mark.name)
-        if mark.query is not None:
-            name = self._gallery.about(mark.query)["path"]
-        return {
-            "query": name,
-            "path": about["path"],
-            "mark": mark.mark,
-            "rank": mark.rank,
-            "similarity": mark.similarity,
-            "distance": mark.distance,
-            "id": about["id"],
-            "camera": about["camera"],
-            "time": about["time"],
-        }
+    def _marked(self, marks: Sequence[_Mark]) -> list[dict[str, Any]]:
+        abouts = self._gallery.about([mark.row for mark in marks])
+        queries = sorted({mark.query for mark in marks if mark.query is not None})
+        paths = {each["row"]: each["path"] for each in self._gallery.about(queries)}
+        return [
+            {
+                "query": show(mark.name) if mark.query is None else paths[mark.query],
+                "path": about["path"],
+                "mark": mark.mark,
+                "rank": mark.rank,
+                "similarity": mark.similarity,
+                "distance": mark.distance,
+                **{name: about[name] for name in ("id", "camera", "time")},
+            }
+            for mark, about in zip(marks, abouts, strict=True)
+        ]
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from dhcl.data import path_reader
 from dhcl.data.images import read_bytes, thumbnail
 from dhcl.data.limits import check_header
-from dhcl.data.lists import identifier
 from dhcl.errors import ConfigError, DataError
+from dhcl.inference.gallery.places import is_folder
+from dhcl.inference.gallery.schema import Record
+from dhcl.inference.gallery.store import Where
 from dhcl.inference.index import Index
 from dhcl.inference.reid import ReID
 from dhcl.words import show
@@ -28,6 +31,10 @@ __all__ = ["Choice", "Gallery", "Place", "as_upload"]
 # Rows of a picture: of twice as many as are shown, for screens of fine resolution.
 _HEIGHT = 300
 
+# Times from here on, in March 1973, are dates; those below count from something else.
+_DATES = 1e8
+_LONG_AGO = 1e15
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -36,7 +43,7 @@ class Choice:
     Attributes:
         cameras: numbers into :attr:`Gallery.cameras`; none for all.
         id: an identity as :func:`dhcl.words.show` has it; None for all.
-        since, until: seconds since 1970, both included; None for no bound.
+        since, until: seconds, both included; None for no bound.
     """
 
     cameras: tuple[int, ...] = ()
@@ -57,54 +64,73 @@ class Place:
 class Gallery:
     """An index with its model, as a page asks for them.
 
+    Rows are the store's numbers, which stay with their images.
+
     Attributes:
         index, model: the model is the one that made the index.
+        name: of the index, for its page.
         cameras: names of the index's cameras, in order.
-        identities: whether any identity is known.
+        identities: whether the index's pattern reads any.
+        times: what times are, ``dates`` since 1970 or other ``seconds``; None where none is known.
     """
 
     def __init__(self, index: Index, model: ReID) -> None:
         self.index, self.model = index, model
-        records = index.records
-        names = {record.camera for record in records} - {-1}
+        here = is_folder(index.address)
+        self.name = index.folder.resolve().name if here else index.address.rpartition("/")[2]
+        names = index.store.cameras()
         self.cameras = tuple(sorted(names, key=lambda name: (isinstance(name, str), name)))
-        number = {name: number for number, name in enumerate(self.cameras)}
-        self._camera = np.array([number.get(record.camera, -1) for record in records], np.int64)
-        self._time = np.array([record.mtime_ns / 1e9 for record in records])
-        self._rows: dict[str, list[int]] = {}
-        for row, record in enumerate(records):
-            if record.id != -1:
-                self._rows.setdefault(show(str(record.id)), []).append(row)
-        self.identities = bool(self._rows)
+        self.identities = "(?P<id>" in (index.pattern or "")
+        first = next(iter(index.images(Where(since=-_LONG_AGO))), None)
+        self.times = None
+        if first is not None and first[1].time is not None:
+            self.times = "dates" if first[1].time >= _DATES else "seconds"
+        self._numbers = functools.lru_cache(4)(self._read_numbers)
 
     def rows(self, choice: Choice) -> NDArray[np.int64]:
         """The rows that are meant, ascending."""
-        meant = np.ones(len(self.index), bool)
-        if choice.cameras:
-            meant &= np.isin(self._camera, choice.cameras)
-        if choice.id is not None:
-            of_id = np.zeros(len(self.index), bool)
-            of_id[self._rows.get(str(identifier(choice.id)), [])] = True
-            meant &= of_id
-        if choice.since is not None:
-            meant &= self._time >= choice.since
-        if choice.until is not None:
-            meant &= self._time <= choice.until
-        return np.flatnonzero(meant)
+        return self._numbers(choice)
 
-    def about(self, row: int) -> dict[str, Any]:
-        """What is known of an image: numbers, and text that can be shown; unknown is None."""
-        self._check(row)
-        record = self.index.records[row]
-        known = {
-            name: None if value == -1 else value if isinstance(value, int) else show(value)
-            for name, value in (("id", record.id), ("camera", record.camera))
-        }
-        return {"row": row, "path": show(record.path), **known, "time": record.mtime_ns / 1e9}
+    def _read_numbers(self, choice: Choice) -> NDArray[np.int64]:
+        if choice == Choice():
+            return self.index.numbers
+        batches = self.index.store.scan(["row"], self._where(choice))
+        parts = [batch["row"].to_numpy(zero_copy_only=False) for batch in batches]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _check(self, row: int) -> None:
-        if not 0 <= row < len(self.index):
-            raise DataError(f"row: must be below {len(self.index):,} (got {row})")
+    def _where(self, choice: Choice) -> Where:
+        if any(number >= len(self.cameras) for number in choice.cameras):
+            raise DataError(f"camera: must be below {len(self.cameras)} (got {choice.cameras})")
+        return self.index.where(
+            cameras=[self.cameras[number] for number in choice.cameras] or None,
+            ids=None if choice.id is None else [choice.id],
+            since=choice.since,
+            until=choice.until,
+        )
+
+    def about(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """What is known of images: numbers, and text that can be shown; unknown is None.
+
+        Raises:
+            DataError: a row that is not there.
+        """
+        images = self.index.records_of(np.array(rows, np.int64))
+        return [
+            {
+                "row": row,
+                "path": show(image.path),
+                **{
+                    name: None if value == -1 else value if isinstance(value, int) else show(value)
+                    for name, value in (("id", image.id), ("camera", image.camera))
+                },
+                "time": image.time,
+                "changed": image.mtime_ns / 1e9,
+            }
+            for row, image in zip(rows, images, strict=True)
+        ]
+
+    def _record(self, row: int) -> Record:
+        return self.index.records_of(np.array([row], np.int64))[0]
 
     def picture(self, row: int) -> bytes:
         """A small picture of an image, as JPEG, decoded and written anew.
@@ -112,8 +138,7 @@ class Gallery:
         Raises:
             DataError: the file is gone, no image, or lies outside of the folder it was found in.
         """
-        self._check(row)
-        record = self.index.records[row]
+        record = self._record(row)
         root = Path(self.index.roots[record.root])
         try:
             with _below(root, record.path) as file:
@@ -139,11 +164,9 @@ class Gallery:
         Raises:
             DataError: there is no such row. ConfigError: ``other_cameras``, and its is unknown.
         """
-        self._check(row)
-        query = torch.from_numpy(
-            np.array(self.index.features_of(self.index.numbers[row : row + 1]))
-        )
-        own = self.index.records[row].camera if other_cameras else None
+        number = np.array([row], np.int64)
+        query = torch.from_numpy(np.array(self.index.features_of(number)))
+        own = self._record(row).camera if other_cameras else None
         found = self._search(query, topk + 1, choice, rerank, own)
         return [place for place in found if place.row != row][:topk]
 
@@ -185,26 +208,20 @@ class Gallery:
                 "other_cameras: the camera of the query is not known; the index's pattern is "
                 f"{self.index.pattern!r}"
             )
-        # What the index does not choose by is chosen of a ranking of all.
-        picky = choice.id is not None or choice.since is not None or choice.until is not None
-        [found] = self.index.search(
+        [found] = self.index.find(
             query,
-            len(self.index) if picky else topk,
-            cameras=[self.cameras[number] for number in choice.cameras] or None,
+            topk,
+            where=self._where(choice),
             leave_out=None if own is None else [own],
             rerank=rerank,
         )
-        places = range(len(found.indices))
-        if picky:
-            keep = np.isin(found.indices.numpy(), self.rows(choice))
-            places = np.flatnonzero(keep)[:topk].tolist()
         return [
             Place(
                 int(found.indices[place]),
                 float(found.similarities[place]),
                 None if found.distances is None else float(found.distances[place]),
             )
-            for place in places
+            for place in range(len(found.indices))
         ]
 
 

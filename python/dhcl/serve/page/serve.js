@@ -60,9 +60,13 @@
     if (each.camera !== null) parts.push(`camera ${each.camera}`);
     return parts.join(", ");
   };
-  const when = (seconds) => new Date(1000 * seconds).toLocaleString();
+  const date = (seconds) => new Date(1000 * seconds).toLocaleString();
+  const when = (each) => {
+    if (each.time === null) return `file of ${date(each.changed)}`;
+    return about.times === "dates" ? date(each.time) : `${each.time} s`;
+  };
   const lines = (each) =>
-    [known(each), when(each.time), each.path].filter(Boolean).map((text) => make("span", "", text));
+    [known(each), when(each), each.path].filter(Boolean).map((text) => make("span", "", text));
 
   // ---- what is chosen ----
   const filters = () => {
@@ -71,8 +75,9 @@
     for (const camera of form.getAll("camera")) chosen.append("camera", camera);
     if (form.get("id")?.trim()) chosen.set("id", form.get("id").trim());
     for (const name of ["since", "until"]) {
-      const time = new Date(form.get(name) || NaN).getTime();
-      if (Number.isFinite(time)) chosen.set(name, time / 1000);
+      const text = form.get(name);
+      const time = about.times === "dates" ? new Date(text).getTime() / 1000 : Number(text);
+      if (text && Number.isFinite(time)) chosen.set(name, time);
     }
     return chosen;
   };
@@ -302,6 +307,13 @@
     at("cameras").hidden = !about.cameras.length;
     at("other").hidden = !about.cameras.length;
     at("identity").hidden = !about.identities;
+    for (const label of document.querySelectorAll("[data-time]")) {
+      const field = label.querySelector("input");
+      label.hidden = !about.times;
+      field.type = about.times === "dates" ? "datetime-local" : "number";
+      field.step = about.times === "dates" ? "1" : "any";
+    }
+    at("only").hidden = !about.cameras.length && !about.identities && !about.times;
     about.cameras.forEach((name, number) => {
       const box = make("input");
       box.type = "checkbox";
