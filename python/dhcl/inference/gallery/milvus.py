@@ -77,6 +77,12 @@ def open_store(address: str) -> MilvusStore:
         DataError: no answer; no index there, one that is not whole, or damaged.
     """
     link = Link(parse_address(address))
+    return MilvusStore(link, _whole_head(link))
+
+
+def _whole_head(link: Link) -> Head:
+    """The head of an index that is there and was made to the end."""
+    address = link.place.address
     head = link.read_head()
     if head is None or not link.has(link.place.name):
         raise DataError(f"index: {show(address)} is not an index, there is none of this name")
@@ -85,7 +91,7 @@ def open_store(address: str) -> MilvusStore:
             f"index: {show(address)} is not whole, as making it was interrupted or still goes on; "
             "the same `dhcl index` goes on where it stopped"
         )
-    return MilvusStore(link, head)
+    return head
 
 
 # ---- conditions ---------------------------------------------------------------------------------
@@ -367,6 +373,8 @@ class MilvusStore:
             columns = ("row", *Neighbours._fields[1:])
             part = self.link.query(self.lists_name, bounds, columns, _LISTED)
             found += sorted(part, key=lambda row: int(row["row"]))
+        if not found:
+            return None
         return Neighbours(
             np.array([row["row"] for row in found], np.int64),
             np.array([list(row["lists"]) for row in found], np.int64),
@@ -563,7 +571,7 @@ def _marked(link: Link, old: Head, head: Head) -> Iterator[MilvusWriter]:
 
 @contextlib.contextmanager
 def _writing(link: Link) -> Iterator[MilvusWriter]:
-    old = open_store(link.place.address).head
+    old = _whole_head(link)
     with _marked(link, old, _taken(link, old)) as writer:
         yield writer
 
