@@ -585,3 +585,20 @@ def test_images_are_chosen_by_identity_time_and_folder(gallery, model, run, tmp_
     assert {each["id"] for each in found["results"]} == {someone}
     assert main([*given, "--since", "yesterday"]) == 2
     assert "since: must be seconds, or a time such as 2026-" in capsys.readouterr().err
+
+
+def test_changes_keep_the_lists_of_neighbours_true(by_command, gallery, pictures, model, capsys):
+    query = str(pictures / "query")
+    given = ["index", query, "--out", by_command, "--workers", "0"]
+    assert main([*given, "--add", "--neighbours"]) == 0
+    assert "the nearest images of 32 images were found" in capsys.readouterr().out
+    gone = image_files(gallery)[0]
+    remove_images(by_command, [gone])
+    assert len(Index.open(by_command).lists.ranks) == 31
+    assert main(["index", str(gallery), "--out", by_command, "--add", "--workers", "0"]) == 0
+    opened = Index.open(by_command)
+    assert len(opened.lists.ranks) == 32
+    [found] = opened.search(model.features([gone]), 5, rerank=True)
+    expected = search(model.features([gone]), torch.from_numpy(opened.features), 5, True)
+    assert torch.equal(found.indices, expected.indices[0])
+    assert torch.allclose(found.distances, expected.distances[0], atol=2e-6)

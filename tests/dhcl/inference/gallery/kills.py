@@ -107,12 +107,14 @@ def killed_once(folder: Path, seed: int, state: list[int]) -> tuple[str, list[in
     reader, writer = os.pipe()
     child = in_child(lambda: change(folder, seed, writer))
     os.close(writer)
-    time.sleep(random.Random(seed).uniform(0.1, 2.0))
+    begin = os.read(reader, 1 << 16)  # it has begun
+    time.sleep(random.Random(seed).uniform(0.0, 0.5))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with os.fdopen(reader) as told:
-        lines = [json.loads(line) for line in told if line.endswith("\n")]
-    doing, begun = "starting", state
+        text = begin.decode() + told.read()
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    doing, begun = "", state
     for line in lines:
         if line == "done":
             doing, state = "between", begun
