@@ -287,10 +287,13 @@ import os, sys, time
 from pathlib import Path
 from dhcl.files import writing_folder
 with writing_folder(Path(sys.argv[1]), "config.yaml"):
+    begun, told = os.pipe()
     child = os.fork()  # as a loader forks its workers, who outlive a killed parent
     if not child:
+        os.write(told, b"1")
         time.sleep(60)
         os._exit(0)
+    os.read(begun, 1)  # a worker that was never scheduled has not let go of its parent's lock yet
     print(child, flush=True)
     time.sleep(60)
 """
