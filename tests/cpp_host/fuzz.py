@@ -24,7 +24,6 @@ BUILD = HERE / ".build"
 SOURCES = HERE.parents[1] / "csrc"
 FLAGS = [
     "-std=c++17",
-    "-O1",
     "-g",
     "-ffp-contract=off",
     "-fno-sanitize-recover=all",
@@ -54,15 +53,19 @@ def missing() -> str | None:
     return None
 
 
-def build(target: str, threads: bool) -> Path:
-    """Compile a target; returns its program. Raises CalledProcessError if that fails."""
+def build(target: str, threads: bool, quick: bool = False) -> Path:
+    """Compile a target, quickly or to run quickly; returns its program.
+
+    Raises CalledProcessError if that fails.
+    """
     import torch
 
     torch_include = Path(torch.__file__).parent / "include"
     sanitizers = "thread" if threads else "fuzzer,address,undefined"
     program = BUILD / f"{target}{'-threads' if threads else ''}"
     BUILD.mkdir(exist_ok=True)
-    command = ["clang++", *FLAGS, f"-fsanitize={sanitizers}", f"-I{SOURCES}", f"-I{HERE}"]
+    command = ["clang++", *FLAGS, "-O0" if quick else "-O1", f"-fsanitize={sanitizers}"]
+    command += [f"-I{SOURCES}", f"-I{HERE}"]
     if threads:
         command += ["-DDHCL_PARALLEL_ELEMENTS=0", str(HERE / "random_main.cpp")]
     for folder in (torch_include, torch_include / "torch/csrc/api/include"):
@@ -72,15 +75,18 @@ def build(target: str, threads: bool) -> Path:
     return program
 
 
-def run(target: str, runs: int, threads: bool) -> bool:
-    """Run a target from its corpus, and say what was run; False if something was found."""
-    program = build(target, threads)
+def run(target: str, runs: int, threads: bool, quick: bool = False) -> bool:
+    """Run a target from its corpus, and say what was run; False if something was found.
+
+    ``quick`` as of :func:`build`, for few runs.
+    """
+    program = build(target, threads, quick)
     command = [str(program), str(runs)]
     if not threads:
         grown = BUILD / f"corpus-{target}"
         grown.mkdir(exist_ok=True)
-        command = [str(program), f"-runs={runs}", "-max_len=4096", "-rss_limit_mb=4096"]
-        command += ["-timeout=60", f"-artifact_prefix={program}-"]
+        command = [str(program), f"-runs={runs}", "-max_len=4096", "-len_control=0"]
+        command += ["-rss_limit_mb=4096", "-timeout=60", f"-artifact_prefix={program}-"]
         command += [str(grown), str(HERE / "corpus" / target)]
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 #pragma once
 #include <fuzzer/FuzzedDataProvider.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -40,16 +41,17 @@ std::string error_of(const Call& call) {
   return {};
 }
 
-/// A number of which many are equal, some are large, tiny, infinite or none.
+/// A number of which many are equal, some are large, tiny, infinite or none; a small one where the
+/// input has come to its end.
 inline float some_float(FuzzedDataProvider& in) {
   switch (in.ConsumeIntegralInRange<int>(0, 7)) {
-    case 0:
+    case 4:
       return std::numeric_limits<float>::infinity();
-    case 1:
+    case 5:
       return std::numeric_limits<float>::quiet_NaN();
-    case 2:
+    case 6:
       return in.ConsumeFloatingPoint<float>();
-    case 3:
+    case 7:
       return -0.0f;
     default:
       return static_cast<float>(in.ConsumeIntegralInRange<int>(-2, 2));
@@ -67,6 +69,25 @@ inline std::vector<float> some_floats(FuzzedDataProvider& in, int64_t n) {
     x = few[(state >> 16) % 6];
   }
   return out;
+}
+
+/// Whether two arrays hold equal numbers, of which none is equal to none.
+template <typename T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](T x, T y) { return x == y || (x != x && y != y); });
+}
+
+/// An empty tensor, for code that makes new ones like it.
+inline torch::stable::Tensor some_tensor() {
+  return dhcl::new_int64(torch::stable::Tensor(), 0);
+}
+
+/// Whether a tensor holds exactly these numbers.
+template <typename T>
+bool holds(const torch::stable::Tensor& t, const std::vector<T>& wanted) {
+  const T* const data = t.const_data_ptr<T>();
+  return same(std::vector<T>(data, data + t.numel()), wanted);
 }
 
 }  // namespace harness

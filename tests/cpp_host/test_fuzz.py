@@ -12,11 +12,11 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 @pytest.mark.parametrize("target", fuzz.targets())
 def test_a_short_run(target):
-    assert fuzz.run(target, 3000, threads=False)
+    assert fuzz.run(target, 3000, threads=False, quick=True)
 
 
 def test_threads():
-    assert fuzz.run("ranking", 300, threads=True)
+    assert fuzz.run("ranking", 300, threads=True, quick=True)
 
 
 @pytest.mark.parametrize(
@@ -42,5 +42,5 @@ def test_what_is_wrong_is_found(tmp_path, monkeypatch, capsys, threads, good, ba
     source.write_text(text.replace(good, bad))
     monkeypatch.setattr(fuzz, "SOURCES", spoiled)
     monkeypatch.setattr(fuzz, "BUILD", tmp_path / "build")
-    assert not fuzz.run("ranking", 20_000, threads)
+    assert not fuzz.run("ranking", 20_000, threads, quick=True)
     assert found in capsys.readouterr().out
