@@ -542,6 +542,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
 _MAX_YAML = 1 << 20
 _MAX_VALUES = 10_000
 _MAX_BITS = 4096
+_TOO_MANY = f"it must hold at most {_MAX_VALUES:,} values, and aliases count"
 
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -552,7 +553,7 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = as_path("config", path)
     try:
-        content = yaml.safe_load(read_text(path, _MAX_YAML)) or {}
+        content = yaml.load(read_text(path, _MAX_YAML), _Loader) or {}
         _check_size(content)
     except OSError as error:
         raise ConfigError(f"config: {show(path)} can't be read ({error.strerror})") from error
@@ -568,6 +569,28 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _by_name(content)
     except ConfigError as error:
         raise ConfigError(f"{show(path)}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Raises :class:`Damaged` as soon as there are more values than options have.
+
+    What is merged by ``<<`` counts each time: ten lines of it could stand for billions of values.
+    """
+
+    count = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._count(1)
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        self._count(len(node.value))
+
+    def _count(self, more: int) -> None:
+        self.count += more
+        if self.count > 2 * _MAX_VALUES:  # as a node, and as an entry of a mapping
+            raise Damaged(_TOO_MANY)
 
 
 def _check_size(content: Any) -> None:
@@ -586,7 +609,7 @@ def _check_size(content: Any) -> None:
         elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise Damaged(f"a number must have at most {_MAX_BITS:,} bits")
     if rest:
-        raise Damaged(f"it must hold at most {_MAX_VALUES:,} values, and aliases count")
+        raise Damaged(_TOO_MANY)
 
 
 def load_config(path: str | os.PathLike[str], base: TrainConfig | None = None) -> TrainConfig:

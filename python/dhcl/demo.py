@@ -27,6 +27,7 @@ from tqdm import tqdm
 from dhcl.config import ConfigError, TrainConfig, flat_options, preset, read_run, with_changes
 from dhcl.files import write_atomic
 from dhcl.metrics import RANKS
+from dhcl.stored import read_json
 from dhcl.synth.progress import draw, drawn_with
 from dhcl.words import duration, first_line, show
 
@@ -346,7 +347,14 @@ def _train(config: TrainConfig) -> Trained | None:
 
 def _last(config: TrainConfig) -> dict[str, Any]:
     """Metrics of the last epoch of a finished run."""
-    metrics: dict[str, Any] = json.loads((config.run / "metrics.json").read_text())["last"]
+    file = config.run / "metrics.json"
+    try:
+        metrics: dict[str, Any] = dict(read_json(file)["last"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"demo: {show(file)} must hold the metrics of a finished run ({first_line(error)}); "
+            "remove its folder to train anew"
+        ) from error
     return metrics
 
 

@@ -4,28 +4,22 @@ Every file that the package writes is opened here, since folders come from stran
 gets a name that nobody has, and takes the place of the one before by renaming, which replaces a
 link and leaves alone what it points to; a file that is kept and changed (a log, a lock) must be a
 plain one. Links to folders above a file are followed as ever.
-
-And reading tensors from files of others, none of whose code is run.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import fcntl
 import io
 import json
 import os
-import pathlib
-import pickle
 import re
 import secrets
 import shutil
 import socket
 import stat
 import tempfile
-import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -38,11 +32,9 @@ from dhcl.errors import DHCLError
 from dhcl.words import show
 
 __all__ = [
-    "ForeignCode",
     "NotPlainFile",
     "NpyRows",
     "Taken",
-    "load_tensors",
     "new_file",
     "new_folder",
     "only_writer",
@@ -315,89 +307,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-class ForeignCode(Exception):
-    """A file that can't be read without running code that it names; ``str()`` says what to do.
-
-    For whoever reads it, to be raised anew with the file's part in what was asked for.
-    """
-
-
-def load_tensors(path: Path) -> Any:
-    """What :func:`torch.save` wrote, on the CPU, without running code that the file names.
-
-    Beside tensors and plain values there may be what scripts put beside them and what can do
-    nothing: NumPy's arrays and scalars, paths, the options of argparse.
-
-    Raises:
-        ForeignCode: the file names something else.
-        Exception: whatever torch raises for a damaged file, or one of another kind.
-    """
-    import torch
-
-    with torch.serialization.safe_globals(_harmless()):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            names = _foreign(path, str(error))
-            if not names:
-                raise
-            more = "" if len(names) <= 5 else ", ..."
-            raise ForeignCode(
-                f"holds more than tensors: {', '.join(names[:5])}{more}; code that a file names is "
-                "not run. If you trust the file, write its tensors alone to another one, with "
-                "everything importable that it was saved with:\n"
-                f"  content = torch.load({str(path)!r}, weights_only=False)\n"
-                '  torch.save(content["state_dict"], "weights.pth")  # or what holds the tensors; '
-                "of a whole network content.state_dict()"
-            ) from error
-
-
-def _harmless() -> list[Any]:
-    """Classes and functions that make plain values, under the names that files have for them."""
-    core: Any = getattr(np, "_core", None) or np.core  # its name before NumPy 2
-    made = (core.multiarray.scalar, core.multiarray._reconstruct)
-    kinds = {type(np.dtype(code)) for code in np.typecodes["All"]} | {type(np.dtype("V1"))}
-    paths = (pathlib.PurePosixPath, pathlib.PureWindowsPath)
-    return [
-        *((f, f"numpy.{name}.multiarray.{f.__name__}") for f in made for name in ("core", "_core")),
-        *(np.ndarray, np.dtype, *kinds),
-        *(argparse.Namespace, types.SimpleNamespace),
-        *(bool, int, float, str, list, tuple, dict),  # of which a defaultdict makes values
-        (_as_dict, "collections.defaultdict"),
-        (_as_list, "collections.deque"),
-        *(set, frozenset, complex, slice, range, bytearray),
-        # Of a file's own kind of system a path may not be one here, and a pure one is.
-        *((kind, f"pathlib{part}.{kind.__name__}") for kind in paths for part in ("", "._local")),
-        *(
-            (kind, f"pathlib{part}.{kind.__name__.removeprefix('Pure')}")
-            for kind in paths
-            for part in ("", "._local")
-        ),
-    ]
-
-
-def _as_dict(*_: object) -> dict[Any, Any]:
-    """In place of a defaultdict, which torch does not fill."""
-    return {}
-
-
-def _as_list(*_: object) -> list[Any]:
-    """In place of a deque, which torch does not fill."""
-    return []
-
-
-def _foreign(path: Path, message: str) -> list[str]:
-    """Names in a file that are not allowed, as torch finds them or its error says."""
-    import torch
-
-    try:
-        found = list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # files of the format before torch 1.6, and damaged ones
-        found = []
-    named = re.findall(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", message)
-    return sorted(found) or named
 
 
 class Taken(TimeoutError):

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = [
+    "IMAGE_FORMATS",
     "MAX_TEXT",
     "Damaged",
     "checksum",
+    "most_unpacked",
     "open_stored",
     "parse_json",
     "read_json",
@@ -26,6 +28,13 @@ __all__ = [
 
 MAX_TEXT = 1 << 26
 """Bytes that a file of options or metrics may have, 64 MiB."""
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Of Pillow's, those that images are read in: others draw what a program says, or start one."""
+
+# Bytes that a stored file may become: so many, or so many times its size.
+_UNPACKED = 1 << 30
+_EXPANSION = 100
 
 # Bytes that are looked at between two chances for Ctrl-C.
 _PIECE = 1 << 24
@@ -105,6 +114,11 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> Any:
     except Damaged as error:
         named = str(error).startswith(path.name)
         raise error if named else Damaged(f"{path.name}, {error}") from error
+
+
+def most_unpacked(packed: int) -> int:
+    """Bytes that a file of ``packed`` bytes may become in memory: 1 GiB, or 100 times its size."""
+    return max(_UNPACKED, _EXPANSION * packed)
 
 
 def checksum(data: Any, start: int = 0) -> int:

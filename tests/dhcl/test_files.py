@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
-from dhcl.files import ForeignCode, NpyRows, load_tensors, only_writer
+from dhcl.files import NpyRows, only_writer
+from dhcl.torch_files import ForeignCode, load_tensors
 
 HOLDER = """
 import sys, time

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from dhcl.cli import main
 from dhcl.config import ConfigError
-from dhcl.errors import DataError
+from dhcl.errors import CheckpointError, DataError
 from dhcl.files import (
     NotPlainFile,
     NpyRows,
@@ -166,6 +166,13 @@ def test_the_log_of_a_strangers_run(victim, tmp_path):
     log.add({"epoch": 0, "loss": 1.0})
     log.close()
     assert json.loads((run / "log.jsonl").read_text()) == {"epoch": 0, "loss": 1.0}
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000 + "\n", "1\n", '{"epoch": "x"}\n', "\xff"])
+def test_a_damaged_log_is_named(tmp_path, text):
+    (tmp_path / "log.jsonl").write_bytes(text.encode("latin1"))
+    with pytest.raises(CheckpointError, match=r"log\.jsonl is damaged .*move it away"):
+        RunLog(tmp_path, len(text))
 
 
 NAMES = ["features-1.npy", "images-1.jsonl", "index.json.partial", "rows.lance", "neighbours.lance"]

@@ -176,3 +176,21 @@ def test_damaged_features_are_named(kind, tmp_path):
         assert kind == ".npy" or np.array_equal(read.values, ROWS)
     file.write_bytes(whole)
     assert json.dumps(read_features(file).values.tolist()) == json.dumps(ROWS.tolist())
+
+
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 30)
+)
+
+
+@pytest.mark.parametrize("text", [MERGES, "- 1\n" * 200_000, "a: &a [" + "*a, " * 50_000 + "]"])
+def test_yaml_that_stands_for_more_than_options_ends_early(tmp_path, text):
+    (tmp_path / "o.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="at most 10,000 values"):
+        load_config(tmp_path / "o.yaml")
+
+
+def test_merged_options_count_once(tmp_path):
+    (tmp_path / "o.yaml").write_text("<<: [{seed: 1, epochs: 7}, {seed: 2}]\n")
+    options = load_config(tmp_path / "o.yaml")
+    assert (options.seed, options.epochs) == (1, 7)

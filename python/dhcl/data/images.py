@@ -19,6 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from dhcl.data.limits import check_header, check_size, read_file
 from dhcl.data.lists import ImageList
 from dhcl.errors import DataError
+from dhcl.stored import IMAGE_FORMATS
 from dhcl.words import first_line, first_ones, show
 
 try:
@@ -137,7 +138,7 @@ def open_image(path: Path) -> ImageFile:
 
 def _open(data: bytes) -> ImageFile:
     check_header(data)
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     check_size(*image.size)
     return image
 

@@ -7,6 +7,7 @@ The format is that of Milan et al., "MOT16: A benchmark for multi-object trackin
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from dhcl.data.folders import image_files
 from dhcl.data.images import read_image
 from dhcl.errors import DataError
 from dhcl.files import new_file, new_folder
-from dhcl.words import show
+from dhcl.stored import Damaged, open_stored
+from dhcl.words import first_line, show
 
 __all__ = ["CROP_PATTERN", "Box", "CropReport", "read_mot", "write_crops"]
 
@@ -30,6 +32,9 @@ CROP_PATTERN = r"(?P<track>\d+)_c(?P<camera>\d+)_f(?P<frame>\d+)"
 """What a pattern for the crops' names is; ``track`` and ``frame`` count within the camera."""
 
 Pixels = NDArray[np.uint8]
+
+# Numbers of frames and tracks are below this, up to which every whole number is one of fp64's.
+_MOST = 2**53
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,19 @@ def read_mot(path: Path) -> list[Box]:
     """
     if not path.is_file():
         raise DataError(f"boxes: no such file: {show(path)}")
-    boxes = []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if not any(cell.strip() for cell in row):
-                continue
-            box = _box(path, number, row)
-            if len(row) < 7 or float(row[6]) != 0:
-                boxes.append(box)
+    boxes, number = [], 0
+    try:
+        with io.TextIOWrapper(open_stored(path), "utf-8", "replace", newline="") as file:
+            for number, row in enumerate(csv.reader(file), 1):
+                if not any(cell.strip() for cell in row):
+                    continue
+                box = _box(path, number, row)
+                if len(row) < 7 or float(row[6]) != 0:
+                    boxes.append(box)
+    except (OSError, csv.Error, Damaged) as error:
+        raise DataError(
+            f"boxes: {show(path)} can't be read ({first_line(error)} after line {number})"
+        ) from error
     if not boxes:
         raise DataError(f"boxes: there are none in {show(path)}")
     return boxes
@@ -91,6 +101,7 @@ def _box(path: Path, number: int, row: list[str]) -> Box:
         left, top, width, height = place
         float(row[6] if len(row) > 6 else 0)
         whole = frame == int(frame) and track == int(track) and np.isfinite(place).all()
+        whole &= max(frame, track) < _MOST
     except (ValueError, OverflowError):
         whole = False
     if not whole:

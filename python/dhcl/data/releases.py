@@ -24,6 +24,7 @@ from dhcl.data.layouts import (
 )
 from dhcl.data.lists import ImageList, ReIDData, image_list
 from dhcl.errors import DataError
+from dhcl.stored import Damaged, read_text
 from dhcl.words import show
 
 __all__ = [
@@ -107,8 +108,8 @@ def veri_lists(home: Path) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, Damaged) as error:
         raise DataError(f"list: must be a text file (got {show(path)}: {error})") from error
     return [line for line in text.splitlines() if line.strip()]
 

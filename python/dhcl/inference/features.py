@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from dhcl.data.lists import identifier
 from dhcl.errors import FeatureError, as_path
-from dhcl.files import ForeignCode, load_tensors
-from dhcl.inference.mat import MatError, read_mat
+from dhcl.inference.apart import ApartError, read_apart
 from dhcl.npy import NpyHeader, read_npy, read_npy_header
+from dhcl.stored import Damaged, most_unpacked
+from dhcl.torch_files import ForeignCode, load_tensors
 from dhcl.words import first_line, show
 
 __all__ = [
@@ -36,10 +37,6 @@ __all__ = [
 
 FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".mat", ".parquet")
 """Files that :func:`read_features` takes."""
-
-# What a compressed array may become: so many bytes, or so many times its size.
-_UNPACKED = 1 << 30
-_EXPANSION = 100
 
 Role = Literal["", "query", "gallery"]
 
@@ -162,6 +159,8 @@ def _content(path: Path) -> Mapping[str, Any]:
         raise
     except ForeignCode as error:
         raise FeatureError(f"features: {show(path)} {error}") from error
+    except Damaged as error:
+        raise FeatureError(f"features: {show(path)} can't be read ({error})") from error
     except Exception as error:  # each format has its own for a damaged file
         raise FeatureError(
             f"features: {show(path)} can't be read as {kind} "
@@ -206,11 +205,12 @@ class _Archive(Mapping[str, Any]):
             raise FeatureError(f"features: {name!r} in {show(self._path)} holds pickled objects")
         # What the archive says of a member may be as wrong as what the member says of itself.
         packed = min(member.compress_size, self._path.stat().st_size)
-        if header.size > member.file_size or header.size > max(_UNPACKED, _EXPANSION * packed):
+        most = most_unpacked(packed)
+        if header.size > member.file_size or header.size > most:
             raise FeatureError(
                 f"features: {name!r} in {show(self._path)} must have the {header.size:,} bytes of "
-                f"its header, and unpack to no more than {_UNPACKED:,} bytes or {_EXPANSION} times "
-                f"its size (got {member.file_size:,} bytes in {packed:,})"
+                f"its header, and unpack to no more than {most:,} bytes "
+                f"(got {member.file_size:,} bytes in {packed:,})"
             )
         return header
 
@@ -242,8 +242,8 @@ def _pt(path: Path) -> dict[str, Any]:
 
 def _mat(path: Path) -> dict[str, Any]:
     try:
-        return read_mat(path)
-    except MatError as error:
+        return read_apart(path, "mat")
+    except ApartError as error:
         if error.kind == "ModuleNotFoundError":
             raise FeatureError("features: .mat files need SciPy: pip install scipy") from error
         if error.kind == "NotImplementedError":
@@ -256,32 +256,31 @@ def _mat(path: Path) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> dict[str, Any]:
-    parquet = pyarrow_parquet()
-    table = parquet.read_table(path)
-    content: dict[str, Any] = {}
-    for name in table.column_names:
-        column = table.column(name)
-        if "list" in str(column.type):
-            content[name] = _lists(path, name, column)
-        else:
-            content[name] = column.to_numpy()
-    metadata = table.schema.metadata or {}
-    if b"dhcl.model" in metadata:
-        content["model"] = metadata[b"dhcl.model"].decode()
+    try:
+        content = read_apart(path, "parquet")
+    except ApartError as error:
+        if error.kind == "ModuleNotFoundError":
+            raise FeatureError(_NO_ARROW) from error
+        raise FeatureError(
+            f"features: {show(path)} can't be read as .parquet ({error.kind}: {first_line(error)})"
+        ) from error
+    for name in [name for name in content if f"{name} lengths" in content]:
+        content[name] = _lists(path, name, content[name], content.pop(f"{name} lengths"))
     return content
 
 
-def _lists(path: Path, name: str, column: Any) -> NDArray[Any]:
+def _lists(path: Path, name: str, values: NDArray[Any], lengths: NDArray[Any]) -> NDArray[Any]:
     """A column of lists as a matrix."""
-    widths = {len(row) for chunk in column.chunks for row in chunk if row.is_valid}
-    if column.null_count or len(widths) > 1:
+    widths, missing = np.unique(lengths[lengths >= 0]), int((lengths < 0).sum())
+    if missing or len(widths) > 1:
         raise FeatureError(
             f"features: every row of {name!r} in {show(path)} must have the same width "
-            f"(got widths {sorted(widths)}, {column.null_count} rows missing)"
+            f"(got widths {widths.tolist()}, {missing} rows missing)"
         )
-    parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    rows: NDArray[Any] = np.concatenate(parts).reshape(len(column), -1)
-    return rows
+    return values.reshape(len(lengths), -1)
+
+
+_NO_ARROW = "features: .parquet files need pyarrow: pip install 'dhcl[export]'"
 
 
 def pyarrow_parquet() -> Any:
@@ -293,9 +292,7 @@ def pyarrow_parquet() -> Any:
     try:
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise FeatureError(
-            "features: .parquet files need pyarrow: pip install 'dhcl[export]'"
-        ) from error
+        raise FeatureError(_NO_ARROW) from error
     return parquet
 
 

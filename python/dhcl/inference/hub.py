@@ -19,7 +19,7 @@ from dhcl.config import ConfigError, TrainConfig, with_changes
 from dhcl.errors import CheckpointError, UnavailableWeights
 from dhcl.files import write_together
 from dhcl.models.tensors import INDEX_FILE, WEIGHTS_FILE, read_safetensors, safetensors_bytes
-from dhcl.stored import read_json
+from dhcl.stored import read_json, read_text
 from dhcl.words import first_line, first_ones, show
 
 __all__ = [
@@ -96,7 +96,7 @@ def write_folder(
         )
     files = {WEIGHTS_FILE: safetensors_bytes(state), CONFIG_FILE: _json(description)}
     own = folder / CARD_FILE
-    if not own.exists() or CARD_MARK in own.read_text(encoding="utf-8", errors="replace"):
+    if not own.exists() or CARD_MARK in read_text(own, errors="replace"):
         files[CARD_FILE] = card.encode()
     write_together(folder, files)
 

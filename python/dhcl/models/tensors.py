@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dhcl.stored import read_json
+from dhcl.stored import open_stored, read_json
 from dhcl.words import first_line, show
 
 __all__ = ["INDEX_FILE", "WEIGHTS_FILE", "is_safetensors", "read_safetensors", "safetensors_bytes"]
@@ -50,13 +50,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
+    data = b""
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
+        # Read, not mapped into memory: a file that is cut short later would end the process.
+        with open_stored(path) as file:
+            data = file.read()
+        tensors: dict[str, torch.Tensor] = load(data)
     except Exception as error:  # the library has several for damaged files
-        with path.open("rb") as file:
-            pointer = file.read(len(_POINTER)) == _POINTER
+        pointer = data.startswith(_POINTER)
         why = (
             "it is a Git LFS pointer in place of the file; `git lfs pull` fetches that"
             if pointer

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from dhcl.errors import UnavailableWeights, as_path
-from dhcl.files import ForeignCode, load_tensors
 from dhcl.models.tensors import is_safetensors, read_safetensors
+from dhcl.torch_files import ForeignCode, load_tensors
 from dhcl.words import first_line, show
 
 __all__ = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image as PILImage
 
 from dhcl.files import replacing
+from dhcl.stored import IMAGE_FORMATS, open_stored
 from dhcl.synth.plan import whole_number
 from dhcl.words import show
 
@@ -42,17 +45,23 @@ def contact_sheet(folder: Path | str, out_png: Path | str, ids: int = 12, column
         for i in range(min(ids, len(everyone)))
     ]
     rows = [_in_turn(of_identity[identity], columns) for identity in chosen]
-    with PILImage.open(rows[0][0]) as first:
+    with _open(rows[0][0]) as first:
         width, height = first.size
     gap = 2
     sheet = PILImage.new("RGB", (columns * (width + gap), len(rows) * (height + gap)), "white")
     for r, row in enumerate(rows):
         for c, path in enumerate(row):
-            with PILImage.open(path) as image:
+            with _open(path) as image:
                 sheet.paste(image.resize((width, height)), (c * (width + gap), r * (height + gap)))
     with replacing(Path(out_png)) as file:
         sheet.save(file, format="PNG")
     return Path(out_png)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[PILImage.Image]:
+    with open_stored(path) as file, PILImage.open(file, formats=IMAGE_FORMATS) as image:
+        yield image
 
 
 def _in_turn(by_camera: dict[int, list[Path]], columns: int) -> list[Path]:

@@ -8,10 +8,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from dhcl.errors import CheckpointError
 from dhcl.files import open_log, write_atomic
+from dhcl.stored import MAX_TEXT, Damaged, parse_json
 from dhcl.training.trackers import Trackers
+from dhcl.words import first_line, show
 
 __all__ = ["RunLog", "flat"]
 
@@ -27,6 +30,7 @@ class RunLog:
 
     Raises:
         NotPlainFile: ``log.jsonl`` is a link, a FIFO or a device.
+        CheckpointError: it is not what a run has written.
     """
 
     def __init__(self, folder: Path, size: int = 0, trackers: Trackers | None = None) -> None:
@@ -37,8 +41,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         with open_log(self._path) as file:
             file.truncate(min(size, file.seek(0, os.SEEK_END)))
-            file.seek(0)
-            self.entries = [json.loads(line) for line in file.read().decode().splitlines()]
+            self.entries = _entries(self._path, file)
         # Later steps of an interrupted run are dropped there too.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(self.entries))
 
@@ -85,6 +88,24 @@ class RunLog:
         self._board.close()
         if self._trackers:
             self._trackers.close()
+
+
+def _entries(path: Path, file: BinaryIO) -> list[dict[str, Any]]:
+    """The lines of a log, each an object of JSON with the number of its epoch."""
+    file.seek(0)
+    data = file.read(MAX_TEXT + 1)
+    try:
+        if len(data) > MAX_TEXT:
+            raise Damaged(f"it must be no larger than {MAX_TEXT:,} bytes")
+        entries = [parse_json(line) for line in data.decode().split("\n") if line]
+        if not all(isinstance(each, dict) and type(each.get("epoch")) is int for each in entries):
+            raise Damaged("a line must be an object with the number of its epoch")
+    except ValueError as error:  # also bytes that are no text
+        raise CheckpointError(
+            f"log: {show(path)} is damaged ({first_line(error)}); move it away, and the run goes "
+            "on with a new one"
+        ) from error
+    return entries
 
 
 def flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -250,3 +250,10 @@ def test_the_limit_of_bytes_is_the_environments(tmp_path, monkeypatch):
     monkeypatch.setenv("DHCL_MAX_IMAGE_BYTES", str(size - 1))
     with pytest.raises(DataError, match=rf"at most {size - 1:,} bytes .got {size:,}"):
         read_image(Path(path))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO"])
+def test_other_formats_of_pillow_are_no_images(tmp_path, kind):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", kind)
+    with pytest.raises(DataError, match="not an image"):
+        read_image(tmp_path / "a.png")

@@ -131,3 +131,17 @@ def test_a_video_gives_the_same_crops_as_its_frames(walk, tmp_path):
         assert np.abs(other.astype(int) - pixels(file)).max() <= 3  # through YUV
     with pytest.raises(DataError, match="ends before frame 5, at 4"):
         write_crops([Box(5, 1, 0, 0, 9, 9)], video, tmp_path / "beyond")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("1,1,0,0,9,9\n" + "9" * 200_000, "field larger than field limit .* after line 1"),
+        ("1e300,1,0,0,9,9\n", "a line must be frame"),
+        ("1,9007199254740992,0,0,9,9\n", "a line must be frame"),
+    ],
+)
+def test_cells_and_numbers_have_limits(tmp_path, text, why):
+    (tmp_path / "b.txt").write_text(text)
+    with pytest.raises(DataError, match=why):
+        read_mot(tmp_path / "b.txt")

@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -170,12 +171,15 @@ def test_the_end_of_the_process_that_reads_a_file_of_matlab_is_named(tmp_path, m
 
     savemat(tmp_path / "f.mat", {"features": np.eye(6, dtype=np.float32)})
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-    monkeypatch.setattr("dhcl.inference.mat._CHILD", kill)
+    monkeypatch.setattr("dhcl.inference.apart._CHILD", kill)
     with pytest.raises(FeatureError, match=r"f\.mat can't be read as .mat .SIGSEGV: .* damaged"):
         read_features(tmp_path / "f.mat")
-    monkeypatch.setattr("dhcl.inference.mat._CHILD", "raise SystemExit(3)")
+    monkeypatch.setattr("dhcl.inference.apart._CHILD", "raise SystemExit(3)")
     with pytest.raises(FeatureError, match=r"f\.mat can't be read as .mat .status 3: "):
         read_features(tmp_path / "f.mat")
+    (tmp_path / "f.parquet").write_bytes(b"")
+    with pytest.raises(FeatureError, match=r"f\.parquet can't be read as .parquet .status 3: "):
+        read_features(tmp_path / "f.parquet")
 
 
 def test_lists_of_several_widths_are_no_matrix(tmp_path):
@@ -565,3 +569,66 @@ def test_commands_take_columns_for_images(people, capsys):
     assert texts[0] == texts[1]
     lists = [np.load(people / f"lists{kind}.npz")["indices"] for kind in (".npz", ".mat")]
     assert np.array_equal(*lists)
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    """Files may become 1 MiB, or 100 times their size."""
+    monkeypatch.setattr("dhcl.stored._UNPACKED", 1 << 20)
+
+
+def packed(path):
+    """A file of torch with 32 MiB of zeros in next to nothing."""
+    torch.save({"features": torch.zeros(2, 3)}, path)
+    whole = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+        archive.writestr("archive/data/1", bytes(1 << 25))
+
+
+def repeated(path):
+    torch.save({"features": torch.zeros(1).expand(1 << 12, 1 << 11)}, path)
+
+
+@pytest.mark.parametrize("write", [packed, repeated])
+def test_what_unpacks_to_more_than_the_limit_is_refused(tmp_path, small_limit, write):
+    write(tmp_path / "f.pt")
+    with pytest.raises(FeatureError, match=r"f\.pt can't be read .*at most [\d,]+ bytes"):
+        read_features(tmp_path / "f.pt")
+
+
+def test_a_process_that_reads_has_a_limit_of_memory(tmp_path, small_limit, monkeypatch):
+    from scipy.io import savemat
+
+    monkeypatch.setattr("dhcl.inference.apart._OWN", 1 << 23)
+    savemat(tmp_path / "f.mat", {"features": np.zeros((4096, 2048))}, do_compression=True)
+    with pytest.raises(FeatureError, match=r"f\.mat can't be read .*at most [\d,]+ bytes"):
+        read_features(tmp_path / "f.mat")
+
+
+def test_numpy_arrays_in_files_of_torch(tmp_path):
+    content = {
+        "features": np.asfortranarray(np.arange(6.0).reshape(3, 2)),
+        "ids": np.array(["a", "b", "a"]),
+        "cameras": [np.int64(3), np.int64(4), np.int64(3)],
+        "paths": np.array(["x", "y", "z"], object),
+        "other": np.zeros(2, [("a", "f4")]),
+    }
+    torch.save(content, tmp_path / "f.pt")
+    read = read_features(tmp_path / "f.pt")
+    assert read.values.tolist() == content["features"].tolist()
+    assert read.ids.tolist() == ["a", "b", "a"]
+    assert read.cameras.tolist() == [3, 4, 3]
+    assert read.paths == ("x", "y", "z")
+
+
+def test_a_dtype_that_says_of_numbers_that_they_are_objects(tmp_path):
+    """NumPy believes the flags in its pickles, and takes the numbers for addresses."""
+    torch.save({"features": np.arange(6.0).reshape(3, 2)}, tmp_path / "f.pt",
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    data = (tmp_path / "f.pt").read_bytes()
+    flags = b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK"
+    assert flags + b"\0" in data
+    (tmp_path / "f.pt").write_bytes(data.replace(flags + b"\0", flags + b"\x3f"))
+    assert read_features(tmp_path / "f.pt").values.tolist() == [[0, 1], [2, 3], [4, 5]]
