@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def _imports() -> None:
         "dhcl.data.mot",
         "dhcl.inference.features",
         "dhcl.inference.hub",
-        "dhcl.inference.index",
+        "dhcl.inference.gallery.old",
         "dhcl.models.weights",
         "dhcl.training.logs",
         "dhcl.training.record",
@@ -84,13 +85,16 @@ def readers() -> dict[str, Reader]:
     from dhcl.errors import CheckpointError, ConfigError, DataError, DHCLError, FeatureError
     from dhcl.inference.apart import read_answer
     from dhcl.inference.features import read_features
+    from dhcl.inference.gallery.head import read_head
+    from dhcl.inference.gallery.old import read_old
     from dhcl.inference.hub import read_folder
-    from dhcl.inference.index import Index
     from dhcl.models.weights import read_states
     from dhcl.stored import Damaged
     from dhcl.training.checkpoint import load_checkpoint
     from dhcl.training.logs import RunLog
     from dhcl.training.record import measured, read_record
+
+    from tests.dhcl.inference.gallery.made import make_old
 
     def features(kind: str, seeds: Callable[[Path], list[bytes]]) -> Reader:
         file = f"f.{kind}"
@@ -107,16 +111,18 @@ def readers() -> dict[str, Reader]:
 
         return Reader(file, seeds, read, (ConfigError,), "run: ")
 
-    def index(file: str) -> Reader:
+    def old(file: str) -> Reader:
         def seeds(at: Path) -> list[bytes]:
-            _index(at)
-            return [(at / file).read_bytes()]
+            make_old(at / "index")
+            return [(at / "index" / file).read_bytes()]
 
-        return Reader(file, seeds, Index.open, (DataError,), "index: ")
+        read = (DataError,)
+        return Reader(f"index/{file}", seeds, lambda at: read_old(at / "index"), read, "index: ")
 
     def log(at: Path) -> None:
         size = (at / "log.jsonl").stat().st_size
         RunLog(at, size).close()
+        shutil.rmtree(at / "tensorboard")
 
     def picture(at: Path) -> None:
         with contextlib.suppress(Exception):  # whatever the decoder raises, as it says
@@ -145,9 +151,10 @@ def readers() -> dict[str, Reader]:
         "options": Reader("o.yaml", _yaml, lambda at: read_options(at / "o.yaml"), (ConfigError,)),
         "config": Reader("o.yaml", _yaml, lambda at: load_config(at / "o.yaml"), (ConfigError,)),
         "model": Reader("config.json", _model, read_folder, (DHCLError,), "model: "),
-        "index": index("index.json"),
-        "images": index("images-1.jsonl"),
-        "vectors": index("features-1.npy"),
+        "head": Reader("index.json", _head, read_head, (DataError,), "index: "),
+        "index": old("index.json"),
+        "images": old("images-1.jsonl"),
+        "vectors": old("features-1.npy"),
         "boxes": Reader("b.txt", _boxes, lambda at: read_mot(at / "b.txt"), (DataError,), "boxes"),
         "list": Reader(
             "train_test_split/train_list.txt",
@@ -308,19 +315,25 @@ def _model(at: Path) -> list[bytes]:
     return [(at / "config.json").read_bytes()]
 
 
-def _index(at: Path) -> None:
-    from dhcl.inference.store import Record, write_generation
+def _head(at: Path) -> list[bytes]:
+    from dhcl.inference.gallery.head import Head
 
-    records = [Record(0, f"{n}_c{n % 2}.png", n, str(n % 2), 100 + n, 10**18 + n) for n in range(4)]
-    about = {
-        "model": "ab" * 32,
-        "run": "/runs/a",
-        "which": "last",
-        "pattern": None,
-        "trained_cameras": False,
-        "roots": ["/pictures"],
-    }
-    write_generation(at, 1, 3, about, [(records, _rows())])
+    Head(
+        generation=1,
+        images=4,
+        dim=3,
+        next_row=4,
+        version=2,
+        neighbours=None,
+        model="ab" * 32,
+        run="/runs/a",
+        which="last",
+        pattern=r"(?P<id>\d+)",
+        trained_cameras=False,
+        roots=["/pictures"],
+        files={"_versions/2.manifest": 7},
+    ).write(at)
+    return [(at / "index.json").read_bytes()]
 
 
 def _boxes(_: Path) -> list[bytes]:

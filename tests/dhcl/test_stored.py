@@ -186,7 +186,8 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(
 @pytest.mark.parametrize("text", [MERGES, "- 1\n" * 200_000, "a: &a [" + "*a, " * 50_000 + "]"])
 def test_yaml_that_stands_for_more_than_options_ends_early(tmp_path, text):
     (tmp_path / "o.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="at most 10,000 values"):
+    # PyYAML merges a key once since 6.0.4; then the first option is one that there is not.
+    with pytest.raises(ConfigError, match="at most 10,000 values|none called 'a0'"):
         load_config(tmp_path / "o.yaml")
 
 
