@@ -148,7 +148,8 @@ class _Kind:
         code = self.code if isinstance(self.code, str) else ""
         if not self.plain or not re.fullmatch(r"[biufcSU][0-9]{1,9}", code):
             return None
-        return np.dtype(code).newbyteorder("S" if self.order not in _ORDERS else "=")
+        dtype: np.dtype[Any] = np.dtype(code)
+        return dtype if self.order in _ORDERS else dtype.newbyteorder("S")
 
 
 # Of numbers, those that are not swapped.
@@ -175,9 +176,7 @@ class _Values:
             dtype = kind.dtype()
             data = data.encode("latin1") if isinstance(data, str) else data
             if kind.code == "O8" and isinstance(data, list):
-                objects = np.empty(len(data), object)
-                objects[:] = data
-                return objects.reshape(shape, order="F" if fortran else "C")
+                return np.reshape(_objects(data), shape, order="F" if fortran else "C")
             if dtype is None or not isinstance(data, bytes):
                 return None
             flat = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
@@ -185,6 +184,14 @@ class _Values:
         except Exception as error:  # of whatever stands in place of the parts
             raise Damaged(f"an array of NumPy that is none ({error})") from error
         return array
+
+
+def _objects(values: list[Any]) -> NDArray[Any]:
+    """Each as it is, also where all are arrays of one shape."""
+    array = np.empty(len(values), object)
+    for number, value in enumerate(values):
+        array[number] = value
+    return array
 
 
 def _scalar(kind: Any = None, data: Any = b"") -> _Values:
@@ -204,8 +211,7 @@ def _with_arrays(content: Any) -> Any:
             array = value.array()
             if array is None or array.dtype.kind != "O":
                 return array if array is None or array.ndim else array[()]
-            array.flat = list(map(made, array.flat))
-            return array
+            return _objects(list(map(made, array.flat))).reshape(array.shape)
         if type(value) is tuple:
             if id(value) not in done:
                 done[id(value)] = value, tuple(map(made, value))

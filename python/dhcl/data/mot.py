@@ -100,8 +100,8 @@ def _box(path: Path, number: int, row: list[str]) -> Box:
         frame, track, *place = (float(cell) for cell in row[:6])
         left, top, width, height = place
         float(row[6] if len(row) > 6 else 0)
-        whole = frame == int(frame) and track == int(track) and np.isfinite(place).all()
-        whole &= max(frame, track) < _MOST
+        whole = frame == int(frame) and track == int(track) and max(frame, track) < _MOST
+        whole = whole and bool(np.isfinite(place).all())
     except (ValueError, OverflowError):
         whole = False
     if not whole:

@@ -162,7 +162,8 @@ def _array(layout: Any, stream: IO[bytes], most: int) -> Any:
         count = math.prod(shape)
         if code is None:
             array = np.empty(len(cells), object)
-            array[:] = [_array(each, stream, most) for each in cells]
+            for number, each in enumerate(cells):
+                array[number] = _array(each, stream, most)
             return array.reshape(shape)
         dtype = np.dtype(code)
         if dtype.kind not in _KINDS or count < 0 or count * dtype.itemsize > most:

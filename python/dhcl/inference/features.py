@@ -6,6 +6,7 @@ Needs torch and NumPy alone; SciPy for .mat, pyarrow for .parquet.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -256,11 +257,11 @@ def _mat(path: Path) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> dict[str, Any]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise FeatureError(_NO_ARROW)
     try:
         content = read_apart(path, "parquet")
     except ApartError as error:
-        if error.kind == "ModuleNotFoundError":
-            raise FeatureError(_NO_ARROW) from error
         raise FeatureError(
             f"features: {show(path)} can't be read as .parquet ({error.kind}: {first_line(error)})"
         ) from error
