@@ -79,9 +79,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 /// An empty tensor, for code that makes new ones like it.
-inline torch::stable::Tensor some_tensor() {
-  return dhcl::new_int64(torch::stable::Tensor(), 0);
-}
+inline torch::stable::Tensor some_tensor() { return dhcl::new_int64(torch::stable::Tensor(), 0); }
 
 /// Whether a tensor holds exactly these numbers.
 template <typename T>

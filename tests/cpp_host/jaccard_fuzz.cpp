@@ -29,7 +29,8 @@ struct Weights {
         if (j >= hub && next() % one_in != 0) continue;
         columns.push_back(static_cast<int32_t>(j));
         const uint32_t bits = next();
-        values.push_back(equal ? 1.0f : std::ldexp(static_cast<float>(bits % 64), -6 - (bits >> 6) % 40));
+        values.push_back(equal ? 1.0f
+                               : std::ldexp(static_cast<float>(bits % 64), -6 - (bits >> 6) % 40));
         sum += values.back();
       }
       offsets.push_back(static_cast<int64_t>(columns.size()));
@@ -43,8 +44,7 @@ struct Weights {
 
   float distance(int64_t i, int64_t j) const {
     float shared = 0.0f;
-    for (int64_t c = 0; c < rows; ++c)
-      shared += std::min(dense[i * rows + c], dense[j * rows + c]);
+    for (int64_t c = 0; c < rows; ++c) shared += std::min(dense[i * rows + c], dense[j * rows + c]);
     return std::max(1.0f - shared / (2.0f - shared), 0.0f);
   }
 };
@@ -124,7 +124,8 @@ void mirror(FuzzedDataProvider& in, const Weights& w, const Index& index, float 
                                columns_in.const_data_ptr<int32_t>() + columns_in.numel());
   const bool wild = !columns.empty() && in.ConsumeProbability<float>() < 0.1f;
   if (wild)
-    columns[in.ConsumeIntegralInRange<size_t>(0, columns.size() - 1)] = in.ConsumeIntegral<int32_t>();
+    columns[in.ConsumeIntegralInRange<size_t>(0, columns.size() - 1)] =
+        in.ConsumeIntegral<int32_t>();
   std::vector<int64_t> full(w.rows + 1, -7);
   dhcl::MirrorParams p{};
   p.full_offsets = full.data();

@@ -131,8 +131,7 @@ void means(FuzzedDataProvider& in, dhcl::Dtype dtype) {
   const bool by_list = in.ConsumeBool(), by_row = by_list && n > 0 && in.ConsumeBool();
   for (int64_t k = 0; k < of.count(); ++k)
     for (int64_t i = of.offsets[k]; i < of.offsets[k + 1]; ++i) class_of[of.members[i]] = k;
-  for (int64_t& i : listed)
-    i = in.ConsumeIntegralInRange<int64_t>(-1, by_row ? n : of.count());
+  for (int64_t& i : listed) i = in.ConsumeIntegralInRange<int64_t>(-1, by_row ? n : of.count());
   dhcl::SegmentMeanParams p{};
   p.means = got.data();
   p.rows = rows.data();
@@ -149,7 +148,7 @@ void means(FuzzedDataProvider& in, dhcl::Dtype dtype) {
   const std::string error = harness::error_of([&] { dhcl::run_segment_mean(p); });
   std::vector<bool> fresh(of.count(), !by_list);
   bool good = true;
-  for (int64_t i : by_list && dim > 0 ? listed : std::vector<int64_t>()) {
+  for (int64_t i : by_list&& dim > 0 ? listed : std::vector<int64_t>()) {
     if (by_row) i = i < 0 || i >= n ? -1 : class_of[i];
     good &= i >= 0 && i < of.count();
     if (good) fresh[i] = true;

@@ -112,8 +112,8 @@ void sets(FuzzedDataProvider& in) {
     std::set<int32_t> all = own;
     for (const int32_t c : own) {
       const std::set<int32_t> close = lists.mutual(c, p.half);
-      const int64_t shared = std::count_if(close.begin(), close.end(),
-                                           [&](int32_t j) { return own.count(j) > 0; });
+      const int64_t shared =
+          std::count_if(close.begin(), close.end(), [&](int32_t j) { return own.count(j) > 0; });
       if (static_cast<double>(shared) > 2.0 / 3.0 * static_cast<double>(close.size()))
         all.insert(close.begin(), close.end());
     }
