@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -236,3 +237,22 @@ def test_an_open_index_reads_what_it_was_until_that_is_removed(index):
     opened.store.close()
     with pytest.raises(ConfigError, match="must be opened anew"):
         list(opened.images())
+
+
+def test_without_lance_the_extra_is_named(index, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lance", None)
+    with pytest.raises(ConfigError, match=r"^index: needs lance: pip install 'dhcl\[index\]'$"):
+        Index.open(index)
+
+
+def test_in_a_forked_process_an_index_is_to_be_opened_anew(index):
+    """Threads of Lance do not come along, and whoever waited for one would wait for ever."""
+    opened = Index.open(index)
+    child = os.fork()
+    if not child:
+        try:
+            list(opened.images())
+        except ConfigError:
+            os._exit(3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
