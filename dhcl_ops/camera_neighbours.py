@@ -15,6 +15,16 @@ from dhcl_ops.knn import Neighbours, knn
 __all__ = ["camera_neighbours"]
 
 
+def mixed(here: int, k: int) -> torch.Tensor:
+    """The order (k,) of a list of ``here`` rows of the own camera, followed by k - here others.
+
+    Both are spread evenly over the merged list, so that its first entries, however many a caller
+    takes, hold own and other cameras in the same shares.
+    """
+    way = torch.cat([torch.arange(here) / here, (torch.arange(k - here) + 0.5) / (k - here)])
+    return way.argsort(stable=True)
+
+
 @_arrays.takes_arrays("features", "cameras")
 def camera_neighbours(
     features: torch.Tensor,
@@ -71,10 +81,7 @@ def camera_neighbours(
         here = max(min(own, len(inside)), k - len(outside))
         near = knn(features[inside], here, progress=progress)
         far = knn(features[outside], k - here, queries=features[inside], progress=progress)
-        # Both lists are spread evenly over the merged one, so that its first entries, however
-        # many a caller takes, hold own and other cameras in the same shares.
-        way = torch.cat([torch.arange(here) / here, (torch.arange(k - here) + 0.5) / (k - here)])
-        order = way.argsort(stable=True).to(features.device)
+        order = mixed(here, k).to(features.device)
         indices[inside] = torch.cat([inside[near.indices], outside[far.indices]], 1)[:, order]
         similarities[inside] = torch.cat([near.similarities, far.similarities], 1)[:, order]
         uncertified += near.uncertified + far.uncertified

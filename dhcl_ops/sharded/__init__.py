@@ -5,6 +5,7 @@ rows; row numbers go on from rank to rank.
 """
 
 from dhcl_ops.sharded.bank import MemoryBank
+from dhcl_ops.sharded.camera_neighbours import camera_neighbours
 from dhcl_ops.sharded.clustering import cluster, knn
 from dhcl_ops.sharded.contrastive import debiased_contrastive_loss
 from dhcl_ops.sharded.hybrid import (
@@ -12,6 +13,7 @@ from dhcl_ops.sharded.hybrid import (
     hybrid_contrastive_loss,
     suspected_false_negatives,
 )
+from dhcl_ops.sharded.memory import momentum_update_
 from dhcl_ops.sharded.peers import PeerError, is_lost_peer
 from dhcl_ops.sharded.ranking import evaluate_ranking
 
@@ -19,11 +21,13 @@ __all__ = [
     "DHCLLoss",
     "MemoryBank",
     "PeerError",
+    "camera_neighbours",
     "cluster",
     "debiased_contrastive_loss",
     "evaluate_ranking",
     "hybrid_contrastive_loss",
     "is_lost_peer",
     "knn",
+    "momentum_update_",
     "suspected_false_negatives",
 ]

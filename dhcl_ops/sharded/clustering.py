@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
 from dhcl_ops import _checks, _csr
 from dhcl_ops._csr import Rows
-from dhcl_ops._products import full_precision, upper_norms
+from dhcl_ops._products import full_precision
 from dhcl_ops._progress import Progress
 from dhcl_ops._ties import warn_of_tie
 from dhcl_ops.clustering import Clustering, Radii, Stages, radii_of, self_paced_labels
@@ -17,30 +15,12 @@ from dhcl_ops.defaults import SPCL
 from dhcl_ops.knn import Neighbours
 from dhcl_ops.reciprocal import Convention, list_width, lower_by_products
 from dhcl_ops.sharded import graph
+from dhcl_ops.sharded.camera_neighbours import check_cameras, search_by_camera
 from dhcl_ops.sharded.components import dbscan
-from dhcl_ops.sharded.neighbours import search
-from dhcl_ops.sharded.shards import Shards, piece_rows
+from dhcl_ops.sharded.neighbours import rows_of, search
+from dhcl_ops.sharded.shards import Shards, agreed_width, piece_rows
 
 __all__ = ["cluster", "knn"]
-
-
-def _rows(op: str, features: torch.Tensor) -> torch.Tensor:
-    """This rank's rows for a search, in float32."""
-    _checks.tensor(op, "features", features)
-    _checks.rank(op, "features", features, 2)
-    _checks.dtype(op, "features", features, _checks.ALL_FLOATS)
-    rows = features.detach().to(torch.float32).contiguous()
-    # Here, where all ranks hear of it, and not in the search, where the others would wait.
-    upper_norms(op, "features", rows)
-    return rows
-
-
-def _settings(features: Any, **settings: Any) -> dict[str, Any]:
-    """What ranks must agree on, the rows' width and kind of device among it."""
-    if isinstance(features, torch.Tensor):
-        settings["the features' width"] = tuple(features.shape[1:])
-        settings["the features' device"] = features.device.type
-    return settings
 
 
 @torch.no_grad()
@@ -79,9 +59,9 @@ def knn(
 
     def check() -> torch.Tensor:
         _checks.integer(op, "k", k, 0)
-        return _rows(op, features)
+        return rows_of(op, features)
 
-    shards = Shards(op, group, check, _settings(features, k=k), traffic)
+    shards = Shards(op, group, check, agreed_width(features, k=k), traffic)
     if k > shards.total:
         raise ValueError(
             f"{op}: k must be at most the number of features (got k={k}, N={shards.total})"
@@ -199,6 +179,8 @@ def cluster(
     min_samples: int = SPCL.min_samples,
     convention: Convention = "spcl",
     ranks: Neighbours | torch.Tensor | None = None,
+    cameras: torch.Tensor | None = None,
+    k1_own: int = 0,
     self_paced: bool = False,
     loose: bool = False,
     eps_gap: float = SPCL.eps_gap,
@@ -218,9 +200,9 @@ def cluster(
         features: (n, d) this rank's rows of norm 1, any number of them.
         ranks: neighbour lists (n, >= k) of own rows among all rows, best first, or what
             :func:`knn` gave.
-        k1, k2, eps, min_samples, convention, self_paced, loose, eps_gap, threshold: as in
-            :func:`dhcl_ops.cluster`, equal on all ranks. Shares of neighbours by camera
-            (``k1_own``) are not there yet; lists that have them can be given as ``ranks``.
+        cameras: (n,) int64 of own rows, with ``k1_own``.
+        k1, k2, eps, min_samples, convention, k1_own, self_paced, loose, eps_gap, threshold: as in
+            :func:`dhcl_ops.cluster`, equal on all ranks.
         group, progress, traffic: as in :func:`knn`.
 
     Returns:
@@ -235,10 +217,10 @@ def cluster(
     op = "sharded.cluster"
     radii: Radii
 
-    settings = _settings(
+    settings = agreed_width(
         features, k1=k1, k2=k2, eps=eps, min_samples=min_samples, convention=convention,
         self_paced=self_paced, loose=loose, eps_gap=eps_gap, threshold=threshold,
-        ranks=ranks is not None,
+        ranks=ranks is not None, cameras=cameras is not None, k1_own=k1_own,
     )  # fmt: skip
 
     def check() -> torch.Tensor:
@@ -247,14 +229,24 @@ def cluster(
         rows = _checks.unit_rows(op, "features", features)
         list_width(op, len(rows), k1, k2, convention)
         _checks.integer(op, "min_samples", min_samples, 1)
+        if _checks.integer(op, "k1_own", k1_own, 0):
+            if cameras is None or ranks is not None:
+                raise ValueError(
+                    f"{op}: k1_own goes with cameras and without ranks (got k1_own {k1_own})"
+                )
+            check_cameras(op, cameras, rows)
         if threshold is not None and not self_paced:
             raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
         return rows
 
     shards = Shards(op, group, check, settings, traffic)
     widths = list_width(op, shards.total, k1, k2, convention)
-    given = None if ranks is None else _given_lists(op, ranks, widths[0], shards)
     timer = Stages(shards.device)
+    if cameras is not None and (own := min(k1_own, k1, shards.total)):
+        with shards.stage("neighbours"):
+            k = min(k1, shards.total)
+            ranks = search_by_camera(shards.own, cameras, k, own, shards, progress)
+    given = None if ranks is None else _given_lists(op, ranks, widths[0], shards)
     rows, uncertified = _encoded(shards, given, widths, convention == "zhong", progress, timer)
     for radius in radii:
         if radius is not None:

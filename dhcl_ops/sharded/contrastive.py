@@ -111,28 +111,31 @@ def debiased_contrastive_loss(
         exclude=_kind_of(exclude),
     )  # fmt: skip
     shards = Shards(op, group, check, settings, traffic, second=proxies)
-    count = shards.second_starts[-1]
-    if count == 0:
-        raise ValueError(f"{op}: at least one proxy is needed (got none on any rank)")
-    with shards.stage("batch"):
-        batch = gathered(shards, shards.own)
-        roles, expected = _gathered_roles(shards, given)
-    _look_at_columns(shards, roles, count)
-    first = shards.second_starts[shards.rank]
-    # Columns count from this rank's first proxy; others are in no range, and so no columns of it.
-    own_roles = roles._replace(
-        labels=roles.labels - first if roles.proxy_labels is None else roles.labels,
-        excluded=None if roles.excluded is None else roles.excluded - first,
-    )
-    problem = Problem(
-        batch, proxies.detach(), own_roles, given.settings._replace(kappa=expected),
-        precision == "fast", given.columns, None, first,
-    )  # fmt: skip
+    problem = _problem(shards, given, proxies.detach(), precision == "fast")
     results = loss_over(shards, problem, features)
     losses = results.losses.to(loss_dtype(features, proxies))
     divisor = divisor_of(reduction, len(features))
     loss = losses if divisor is None else losses.sum() / divisor
     return (loss, stats_of(results, given.settings.aggregation)) if return_stats else loss
+
+
+def _problem(shards: Shards, given: Arguments, proxies: torch.Tensor, fast: bool) -> Problem:
+    """The batches of all ranks before own proxies."""
+    count = shards.second_starts[-1]
+    if count == 0:
+        raise ValueError(f"{shards.op}: at least one proxy is needed (got none on any rank)")
+    with shards.stage("batch"):
+        batch = gathered(shards, shards.own)
+        roles, kappa = _gathered_roles(shards, given)
+    _look_at_columns(shards, roles, count)
+    first = shards.second_starts[shards.rank]
+    # Columns count from this rank's first proxy; others are in no range, and so no columns of it.
+    if roles.proxy_labels is None:
+        roles = roles._replace(labels=roles.labels - first)
+    if roles.excluded is not None:
+        roles = roles._replace(excluded=roles.excluded - first)
+    settings = given.settings._replace(kappa=kappa)
+    return Problem(batch, proxies, roles, settings, fast, given.columns, None, first)
 
 
 def agreed_settings(features: Any, proxies: Any, **settings: Any) -> dict[str, Any]:

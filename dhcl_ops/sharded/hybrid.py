@@ -112,62 +112,75 @@ def hybrid_contrastive_loss(
     op = "sharded.hybrid_contrastive_loss"
     if not isinstance(memory, MemoryBank):
         raise TypeError(f"{op}: memory must be a sharded.MemoryBank (got {type(memory).__name__})")
+    options: dict[str, Any] = {
+        "instance_weight": instance_weight, "prototype_weight": prototype_weight,
+        "instance_positives": instance_positives, "temperature": temperature, "kappa": kappa,
+        "tau_plus": tau_plus, "beta": beta, "suspects_as": suspects_as,
+        "hardness_gradient": hardness_gradient, "reduction": reduction, "precision": precision,
+    }  # fmt: skip
+    if instance_positives != "cross-camera":
+        cameras = None
+    shards, weights, given = _agreed(op, features, memory, indices, cameras, suspects, options)
+    pulled = instance_positives if weights[1] else "self"
+    batch = _batch_of(shards, memory, indices, pulled, cameras)
+    classes = memory.num_prototypes
+    debias = hybrid.expected_false_negatives(
+        op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as
+    )
+    terms: list[torch.Tensor | None] = [None, None]
+    seen: list[ContrastiveStats | None] = [None, None]
+    divisor = divisor_of(reduction, len(features))
+    fast, of_class = precision == "fast", instance_positives == "class"
+    for place, weight in enumerate(weights):
+        if not weight:
+            continue
+        if place == 0:
+            problem = _prototype_term(batch, memory, debias, given, fast)
+        else:
+            problem = _instance_term(batch, memory, of_class, debias, given, fast)
+        results = loss_over(shards, problem, features)
+        losses = results.losses.to(loss_dtype(features, memory.rows))
+        terms[place] = losses if divisor is None else losses.sum() / divisor
+        seen[place] = stats_of(results, problem.settings.aggregation)
+    return hybrid.combined(weights, terms, seen, return_stats)
+
+
+def _agreed(
+    op: str,
+    features: torch.Tensor,
+    memory: MemoryBank,
+    indices: torch.Tensor,
+    cameras: torch.Tensor | None,
+    suspects: Suspects | None,
+    options: dict[str, Any],
+) -> tuple[Shards, tuple[float, float], Arguments]:
+    """What all ranks are about to do, checked: the terms' weights, and what both terms share."""
     weights: tuple[float, float]
     given: Arguments
 
     def check() -> torch.Tensor:
         nonlocal weights, given
+        both = options["prototype_weight"], options["instance_weight"]
         weights = hybrid.check_terms(
-            op, features, indices, memory.num_samples, (prototype_weight, instance_weight),
-            instance_positives, suspects_as, cameras,
+            op, features, indices, memory.num_samples, both, options["instance_positives"],
+            options["suspects_as"], cameras,
         )  # fmt: skip
-        memory.check_cameras(op, cameras if instance_positives == "cross-camera" else None)
+        memory.check_cameras(op, cameras)
         _checks.same_device(op, features=features, memory=memory.rows, indices=indices)
-        # Settings of both terms, checked on the rows' side of one of them.
+        names = ("temperature", "beta", "hardness_gradient", "reduction", "precision")
+        # As a loss over own prototypes; kappa and what is positive differ by term.
         given = check_arguments(
-            op, features, memory.prototypes, memory.proto_of[indices].long(),
-            temperature=temperature, kappa=0.0, tau_plus=None, beta=beta, proxy_labels=None,
-            positives="mean", exclude=None, hardness_gradient=hardness_gradient,
-            reduction=reduction, precision=precision, chunk_size=None, whole=False,
+            op, features, memory.prototypes, memory.proto_of[indices].long(), kappa=0.0,
+            tau_plus=None, proxy_labels=None, positives="mean", exclude=None, chunk_size=None,
+            whole=False, **{name: options[name] for name in names},
         )  # fmt: skip
         return features.detach()
 
     settings = agreed_settings(
-        features, memory.rows, instance_weight=instance_weight, prototype_weight=prototype_weight,
-        instance_positives=instance_positives, temperature=temperature, kappa=kappa,
-        tau_plus=tau_plus, beta=beta, suspects=suspects is not None, suspects_as=suspects_as,
-        hardness_gradient=hardness_gradient, reduction=reduction, precision=precision,
-    )  # fmt: skip
+        features, memory.rows, cameras=cameras is not None, suspects=suspects is not None, **options
+    )
     shards = Shards(op, memory.group, check, settings, memory.traffic)
-    with shards.stage("batch"):
-        every = gathered(shards, indices)
-        batch = _Batch(gathered(shards, shards.own), memory.proto_of[every].long(), every)
-    if weights[1] and instance_positives in ("hardest", "cross-camera"):
-        apart = cameras if instance_positives == "cross-camera" else None
-        hardest = memory.hardest_of_all(shards, batch.features, every, apart)
-        batch = batch._replace(positives=hardest)
-    classes = memory.num_prototypes
-    debias = hybrid.expected_false_negatives(
-        op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as
-    )
-    problems = (
-        _prototype_term(batch, memory, debias, given, precision == "fast") if weights[0] else None,
-        _instance_term(
-            batch, memory, instance_positives == "class", debias, given, precision == "fast"
-        )
-        if weights[1]
-        else None,
-    )
-    terms: list[torch.Tensor | None] = [None, None]
-    seen: list[ContrastiveStats | None] = [None, None]
-    divisor = divisor_of(reduction, len(features))
-    for place, problem in enumerate(problems):
-        if problem is not None:
-            results = loss_over(shards, problem, features)
-            losses = results.losses.to(loss_dtype(features, memory.rows))
-            terms[place] = losses if divisor is None else losses.sum() / divisor
-            seen[place] = stats_of(results, problem.settings.aggregation)
-    return hybrid.combined(weights, terms, seen, return_stats)
+    return shards, weights, given
 
 
 class _Batch(NamedTuple):
@@ -176,6 +189,23 @@ class _Batch(NamedTuple):
     features: torch.Tensor  # (B, d)
     labels: torch.Tensor  # (B,) classes
     positives: torch.Tensor  # (B,) images whose rows the instance term pulls to
+
+
+def _batch_of(
+    shards: Shards,
+    memory: MemoryBank,
+    indices: torch.Tensor,
+    instance_positives: str,
+    cameras: torch.Tensor | None,
+) -> _Batch:
+    """The batches of all ranks."""
+    with shards.stage("batch"):
+        images = gathered(shards, indices)
+        batch = _Batch(gathered(shards, shards.own), memory.proto_of[images].long(), images)
+    if instance_positives in ("hardest", "cross-camera"):
+        hardest = memory.hardest_of_all(shards, batch.features, images, cameras)
+        batch = batch._replace(positives=hardest)
+    return batch
 
 
 def _with_kappa(

@@ -11,26 +11,39 @@ from typing import NamedTuple
 
 import torch
 
+from dhcl_ops import _checks
+from dhcl_ops._products import upper_norms
 from dhcl_ops._progress import Progress
 from dhcl_ops.knn import Neighbours, knn, meet
 from dhcl_ops.sharded.shards import Shards, piece_rows
 
 
-class _Best(NamedTuple):
+class Best(NamedTuple):
     """The best neighbours so far: (n, k) similarities, -inf in empty places, and indices."""
 
     similarities: torch.Tensor
     indices: torch.Tensor
 
     @classmethod
-    def empty(cls, rows: int, k: int, total: int, device: torch.device) -> _Best:
-        """Lists without a neighbour, of which the index is ``total``."""
+    def empty(cls, rows: int, width: int, shards: Shards) -> Best:
+        """Lists of this width without neighbours."""
         return cls(
-            torch.full((rows, k), -torch.inf, device=device),
-            torch.full((rows, k), total, dtype=torch.int64, device=device),
+            torch.full((rows, width), -torch.inf, device=shards.device),
+            torch.full((rows, width), shards.total, dtype=torch.int64, device=shards.device),
         )
 
-    def take(self, rows: slice, similarities: torch.Tensor, indices: torch.Tensor) -> None:
+    @property
+    def width(self) -> int:
+        """Neighbours in a list."""
+        return self.indices.shape[1]
+
+    def first(self, rows: torch.Tensor, count: int) -> Best:
+        """The first neighbours of some rows."""
+        return Best(self.similarities[rows, :count], self.indices[rows, :count])
+
+    def take(
+        self, rows: slice | torch.Tensor, similarities: torch.Tensor, indices: torch.Tensor
+    ) -> None:
         """Merge what some rows have found elsewhere: best first, lower indices first."""
         k = self.indices.shape[1]
         found = torch.cat([self.indices[rows], indices], 1)
@@ -42,7 +55,20 @@ class _Best(NamedTuple):
 
     def floor(self, begin: int, end: int) -> torch.Tensor:
         """The last similarity of each list."""
+        if self.width == 0:
+            return self.similarities.new_zeros(end - begin)
         return self.similarities[begin:end, -1].contiguous()
+
+
+def rows_of(op: str, features: torch.Tensor) -> torch.Tensor:
+    """This rank's rows for a search, in float32."""
+    _checks.tensor(op, "features", features)
+    _checks.rank(op, "features", features, 2)
+    _checks.dtype(op, "features", features, _checks.ALL_FLOATS)
+    rows = features.detach().to(torch.float32).contiguous()
+    # Here, where all ranks hear of it, and not in the search, where the others would wait.
+    upper_norms(op, "features", rows)
+    return rows
 
 
 def search(features: torch.Tensor, k: int, shards: Shards, progress: Progress | None) -> Neighbours:
@@ -50,7 +76,7 @@ def search(features: torch.Tensor, k: int, shards: Shards, progress: Progress | 
     rows, device = shards.rows, shards.device
     others, first = max(k - 1, 0), min(k, 1)
     near = knn(features, min(k, rows))
-    best = _Best.empty(rows, others, shards.total, device)
+    best = Best.empty(rows, others, shards)
     known = max(min(k, rows) - 1, 0)
     best.similarities[:, :known] = near.similarities[:, 1:]
     best.indices[:, :known] = near.indices[:, 1:] + shards.begin
@@ -69,7 +95,7 @@ def search(features: torch.Tensor, k: int, shards: Shards, progress: Progress | 
 
 
 def _visited(
-    best: _Best, features: torch.Tensor, shards: Shards, progress: Progress | None
+    best: Best, features: torch.Tensor, shards: Shards, progress: Progress | None
 ) -> torch.Tensor:
     """Complete own lists by visits, and count the searches that were repeated."""
     width, others = features.shape[1], best.indices.shape[1]
@@ -84,7 +110,7 @@ def _visited(
 
     for visit in shards.visits(size, outline, give):
         visitor, floor = visit.tables
-        theirs = _Best.empty(len(visitor), others, shards.total, shards.device)
+        theirs = Best.empty(len(visitor), others, shards)
         # Own rows in pieces too: what a search holds of a row is more than the row itself.
         for begin in range(visit.mine.start, visit.mine.stop, size):
             mine = slice(begin, min(begin + size, visit.mine.stop))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dhcl_ops._version import __version__
 from dhcl_ops.sharded.peers import PeerError, is_lost_peer
 
-__all__ = ["Shards", "Visit", "piece_rows"]
+__all__ = ["Shards", "Visit", "agreed_width", "piece_rows"]
 
 # Bytes of visiting rows that a rank holds at once, beside the piece that is on its way. A GPU has
 # more memory, and products that are too small keep it waiting for the host.
@@ -30,6 +30,14 @@ _PIECES = {"cuda": 64}
 def piece_rows(row_bytes: int, device: torch.device) -> int:
     """How many rows of so many bytes are handled at once."""
     return max(PIECE_BYTES * _PIECES.get(device.type, 1) // max(row_bytes, 1), 1)
+
+
+def agreed_width(features: Any, **settings: Any) -> dict[str, Any]:
+    """What ranks must agree on, the rows' width and kind of device among it."""
+    if isinstance(features, torch.Tensor):
+        settings["the features' width"] = tuple(features.shape[1:])
+        settings["the features' device"] = features.device.type
+    return settings
 
 
 class Visit(NamedTuple):

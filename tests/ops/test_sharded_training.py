@@ -138,6 +138,19 @@ def edges(group):
     return wrong
 
 
+def update_of_rows(group):
+    """momentum_update_ of rows by number."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    own, given = own_slice("uneven", N, rank, world), batches(2, world)
+    one, skipped = features_of(1), torch.zeros(2, 1, dtype=torch.int64)
+    mine = one[own].clone()
+    sharded.momentum_update_(mine, *given[rank], 0.3, skipped=skipped[0], group=group)
+    whole = (torch.cat(parts) for parts in zip(*given, strict=True))
+    dhcl_ops.momentum_update_(one, *whole, 0.3, skipped=skipped[1])
+    dist.all_reduce(skipped[0], group=group)
+    return torch.equal(mine, one[own]) and torch.equal(*skipped)
+
+
 # ---- state --------------------------------------------------------------------------------------
 
 
@@ -232,12 +245,21 @@ def refusals(group):
         "index": lambda: bank.update_(x[:1], far if rank else far - 1),
         "dtype": lambda: bank.update_(x[:0].half() if rank else x[:0], none),
         "double": lambda: bank.update_(x[:0].double(), none),
+        "rows": lambda: sharded.momentum_update_(
+            x.clone(), x[:1], far if rank else far - 1, 0.2, group=group
+        ),
+        "rows of one rank": lambda: sharded.momentum_update_(
+            x.t() if rank else x[:D].clone(), x[:0], none, 0.2, group=group
+        ),
         "other call": lambda: bank.set_labels(labels) if rank else bank.init(x),
         "state": lambda: bank.load_state_dict(state_of(7)),
         "no state": lambda: bank.load_state_dict({}),
     }
     said = {name: message_of(call) for name, call in calls.items()}
-    said |= {name: message_of(call) for name, call in sharded_losses.refused_calls(group).items()}
+    said |= {
+        f"loss: {name}": message_of(call)
+        for name, call in sharded_losses.refused_calls(group).items()
+    }
     one = dhcl_ops.MemoryBank(N, D)
     one.init(features_of(1))
     return said, unlike(bank, one, own)
@@ -332,6 +354,7 @@ def outcomes_on(rank, world, folder):
             continue
         for kind, name in LIVES:
             found[size, kind, name] = life_of_a_bank(kind, group, OPTIONS[name])
+        found[size, "rows"] = update_of_rows(group)
         found[size, "edges"] = edges(group)
         found[size, "traffic"] = traffic_of(group)
         for name in sharded_losses.OPTIONS:
@@ -374,6 +397,11 @@ def test_bits_are_those_of_one_process(outcomes, world, kind, options):
 def test_one_class_and_no_class(outcomes, world):
     for rank in range(world):
         assert outcomes[rank][world, "edges"] == [], f"rank {rank}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_update_of_rows_by_number(outcomes, world):
+    assert all(outcomes[rank][world, "rows"] for rank in range(world))
 
 
 def test_pieces_of_rows_change_no_bit(outcomes):
@@ -456,11 +484,14 @@ def test_what_is_wrong_on_one_rank_is_refused_on_all(outcomes):
             "index": "indices must be in [0, 61) (got 61 at batch position 0)",
             "dtype": "the features' dtype must be equal on all ranks",
             "double": "features must be float32 or float16 or bfloat16 (got float64)",
+            "rows": "indices must be in [0, 61) (got 61 at batch position 0)",
+            "rows of one rank": "features must have shape (0, 30), one row of the bank's width",
             "other call": "op must be equal on all ranks (got 'sharded.MemoryBank.init' on rank 0",
             "state": "features must be a DTensor (61, 20) (got DTensor (7, 20))",
             "no state": "features must be a DTensor (61, 20) (got none)",
         }
-        for name, words in (wanted | sharded_losses.REFUSED).items():
+        wanted |= {f"loss: {name}": words for name, words in sharded_losses.REFUSED.items()}
+        for name, words in wanted.items():
             assert words in said[name], name
         if rank == 0:
             assert "refused on rank 1" in said["zero"]
