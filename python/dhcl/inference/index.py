@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from dhcl.inference.gallery.schema import (
     checked_records,
 )
 from dhcl.inference.gallery.store import EVERYTHING, Store, Where
+from dhcl.inference.images import Images
 from dhcl.inference.neighbours import Lists, reranked
 from dhcl.inference.reid import ReID
 from dhcl.inference.search import Backend, Found, search
@@ -264,7 +265,7 @@ class Index:
 
     def search(
         self,
-        query: torch.Tensor,
+        query: torch.Tensor | NDArray[np.float32] | Images,
         topk: int = 20,
         *,
         where: Where = EVERYTHING,
@@ -279,7 +280,8 @@ class Index:
         Without re-ranking, memory does not grow with the index.
 
         Args:
-            query: (Q, d) float32, rows of length 1, of the model that made the index.
+            query: (Q, d) float32, rows of length 1, of the model that made the index; or images, as
+                :meth:`dhcl.ReID.features` takes them, for which that model is loaded once.
             topk: images for each query; fewer where there are fewer.
             where: only images that fulfil it, see :meth:`where`.
             cameras: only images of these; ``"07"`` is camera 7.
@@ -310,7 +312,7 @@ class Index:
 
     def find(
         self,
-        query: torch.Tensor,
+        query: torch.Tensor | NDArray[np.float32] | Images,
         topk: int = 20,
         *,
         where: Where = EVERYTHING,
@@ -321,6 +323,7 @@ class Index:
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[Found]:
         """As :meth:`search`, but indices are the store's numbers, for :meth:`records_of`."""
+        query = self._features_of_query(query)
         if query.dim() != 2 or query.shape[1] != self.width:
             raise ConfigError(
                 f"query: features must be (Q, {self.width}), as the index has them "
@@ -347,6 +350,19 @@ class Index:
             for place, number in enumerate(numbers):
                 results[number] = Found(*(None if x is None else x[place] for x in found))  # type: ignore[arg-type]
         return results
+
+    def _features_of_query(
+        self, query: torch.Tensor | NDArray[np.float32] | Images
+    ) -> torch.Tensor:
+        if isinstance(query, np.ndarray) and query.dtype.kind == "f":
+            return torch.from_numpy(np.ascontiguousarray(query, np.float32))
+        if isinstance(query, torch.Tensor) and query.is_floating_point():
+            return query
+        return cast(torch.Tensor, self._own_model.features(query))
+
+    @functools.cached_property
+    def _own_model(self) -> ReID:
+        return self.load_model()
 
     def _known_cameras(self, cameras: Iterable[int | str] | None) -> frozenset[int | str] | None:
         if cameras is None:

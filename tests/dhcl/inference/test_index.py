@@ -602,3 +602,13 @@ def test_changes_keep_the_lists_of_neighbours_true(by_command, gallery, pictures
     expected = search(model.features([gone]), torch.from_numpy(opened.features), 5, True)
     assert torch.equal(found.indices, expected.indices[0])
     assert torch.allclose(found.distances, expected.distances[0], atol=2e-6)
+
+
+def test_images_are_searched_with_as_their_features_are(by_command, pictures, model):
+    opened = Index.open(by_command)
+    files = image_files(pictures / "query")[:2]
+    expected = opened.search(model.features(files), 3)
+    for query in (files, [Image.open(file) for file in files], model.features(files).numpy()):
+        for found, one in zip(opened.search(query, 3), expected, strict=True):
+            assert torch.equal(found.indices, one.indices)
+            assert torch.equal(found.similarities, one.similarities)
