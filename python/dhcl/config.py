@@ -42,6 +42,7 @@ __all__ = [
     "OptimiserOptions",
     "Preset",
     "TrainConfig",
+    "can_be_sharded",
     "check_resumed",
     "flat_options",
     "load_config",
@@ -153,6 +154,8 @@ class MemoryOptions:
     """What a row of the memory stands for: an image, or a cluster."""
     momentum: Share = 0.2
     """Share of a memory's row that an update keeps, from 0 to 1."""
+    memory_layout: Literal["auto", "replicated", "sharded"] = "auto"
+    """Whole on each process, or each holds its share of rows; auto: sharded from 500,000 images."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,11 @@ EPS_GAP = 0.02
 """How far the tighter and the looser eps of the self-paced criterion and of suspects lie off."""
 
 
+def can_be_sharded(c: TrainConfig) -> bool:
+    """Whether the memory of a run with these options can be spread over its processes."""
+    return c.memory.memory == "instances" and not c.labels.k1_own
+
+
 def _contradictions(c: TrainConfig) -> list[str]:
     labels, loss, batches = c.labels, c.loss, c.batches
     clusters = c.memory.memory == "clusters"
@@ -398,6 +406,10 @@ def _contradictions(c: TrainConfig) -> list[str]:
         f"iterations and accumulate: {batches.iterations} batches must make whole steps of "
         f"{batches.accumulate}": batches.iterations % batches.accumulate,
         "classes_per_batch and images_per_class: a batch must have at least 2 images": images < 2,
+        "memory_layout: a sharded memory is one of instances, clustered without k1_own (got memory "
+        f"{c.memory.memory} and k1_own {labels.k1_own})": (
+            c.memory.memory_layout == "sharded" and not can_be_sharded(c)
+        ),
         "precision and device: fp16 needs a GPU": c.precision == "fp16" and c.device == "cpu",
     }
     return [rule for rule, broken in rules.items() if broken]
@@ -702,7 +714,7 @@ def _kept(path: Path, home: Path) -> Path:
 # What may differ when a run goes on: nothing that decides a bit of the result.
 _FREE = (
     "root workers cache_gb epochs eval_every rerank report checkpoint_minutes timeout_minutes "
-    "log_with"
+    "log_with memory_layout"
 )
 
 

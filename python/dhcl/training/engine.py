@@ -159,18 +159,35 @@ class Engine:
         transform = eval_transform(self.config.model.image_size, model.mean, model.std)  # type: ignore[arg-type]
         return EvalImages(images, transform, cache_bytes=int(self.config.data.cache_gb * 2**30))
 
-    @torch.no_grad()
     def extract(self, model: ReIDModel, images: EvalImages, what: str) -> torch.Tensor:
         """Features (N, d) float32 of all images, on every process, the model in evaluation mode."""
-        share = math.ceil(len(images) / self.world_size)
-        mine = range(len(images))[self.rank * share : (self.rank + 1) * share]
+        return self.gather_shares(self.extract_own(model, images, what), len(images))
+
+    def share(self, count: int) -> range:
+        """Which of so many rows are this process's: consecutive ones, as many for each but the
+        last."""
+        size = math.ceil(count / self.world_size)
+        return range(count)[self.rank * size : (self.rank + 1) * size]
+
+    def gather_shares(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """The rows (N, ...) of all processes, of which each gives those of :meth:`share`."""
+        size = math.ceil(count / self.world_size)
+        padded = own.new_zeros(size, *own.shape[1:])
+        padded[: len(own)] = own
+        gathered: torch.Tensor = self.accelerator.gather(padded)
+        return gathered[:count]
+
+    @torch.no_grad()
+    def extract_own(self, model: ReIDModel, images: EvalImages, what: str) -> torch.Tensor:
+        """Features (n, d) float32 of this process's share of the images."""
+        mine = self.share(len(images))
         loader = eval_loader(
             Subset(images, mine),
             batch_size=self.config.evaluation.eval_batch,
             workers=self.config.data.workers,
             pin_memory=self.device.type == "cuda",
         )
-        features = torch.zeros(share, model.dim, device=self.device)
+        features = torch.zeros(len(mine), model.dim, device=self.device)
         if self.world_size > 1:
             # Each process has batch-norm statistics of its own images; the first one's count.
             for buffer in model.buffers():
@@ -187,5 +204,4 @@ class Engine:
                 start += len(batch)
         finally:
             model.train(was_training)
-        gathered: torch.Tensor = self.accelerator.gather(features)
-        return gathered[: len(images)]
+        return features

@@ -16,7 +16,8 @@ from dhcl.data.tracks import Tracklets
 from dhcl.metrics import RANKS, agreement, by_name, cameras_apart
 from dhcl.models import ReIDModel
 from dhcl.training.engine import Engine
-from dhcl_ops import RankingMetrics, evaluate_ranking, rerank
+from dhcl.training.memory import is_sharded
+from dhcl_ops import RankingMetrics, evaluate_ranking, rerank, sharded
 
 if TYPE_CHECKING:
     from dhcl.training.trainer import Trainer
@@ -42,6 +43,10 @@ class Evaluator:
             camera, where the model has them, are not used; ranking always goes by the cameras.
         ranks: the k of which CMC(k) is given.
         ap: as of :func:`dhcl_ops.evaluate_ranking`.
+
+    Attributes:
+        sharded: whether each process has features of its own share of the gallery only, as
+            ``memory_layout`` says for its number of images.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Evaluator:
         self._ranks, self._ap = ranks, ap
         self._engine, self._compared = engine, data.compared()
         self._tracklets = [Tracklets.of_list(images) for images in self._compared]
+        pooled = all(self._tracklets)
+        self.sharded = not pooled and is_sharded(engine, len(data.gallery))
         self._sets: list[EvalImages] = []
         for images in (data.query, data.gallery):
             shown = images
@@ -73,17 +80,20 @@ class Evaluator:
         return self.metrics(*self.features(model), reranked=reranked)
 
     def features(self, model: ReIDModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of query (Q, d) and gallery (G, d), float32 of unit length, on every process."""
-        query, gallery = (
-            self._engine.extract(model, images, name)
-            for images, name in zip(self._sets, ("query", "gallery"), strict=True)
-        )
-        return query, gallery
+        """Of query (Q, d) and gallery (G, d), float32 of unit length, on every process.
+
+        Where the gallery is :attr:`sharded`, of its rows those of this process alone.
+        """
+        query = self._engine.extract(model, self._sets[0], "query")
+        extract = self._engine.extract_own if self.sharded else self._engine.extract
+        return query, extract(model, self._sets[1], "gallery")
 
     def metrics(
         self, query: torch.Tensor, gallery: torch.Tensor, *, reranked: bool = False
     ) -> dict[str, Any]:
         """Those of :meth:`__call__`, from features."""
+        if self.sharded:
+            return self._over_processes(query, gallery, reranked)
         if not self._engine.is_main:
             return {}
         query, gallery = self._pooled(query, gallery)
@@ -95,6 +105,21 @@ class Evaluator:
             except MemoryError as error:
                 self._engine.say(f"warning: no re-ranking, {error}")
         return metrics
+
+    def _over_processes(
+        self, query: torch.Tensor, gallery: torch.Tensor, reranked: bool
+    ) -> dict[str, Any]:
+        queries, images = self._compared
+        part = self._engine.share(len(images))
+        own = slice(part.start, part.stop)
+        ids = torch.from_numpy(queries.ids), torch.from_numpy(images.ids[own])
+        cameras = cameras_apart(queries.cameras, images.cameras[own])
+        ranking = sharded.evaluate_ranking(
+            (query, gallery), *ids, *cameras, ap=self._ap, max_rank=max(self._ranks)
+        )
+        if reranked:
+            self._engine.say("warning: no re-ranking, the gallery lies on several processes")
+        return by_name(ranking, self._ranks) if self._engine.is_main else {}
 
     def _pooled(
         self, query: torch.Tensor, gallery: torch.Tensor

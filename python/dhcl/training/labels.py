@@ -7,7 +7,7 @@ self-paced choice".
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,10 @@ from dhcl_ops import (
     constrained_dbscan,
     graph_false_negatives,
     self_paced_labels,
+    sharded,
 )
 
-__all__ = ["PseudoLabels", "pseudo_labels"]
+__all__ = ["PseudoLabels", "pseudo_labels", "sharded_pseudo_labels"]
 
 
 class PseudoLabels(NamedTuple):
@@ -101,12 +102,52 @@ def pseudo_labels(
     if graph_eps is not None:
         found_out = graph_false_negatives(labels, found.graph)
         likely = FalseNegatives(*(part.cpu() for part in found_out))
-    seconds = dict(found.seconds)
-    stages = {"neighbours": seconds.pop("neighbours")}
-    stages["dbscan"] = seconds.pop("clusters") + apart
-    stages["jaccard"] = sum(seconds.values()) + time.perf_counter() - clustered - apart
+    stages = _stages(found.seconds, apart)
+    stages["jaccard"] += time.perf_counter() - clustered - apart
     at_larger_eps = at_larger_eps.cpu() if loose else None
     return PseudoLabels(labels.cpu(), at_larger_eps, limit, stages, likely)
+
+
+def sharded_pseudo_labels(
+    features: torch.Tensor,
+    options: LabelOptions,
+    gather: Callable[[torch.Tensor, int], torch.Tensor],
+    count: int,
+    *,
+    loose: bool,
+    threshold: float | None,
+    progress: Callable[[str, int, int], None],
+) -> PseudoLabels:
+    """:func:`pseudo_labels` where each process has the features of its own images; all call it.
+
+    Args:
+        features: (n, d) float32 rows of length 1, of this process's images.
+        gather: makes labels (N,) of all images from those of each process.
+        count: N.
+        options, loose, threshold, progress: as there.
+    """
+    found = sharded.cluster(
+        features,
+        k1=options.k1,
+        k2=options.k2,
+        eps=options.eps,
+        min_samples=options.min_samples,
+        self_paced=options.self_paced,
+        loose=loose,
+        eps_gap=EPS_GAP,
+        threshold=threshold,
+        progress=progress,
+    )
+    labels = gather(found.labels, count).cpu()
+    larger = None if found.loose_labels is None else gather(found.loose_labels, count).cpu()
+    return PseudoLabels(labels, larger, found.threshold, _stages(found.seconds))
+
+
+def _stages(seconds: Mapping[str, float], apart: float = 0.0) -> dict[str, float]:
+    """The times of a clustering as a run logs them, with those of what came after it."""
+    left = dict(seconds)
+    stages = {"neighbours": left.pop("neighbours"), "dbscan": left.pop("clusters") + apart}
+    return {**stages, "jaccard": sum(left.values())}
 
 
 def _apart(

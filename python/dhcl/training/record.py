@@ -42,7 +42,8 @@ class Record:
         metrics: of ``metrics.json``.
         labels: (N,) pseudo-labels of the training images, -1 for outliers.
         labels_epoch: the epoch they were made in, from 1.
-        bank: (N, d) float32, a row per training image; None if the memory has rows per cluster.
+        bank: (N, d) float32, a row per training image; None if the memory has rows per cluster,
+            or lies in parts.
         images: hash of the training images' names and cameras.
         missing: what is not there, with the reason.
     """
@@ -179,7 +180,10 @@ def _read_checkpoint(record: Record) -> None:
         return
     try:
         state = load_checkpoint(file)
-        at, rows = Progress.of(state, file), state["bank"]["features"].float().numpy()
+        at = Progress.of(state, file)
+        # A memory that several processes hold is in files of its own, and not read here.
+        parted = "folder" in state["bank"]
+        rows = None if parted else state["bank"]["features"].float().numpy()
         record.labels = state["labels"].numpy().astype(np.int64)
         record.images = str(state["images"])
     except (CheckpointError, KeyError, TypeError, AttributeError) as error:
@@ -187,7 +191,7 @@ def _read_checkpoint(record: Record) -> None:
         return
     # An epoch that is clustered already is the one of the labels, else the one before it.
     record.labels_epoch = at.epoch + at.clustered
-    if len(rows) == len(record.labels):
+    if rows is not None and len(rows) == len(record.labels):
         record.bank = rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class Trained:
         engine: its processes and device.
         data: its images.
         features: of query (Q, d) and gallery (G, d) by the last epoch's model, float32 of unit
-            length; None without identities to evaluate on.
+            length; None without identities to evaluate on, or where the gallery is sharded.
         metrics: what is in ``metrics.json``: ``last``; ``best`` where evaluations were looked at
             along the way; ``protocol`` where matches within the camera count. Empty without
             identities to evaluate on, and on other processes than the first.
@@ -128,6 +129,7 @@ def train(
     Args:
         config: checked options.
         resume: go on from the checkpoint in the folder, or from the start if there is none yet.
+            Processes that torchrun starts again (``--max-restarts``) do so by themselves.
         quiet: print neither options nor data, but the epochs.
         drawn: learn the identities instead of pseudo-labels, of people that ``dhcl synth`` drew.
 
@@ -140,6 +142,7 @@ def train(
         WorkerLost: processes that load images were lost again and again.
     """
     check_trackers(config.log_with)
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     engine = Engine(config)
     with engine.peers.watched(), _only_trainer(config.run, engine, resume):
         return _train(config, engine, resume, quiet, drawn)
@@ -229,7 +232,8 @@ def _fitted(
     last = evaluator.metrics(*features, reranked=config.evaluation.rerank)
     protocol = {} if data.across_cameras else {"protocol": f"within the camera: {WITHIN_CAMERA}"}
     metrics = _report(config, engine, trainer, last, protocol, quiet) if engine.is_main else {}
-    return Trained(config, engine, data, features, metrics)
+    whole = None if evaluator.sharded else features
+    return Trained(config, engine, data, whole, metrics)
 
 
 def _drawn_classes(root: Path | None, data: ReIDData) -> torch.Tensor:

@@ -40,12 +40,13 @@ from dhcl.training.checkpoint import (
     set_random_state,
 )
 from dhcl.training.engine import Engine
-from dhcl.training.labels import PseudoLabels, pseudo_labels
+from dhcl.training.labels import PseudoLabels
 from dhcl.training.logs import RunLog
+from dhcl.training.memory import layout_of, remove_memories
 from dhcl.training.steps import StepValues
 from dhcl.training.trackers import Trackers
 from dhcl.words import duration, first_line, show
-from dhcl_ops import DHCLLoss, FalseNegatives, GraphedStep, HybridStats, MemoryBank, prototypes
+from dhcl_ops import DHCLLoss, FalseNegatives, GraphedStep, HybridStats, prototypes
 
 __all__ = ["Diverged", "NoClusters", "Observer", "Trainer", "fingerprint", "learning_rate"]
 
@@ -141,7 +142,8 @@ class Trainer:
         set_seed(config.seed + engine.rank)  # dropout differs between processes
         self._parallel, self.optimizer = engine.accelerator.prepare(model, adam)
         self.model: ReIDModel = engine.accelerator.unwrap_model(self._parallel)
-        self.bank = self._new_bank(len(images))
+        self.layout = layout_of(config, engine, images, model.dim)
+        self.bank = self.layout.new_bank(len(images))
         self.rows = torch.arange(len(images), device=engine.device)  # bank row of each image, or -1
         # Of the images, for a loss that looks at them; where a row of the memory is an image.
         self._cameras: torch.Tensor | None = None
@@ -162,6 +164,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         size = 0 if state is None else state["log_size"]
+        self._logs = log
         self.log: RunLog | None = None
         if log and engine.is_main:
             self.log = RunLog(config.run, size, Trackers(config, engine.say))
@@ -198,8 +201,9 @@ class Trainer:
         if config.model.calibrate != "never" and at.epoch == 0:
             self._enter("calibration")
             self.calibrate()
-        if config.labels.cluster_on == "bank" and at.epoch > 0:
-            return self.bank.features
+        if self._clusters_bank:
+            features: torch.Tensor = self.bank.features
+            return features
         self._enter("extraction")
         features = self.extract()
         self._lap("extract")
@@ -210,17 +214,13 @@ class Trainer:
         if self._known is not None:
             return PseudoLabels(self._known, None, None, {})
         self._enter("clustering")
-        labels = self.engine.by_first(
-            lambda: pseudo_labels(
-                features,
-                torch.from_numpy(self._images.cameras),
-                self.config.labels,
-                loose=self.config.loss.suspects != "off",
-                threshold=self.at.threshold,
-                progress=self._check_stop,
-                tracklets=self._tracklets,
-                graph_eps=self._graph_eps,
-            )
+        labels = self.layout.cluster(
+            features,
+            self._tracklets,
+            loose=self.config.loss.suspects != "off",
+            threshold=self.at.threshold,
+            progress=self._check_stop,
+            graph_eps=self._graph_eps,
         )
         self._mark = time.perf_counter()  # the stages have their own times
         return labels
@@ -238,16 +238,16 @@ class Trainer:
             self._without_clusters()
         at.dropped = self.config.labels.outliers == "drop" and clusters > 0
         if self.config.memory.memory == "instances":
-            if features is not self.bank.features:
+            if not self._clusters_bank:
                 self.bank.init(features)
-            self.bank.set_labels(labels)
+            self.bank.set_labels(self.layout.own(labels))
         else:
             alone = labels.new_full(labels.shape, -1)
             if not at.dropped:
                 alone = clusters - 1 + (labels < 0).cumsum(0)
             self.rows = torch.where(labels < 0, alone, labels)
             count = int(self.rows.max()) + 1
-            self.bank = self._new_bank(count)
+            self.bank = self.layout.new_bank(count)
             self.bank.init(prototypes(features, self.rows, count))
             self.bank.set_labels(torch.arange(count, device=device))
         self.loss = self._new_loss()
@@ -274,11 +274,7 @@ class Trainer:
         if self._graphed is not None:
             self._graphed.update_()
             return
-        features = features.detach()
-        if self.engine.world_size > 1:
-            # In the order of the ranks, so that every process makes the same memory.
-            features, rows = accelerator.gather((features, rows))
-        self.bank.update_(features, rows)
+        self.layout.update(self.bank, features.detach(), rows)
 
     def finish_epoch(self) -> None:
         """Write the epoch's entry in the log and its checkpoint."""
@@ -294,7 +290,7 @@ class Trainer:
         entry.update(
             zip(_AVERAGES, (t / self.config.batches.iterations for t in at.totals), strict=True)
         )
-        entry["skipped_updates"] = int(self.bank.skipped)
+        entry["skipped_updates"] = self.layout.skipped(self.bank)
         at.seconds += sum(entry["seconds"].values())
         self.engine.say(self._line(entry))
         if self.log:
@@ -364,8 +360,8 @@ class Trainer:
             yield tuple(t.to(device, non_blocking=True) for t in batch)  # type: ignore[misc]
 
     def extract(self) -> torch.Tensor:
-        """Features (N, d) of the training images."""
-        return self.engine.extract(self.model, self._plain_images, "extract")
+        """Features of the training images, as far as this process clusters them."""
+        return self.layout.extract(self.model, self._plain_images)
 
     def calibrate(self) -> None:
         """Compute batch-norm statistics from training images, the same on every process."""
@@ -387,16 +383,17 @@ class Trainer:
 
         calibrate(self.model, batches())
 
-    def _new_bank(self, rows: int) -> MemoryBank:
-        momentum, device = self.config.memory.momentum, self.engine.device
-        return MemoryBank(rows, self.model.dim, momentum=momentum, device=device)
+    @property
+    def _clusters_bank(self) -> bool:
+        """Whether this epoch's features to cluster are the memory's own."""
+        return self.config.labels.cluster_on == "bank" and self.at.epoch > 0
 
     def _new_loss(self) -> DHCLLoss:
         """The loss of this epoch, which follows from the memory, the labels and the warm-up."""
         options = self.config.loss
-        others = max(len(self.bank.prototypes) - 1, 1)
+        others = max(self.layout.classes(self.bank) - 1, 1)
         warm = self.at.epoch >= options.warmup_epochs
-        loss = DHCLLoss(
+        loss = self.layout.loss_class(
             prototype_weight=options.prototype_weight,
             instance_weight=options.instance_weight,
             instance_positives=options.instance_positives,
@@ -407,7 +404,7 @@ class Trainer:
             suspects_as="kappa" if options.suspects == "kappa" else "exclude",
         )
         if warm and options.suspects != "off" and self.loose is not None:
-            loss.set_suspects(self.bank, self.loose.to(self.engine.device))
+            loss.set_suspects(self.bank, self.layout.own(self.loose).to(self.engine.device))
         if warm and self.false_negatives is not None:
             there = (part.to(self.engine.device) for part in self.false_negatives)
             loss.set_false_negatives(FalseNegatives(*there))
@@ -578,19 +575,26 @@ class Trainer:
         if self.engine.world_size > 1:
             states = [{}] * self.engine.world_size
             torch.distributed.all_gather_object(states, random_state())
+        bank = self.layout.save(self.bank, self.checkpoint.parent) if self._logs else {}
         if self.engine.is_main and self.log is not None:
-            self._write(states, self.log.size)
+            self._write(states, bank, self.log.size)
         self.engine.meet()
 
-    def _write(self, states: list[dict[str, Any]], log_size: int) -> None:
-        """Write the checkpoint, with the state of the random generators of each process."""
+    def _write(self, states: list[dict[str, Any]], bank: dict[str, Any], log_size: int) -> None:
+        """Write the checkpoint.
+
+        Args:
+            states: of the random generators of each process.
+            bank: what the memory's layout saved.
+            log_size: bytes of the log that belong to it.
+        """
         accelerator = self.engine.accelerator
         state = {
             "format": FORMAT,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "bank": self.bank.state_dict(),
+            "bank": bank,
             "rows": self.rows,
             "labels": self.labels,
             "loose": self.loose,
@@ -601,6 +605,7 @@ class Trainer:
             "log_size": log_size,
         }
         save_checkpoint(self.checkpoint, state)
+        remove_memories(self.checkpoint.parent, bank)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.at = Progress.of(state, self.checkpoint)
@@ -616,8 +621,7 @@ class Trainer:
         self.optimizer.load_state_dict(saved)
         if state["scaler"]:
             self.engine.accelerator.scaler.load_state_dict(state["scaler"])
-        self.bank = self._new_bank(len(state["bank"]["features"]))
-        self.bank.load_state_dict(state["bank"])
+        self.bank = self.layout.load(state["bank"], self.checkpoint.parent)
         self.rows = state["rows"].to(self.engine.device)
         self.labels, self.loose = state["labels"], state["loose"]
         likely = state.get("false_negatives")  # checkpoints before have none
@@ -629,7 +633,9 @@ class Trainer:
         else:
             self.engine.say(
                 f"warning: the run had {len(state['random'])} processes and goes on with "
-                f"{self.engine.world_size}: not bit for bit"
+                f"{self.engine.world_size}. Memory, labels, weights and batches are the same to "
+                "the bit; what follows is not, since each process has another part of a batch: "
+                "its batch-norm statistics and random draws of the network differ"
             )
 
     def _save_if_due(self) -> None:
