@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,10 @@ def _read_whole(folder: Path, rows: int, dim: int) -> dict[str, torch.Tensor]:
         "labelled": torch.empty(1, dtype=torch.bool),
     }
     try:
-        load({"bank": found}, checkpoint_id=folder, no_dist=True)
+        with warnings.catch_warnings():
+            # It says that there is one process, as we do.
+            warnings.simplefilter("ignore", UserWarning)
+            load({"bank": found}, checkpoint_id=folder, no_dist=True)
     except Exception as error:  # damaged files raise nearly anything
         raise _unreadable(folder, error) from error
     return found
