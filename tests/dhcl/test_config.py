@@ -212,7 +212,7 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(OLD)
     config = load_config(file)
-    since = {"log_with", "timeout_minutes", "debias", "debias_eps"}
+    since = {"log_with", "memory_layout", "timeout_minutes", "debias", "debias_eps"}
     assert set(yaml.safe_load(OLD)) == {*OPTIONS, *REMOVED} - since
     assert (config.preset, config.labels.eps, config.model.calibrate) == ("spcl", 0.45, "epoch")
     assert config.data.data == "market1501"
