@@ -194,7 +194,8 @@ def test_a_run_of_replayed_steps_has_the_bits_of_a_plain_one(
     monkeypatch.setattr(Engine, "replays", True)
     built = []
     monkeypatch.setattr(
-        "dhcl.training.trainer.GraphedStep", lambda *a: built.append(a[2].shape) or GraphedStep(*a)
+        "dhcl.training.trainer.GraphedStep",
+        lambda *a, **k: built.append(a[2].shape) or GraphedStep(*a, **k),
     )
     replayed = options(pictures, tmp_path / "replayed", **changes)
     train(replayed, quiet=True)
