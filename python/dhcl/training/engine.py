@@ -80,6 +80,7 @@ class Engine:
             self.meet()
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
         timeout = datetime.timedelta(seconds=seconds + (_NCCL_MORE if on_gpu else 0))
+        self.peers.start_group("nccl" if on_gpu else "gloo", timeout)
         self.accelerator = Accelerator(
             cpu=config.device == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dhcl.errors import PeerLost
@@ -118,6 +119,23 @@ class Peers:
         )
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"dhcl/{start}/{self._number}", store)
+
+    def start_group(self, backend: str, timeout: datetime.timedelta) -> None:
+        """Start torch's process group, where these processes were started again by torchrun.
+
+        Its store outlives them, and torch 2.14 looks in it for addresses by the same keys at each
+        start: it would find those of processes that are gone.
+        """
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if self.world == 1 or start == "0" or dist.is_initialized():
+            return
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", self._client()),
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timeout,
+        )
 
     def _reach(self, end: float) -> None:
         """Try to connect to the store until it is there; torch would print its C++ stack."""

@@ -232,7 +232,7 @@ def test_a_replayed_run_goes_on_in_mid_epoch_to_the_same_bits(pictures, tmp_path
 def test_without_a_capture_training_goes_on_and_says_so_once(
     pictures, tmp_path, monkeypatch, capsys
 ):
-    def refused(*arguments):
+    def refused(*arguments, **options):
         raise RuntimeError("operation not permitted when stream is capturing\nat some line")
 
     config = options(pictures, tmp_path / "plain", epochs=2)
