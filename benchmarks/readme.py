@@ -265,6 +265,30 @@ def _scaling(folder: Folder) -> list[str]:
     return [*_table(head, cells), *([""] if stops else []), *stops]
 
 
+def _sharded(folder: Folder) -> list[str]:
+    """What several processes take beside one."""
+    results = folder.get("sharded")
+    if results is None:
+        return []
+    cells = []
+    for row in results.rows:
+        inputs, _, traffic = row.note.partition("; ")
+        cells.append(
+            (
+                row.op.removeprefix("sharded "),
+                f"{row.params['N']:,}",
+                row.variant,
+                format_seconds(row.seconds),
+                _memory(row),
+                inputs.removeprefix("rows of a rank "),
+                traffic.partition(":")[0].removeprefix("sends ").removesuffix(" bytes a row")
+                or NONE,
+            )
+        )
+    head = "| rank that takes most | N | | time | memory | its rows | sent, bytes a row |"
+    return ["", *_table(head, cells)]
+
+
 def machine_name(folder: Folder) -> str:
     """The GPU, or the processor and the threads, of a folder's results."""
     first = next(iter(folder.values())).machine
@@ -315,7 +339,8 @@ def section(folders: Mapping[str, Folder]) -> str:
     """Every line and machine, for the page; markers included."""
     lines = [BEGIN]
     for name, folder in folders.items():
-        lines += ["", _header(name, folder), *_ops(folder), *_epoch(folder), *_scaling(folder)]
+        tables = (*_ops(folder), *_epoch(folder), *_scaling(folder), *_sharded(folder))
+        lines += ["", _header(name, folder), *tables]
     return "\n".join([*lines, "", never_on_gpu(folders), END])
 
 
