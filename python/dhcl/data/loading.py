@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 import mmap
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from dhcl.data.images import read_image
 from dhcl.data.lists import ImageList
 from dhcl.data.sampler import Key, PKSampler
+from dhcl.data.steady import SteadyLoader
 
 __all__ = ["EvalImages", "Item", "TrainImages", "eval_loader", "train_loader"]
 
+# Seconds for a batch, where nobody says another number.
+WAIT = 300.0
 Item: TypeAlias = tuple[torch.Tensor, int, int]
 """An image (3, H, W), its index in the list, and its camera."""
 
@@ -155,13 +158,16 @@ def train_loader(
     workers: int = 0,
     pin_memory: bool = False,
     persistent: bool = True,
+    seconds: float = WAIT,
 ) -> DataLoader[Item]:
     """Batches of the sampler as ``(images (B, 3, H, W), indices (B,), cameras (B,))``.
 
     The same for any number of workers. Workers load ahead: count batches where they are used, not
-    in the sampler. ``persistent`` keeps workers between epochs.
+    in the sampler. ``persistent`` keeps workers between epochs. A worker that is killed, or does
+    not answer for ``seconds``, is replaced, three times an epoch; then there is a
+    :class:`dhcl.errors.WorkerLost`.
     """
-    return _loader(dataset, workers, pin_memory, persistent, batch_sampler=sampler)
+    return _loader(dataset, sampler, workers, pin_memory, persistent, seconds)
 
 
 def eval_loader(
@@ -171,9 +177,11 @@ def eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
     persistent: bool = False,
+    seconds: float = WAIT,
 ) -> DataLoader[Item]:
     """All images in order, in batches as of :func:`train_loader`; the last may be smaller."""
-    return _loader(dataset, workers, pin_memory, persistent, batch_size=batch_size)
+    batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)  # type: ignore[arg-type]
+    return _loader(dataset, batches, workers, pin_memory, persistent, seconds)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -183,15 +191,21 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 def _loader(
-    dataset: Dataset[Item], workers: int, pin_memory: bool, persistent: bool, **batches: Any
+    dataset: Dataset[Item],
+    batches: Iterable[Any],
+    workers: int,
+    pin_memory: bool,
+    persistent: bool,
+    seconds: float,
 ) -> DataLoader[Item]:
-    return DataLoader(
+    return SteadyLoader(
         dataset,
+        batches,
+        seconds=seconds,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,
         worker_init_fn=_leave_signals_to_the_trainer,
         # Its own, so that starting workers draws nothing from the random state of the training.
         generator=torch.Generator().manual_seed(0),
-        **batches,
     )

@@ -187,6 +187,7 @@ class Engine:
             batch_size=self.config.evaluation.eval_batch,
             workers=self.config.data.workers,
             pin_memory=self.device.type == "cuda",
+            seconds=60 * self.config.timeout_minutes,
         )
         features = torch.zeros(len(mine), model.dim, device=self.device)
         if self.world_size > 1:

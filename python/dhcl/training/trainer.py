@@ -351,6 +351,7 @@ class Trainer:
             workers=config.data.workers,
             pin_memory=device.type == "cuda",
             persistent=False,
+            seconds=60 * config.timeout_minutes,
         )
         self._parallel.train()
         self._enter("training")
@@ -374,6 +375,7 @@ class Trainer:
             part,
             batch_size=config.evaluation.eval_batch,
             workers=config.data.workers,
+            seconds=60 * config.timeout_minutes,
         )
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -173,6 +173,28 @@ def test_killed_while_writing_a_checkpoint_the_one_before_is_whole(pictures, tmp
     assert_same(result(config), result(whole))
 
 
+def test_a_killed_worker_changes_no_bit(pictures, tmp_path, monkeypatch, caplog):
+    from dhcl.training.trainer import Trainer
+
+    step, killed = Trainer.step, []
+
+    def killing(self, *batch):
+        step(self, *batch)
+        if self.config.run.name == "run" and self.at.iteration == 2:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+
+    monkeypatch.setattr(Trainer, "step", killing)
+    whole, config = (
+        options(pictures, tmp_path / name, "spcl", workers=1, epochs=2) for name in ("whole", "run")
+    )
+    train(whole, quiet=True)
+    train(config, quiet=True)
+    assert len(killed) == caplog.text.count("a process that loads images was lost") == 2
+    assert_same(result(config), result(whole))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(number, pictures, tmp_path):
     """The command itself, as a terminal or a scheduler would stop it."""
