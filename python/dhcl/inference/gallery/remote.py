@@ -221,12 +221,12 @@ class Link:
         self._process = os.getpid()
         self._token = os.environ.get(TOKEN, "")
         self._client: Any = None
-        # What it logs of an error is in the error, but for a traceback.
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL + 1)
         try:
             import pymilvus
         except ModuleNotFoundError as error:
             raise ConfigError(f"index: needs {error.name}: pip install 'dhcl[milvus]'") from error
+        # What it logs of an error is in the error, but for a traceback. Importing it sets a level.
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL + 1)
         self._client = self._patient(
             min(_OPENING, _PATIENCE),
             pymilvus.MilvusClient,
