@@ -72,9 +72,10 @@ def debiased_contrastive_loss(
         proxy_labels: (K_r,) int64 classes of own proxies.
         exclude: (b, E) int64 columns among those of all ranks, padded with -1, E equal on all
             ranks; or a pair of group numbers, (b,) of own rows and (K_r,) of own proxies.
-        temperature, kappa, tau_plus, beta, positives, hardness_gradient, reduction, precision,
-            chunk_size: as in :func:`dhcl_ops.debiased_contrastive_loss`, equal on all ranks;
-            kappa may be one value per own row.
+        temperature, kappa, tau_plus, beta, positives: as in
+            :func:`dhcl_ops.debiased_contrastive_loss`, equal on all ranks; kappa may be one value
+            per own row.
+        hardness_gradient, reduction, precision, chunk_size: as there, equal on all ranks.
         return_stats: also return :class:`dhcl_ops.ContrastiveStats` of own rows.
         group, traffic: as in :func:`knn`.
 

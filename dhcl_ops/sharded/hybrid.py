@@ -96,9 +96,10 @@ def hybrid_contrastive_loss(
         indices: (b,) int64 numbers of their images, among those of all ranks.
         cameras: (N,) int64 of the images of all ranks, for ``"cross-camera"``.
         suspects: of :func:`suspected_false_negatives` of this module.
-        instance_weight, prototype_weight, instance_positives, temperature, kappa, tau_plus, beta,
-            suspects_as, hardness_gradient, reduction, precision: as in
+        instance_weight, prototype_weight, instance_positives, temperature, kappa: as in
             :func:`dhcl_ops.hybrid_contrastive_loss`, equal on all ranks.
+        tau_plus, beta, suspects_as, hardness_gradient, reduction, precision: as there, equal on
+            all ranks.
         return_stats: also return :class:`dhcl_ops.HybridStats` of own rows; the hardest instances
             are numbered among the images of all ranks.
 
