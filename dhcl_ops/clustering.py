@@ -283,18 +283,9 @@ def cluster(
     features, ranks, cameras = _arrays.as_tensors(
         op, features=features, ranks=ranks, cameras=cameras
     )
-    k1_own = _checks.integer(op, "k1_own", k1_own, 0)
-    if k1_own and (cameras is None or ranks is not None):
-        raise ValueError(f"{op}: k1_own goes with cameras and without ranks (got k1_own {k1_own})")
-    if threshold is not None and not self_paced:
-        raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
+    check_together(op, k1_own, cameras, ranks, self_paced, threshold)
     radii = radii_of(op, eps, eps_gap, self_paced, loose)
-    largest = radii.largest
-    if graph_eps is not None and (largest := check_eps(op, graph_eps)) < radii.largest:
-        raise ValueError(
-            f"{op}: graph_eps must be at least {radii.largest:g}, the largest eps of DBSCAN "
-            f"(got {graph_eps})"
-        )
+    largest = _graph_radius(op, radii, graph_eps)
     min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     rows = _checks.unit_rows(op, "features", features)
     timer = Stages(rows.device)
@@ -330,6 +321,21 @@ def cluster(
     )
 
 
+def check_together(
+    op: str,
+    k1_own: int,
+    cameras: torch.Tensor | None,
+    ranks: Neighbours | torch.Tensor | None,
+    self_paced: bool,
+    threshold: float | None,
+) -> None:
+    """Raise ValueError for arguments of :func:`cluster` that do not go together."""
+    if _checks.integer(op, "k1_own", k1_own, 0) and (cameras is None or ranks is not None):
+        raise ValueError(f"{op}: k1_own goes with cameras and without ranks (got k1_own {k1_own})")
+    if threshold is not None and not self_paced:
+        raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
+
+
 class Radii(NamedTuple):
     """The eps at which DBSCAN runs over one graph, ascending; None for those not asked for."""
 
@@ -341,6 +347,17 @@ class Radii(NamedTuple):
     def largest(self) -> float:
         """The eps that the graph is made for."""
         return self.eps if self.loose is None else self.loose
+
+
+def _graph_radius(op: str, radii: Radii, graph_eps: float | None) -> float:
+    if graph_eps is None:
+        return radii.largest
+    if (eps := check_eps(op, graph_eps)) < radii.largest:
+        raise ValueError(
+            f"{op}: graph_eps must be at least {radii.largest:g}, the largest eps of DBSCAN "
+            f"(got {graph_eps})"
+        )
+    return eps
 
 
 def radii_of(op: str, eps: float, gap: float, self_paced: bool, loose: bool) -> Radii:

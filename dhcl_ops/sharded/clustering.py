@@ -10,7 +10,14 @@ from dhcl_ops._csr import Rows
 from dhcl_ops._products import full_precision
 from dhcl_ops._progress import Progress
 from dhcl_ops._ties import warn_of_tie
-from dhcl_ops.clustering import Clustering, Radii, Stages, radii_of, self_paced_labels
+from dhcl_ops.clustering import (
+    Clustering,
+    Radii,
+    Stages,
+    check_together,
+    radii_of,
+    self_paced_labels,
+)
 from dhcl_ops.defaults import SPCL
 from dhcl_ops.knn import Neighbours
 from dhcl_ops.reciprocal import Convention, list_width, lower_by_products
@@ -229,14 +236,9 @@ def cluster(
         rows = _checks.unit_rows(op, "features", features)
         list_width(op, len(rows), k1, k2, convention)
         _checks.integer(op, "min_samples", min_samples, 1)
-        if _checks.integer(op, "k1_own", k1_own, 0):
-            if cameras is None or ranks is not None:
-                raise ValueError(
-                    f"{op}: k1_own goes with cameras and without ranks (got k1_own {k1_own})"
-                )
+        check_together(op, k1_own, cameras, ranks, self_paced, threshold)
+        if k1_own and cameras is not None:
             check_cameras(op, cameras, rows)
-        if threshold is not None and not self_paced:
-            raise ValueError(f"{op}: threshold goes with self_paced=True (got {threshold})")
         return rows
 
     shards = Shards(op, group, check, settings, traffic)
@@ -251,6 +253,20 @@ def cluster(
     for radius in radii:
         if radius is not None:
             warn_of_tie(op, radius, k2)
+    return _clustered(rows, uncertified, radii, min_samples, threshold, shards, progress, timer)
+
+
+def _clustered(
+    rows: Rows,
+    uncertified: int,
+    radii: Radii,
+    min_samples: int,
+    threshold: float | None,
+    shards: Shards,
+    progress: Progress | None,
+    timer: Stages,
+) -> Clustering:
+    """From own weighted sets to labels; self-paced if ``radii`` has a tight one."""
     with shards.stage("pairs"):
         lines = graph.eps_graph(rows, radii.largest, shards, progress)
     timer("pairs")
@@ -258,34 +274,42 @@ def cluster(
         several = [
             dbscan(lines, radius, min_samples, shards) for radius in radii if radius is not None
         ]
-        labels = several[1 if self_paced else 0]
-        loose_labels = None if radii.loose is None else several[-1]
-        if self_paced:
+        if radii.tight is None:
+            labels = several[0]
+        else:
             # Overlaps count rows of all ranks: the labels, of all that there is, are gathered.
-            labels, threshold = _self_paced(shards, labels, several, threshold)
-        totals = torch.tensor(
-            [[int((labels < 0).sum()), len(lines.values), len(rows.columns)]], device=shards.device
-        )
-        highest = labels.max()[None] if len(labels) else totals.new_full((1,), -1)
-        clusters = int(shards.gather(highest).max()) + 1
-        outliers, pairs, entries = shards.gather(totals).sum(0).tolist()
+            labels, threshold = _self_paced(shards, several, threshold)
+        clusters, outliers, sizes = _counts(labels, lines, rows, shards)
     timer("clusters")
     return Clustering(
         labels=labels,
         num_clusters=clusters,
         num_outliers=outliers,
         seconds=timer.seconds,
-        sizes={"pairs": pairs, "set_entries": entries, "uncertified_rows": uncertified},
+        sizes=sizes | {"uncertified_rows": uncertified},
         threshold=threshold,
         graph=_csr.sparse_tensor(*lines, shards.total),
-        loose_labels=loose_labels,
+        loose_labels=None if radii.loose is None else several[-1],
     )
 
 
+def _counts(
+    labels: torch.Tensor, lines: Rows, rows: Rows, shards: Shards
+) -> tuple[int, int, dict[str, int]]:
+    """Clusters, outliers and sizes, of all ranks."""
+    totals = torch.tensor(
+        [[int((labels < 0).sum()), len(lines.values), len(rows.columns)]], device=shards.device
+    )
+    highest = labels.max()[None] if len(labels) else totals.new_full((1,), -1)
+    clusters = int(shards.gather(highest).max()) + 1
+    outliers, pairs, entries = shards.gather(totals).sum(0).tolist()
+    return clusters, outliers, {"pairs": pairs, "set_entries": entries}
+
+
 def _self_paced(
-    shards: Shards, labels: torch.Tensor, several: list[torch.Tensor], threshold: float | None
+    shards: Shards, several: list[torch.Tensor], threshold: float | None
 ) -> tuple[torch.Tensor, float | None]:
-    every = shards.gather(torch.stack([labels, several[0], several[-1]], 1).int()).long()
-    middle, tight, loose = (column.contiguous() for column in every.unbind(1))
+    every = shards.gather(torch.stack(several, 1).int()).long()
+    tight, middle, loose = (column.contiguous() for column in every.unbind(1))
     chosen = self_paced_labels(middle, tight, loose, threshold)
     return chosen.labels[shards.begin : shards.end].clone(), chosen.threshold

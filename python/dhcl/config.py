@@ -354,8 +354,7 @@ def can_be_sharded(c: TrainConfig) -> bool:
 
 
 def _contradictions(c: TrainConfig) -> list[str]:
-    labels, loss, batches = c.labels, c.loss, c.batches
-    clusters = c.memory.memory == "clusters"
+    labels, loss, batches, clusters = c.labels, c.loss, c.batches, c.memory.memory == "clusters"
     images = batches.classes_per_batch * batches.images_per_class
     gap = f"eps -/+ {EPS_GAP} must lie between 0 and 1 (got eps {labels.eps})"
     by_graph = loss.debias == "graph"

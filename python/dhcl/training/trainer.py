@@ -91,6 +91,14 @@ def fingerprint(images: ImageList) -> str:
     return found.hexdigest()
 
 
+def _adam(config: TrainConfig, model: ReIDModel) -> torch.optim.Adam:
+    learned = [p for p in model.parameters() if p.requires_grad]
+    # Of the forms that torch's Adam has, the fused one alone lets the scaler of fp16 gradients
+    # skip a step without reading from the device whether it has to.
+    fused = True if config.precision == "fp16" else None
+    return torch.optim.Adam(learned, config.optimiser.lr, weight_decay=WEIGHT_DECAY, fused=fused)
+
+
 class Trainer:
     """Trains a model on images without labels.
 
@@ -132,13 +140,7 @@ class Trainer:
         )
         cache = int(config.data.cache_gb * 2**30)
         self._train_images = TrainImages(images, transform, config.seed, cache_bytes=cache)
-        learned = [p for p in model.parameters() if p.requires_grad]
-        # Of the forms that torch's Adam has, the fused one alone lets the scaler of fp16 gradients
-        # skip a step without reading from the device whether it has to.
-        fused = True if config.precision == "fp16" else None
-        adam = torch.optim.Adam(
-            learned, config.optimiser.lr, weight_decay=WEIGHT_DECAY, fused=fused
-        )
+        adam = _adam(config, model)
         set_seed(config.seed + engine.rank)  # dropout differs between processes
         self._parallel, self.optimizer = engine.accelerator.prepare(model, adam)
         self.model: ReIDModel = engine.accelerator.unwrap_model(self._parallel)
