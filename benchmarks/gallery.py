@@ -2,10 +2,11 @@
 
 Each line is measured in a process of its own, after its imports: processor seconds, seconds, and
 the memory it took above what was there before. Features are of people with twenty images each, seen
-by eight cameras. Beside our exact search stand Lance's own over the same table, and faiss's flat
-and HNSW index over the same features in memory, where faiss is installed; HNSW is approximate, so
-its recall is told. ``--neighbours`` adds re-ranking: the lists, a query with and without them, and
-ten images that come. The folder takes 4 bytes for each row and column, twice while it is compacted.
+by eight cameras. Beside our exact search stand approximate search with its recall, Lance's own over
+the same table, and faiss's flat and HNSW index over the same features in memory, where faiss is
+installed; HNSW is approximate, so its recall is told. ``--neighbours`` adds re-ranking: the lists,
+a query with and without them, and ten images that come. The folder takes 4 bytes for each row and
+column, twice while it is compacted.
 
 ``--store milvus://127.0.0.1:19530/bench`` measures the same on a server, such as Milvus Lite's; the
 processor seconds are then this side's alone. The collections are left there.
@@ -31,7 +32,7 @@ import torch
 from dhcl.inference.gallery.places import Address, creating
 from dhcl.inference.gallery.schema import About, Record, arrow_batch
 from dhcl.inference.index import Index
-from dhcl.inference.update import compact_index, find_neighbours
+from dhcl.inference.update import approximate_index, compact_index, find_neighbours
 from numpy.typing import NDArray
 
 PEOPLE, CAMERAS, TOPK, BATCH = 20, 8, 20, 100
@@ -158,6 +159,27 @@ def lance(folder: Path, rows: int, width: int) -> None:
                 table.to_table(columns=["row"], nearest={**near, "use_index": False})
 
 
+def approximate(folder: Path, rows: int, width: int) -> None:
+    """Approximate search, by Lance's index and with our similarities."""
+    with measured("index for approximate search, build") as more:
+        more["recall on rows of the gallery"] = approximate_index(folder).share
+    size = sum(file.stat().st_size for file in folder.glob("rows.lance/_indices/*/*"))
+    print(json.dumps({"what": "disk of that", "mb": size / 2**20}))
+    index = Index.open(folder)
+    one, many = queries(1, width), queries(BATCH, width)
+    expected = index.find(many, TOPK, backend="torch")
+    for what in ("first", "later"):
+        with measured(f"approximate query, one, {what}"):
+            index.find(one, TOPK, approximate=True, backend="torch")
+    with measured(f"approximate queries, {BATCH} together") as more:
+        found = index.find(many, TOPK, approximate=True, backend="torch")
+        hits = [
+            len({*a.indices.tolist()} & {*b.indices.tolist()})
+            for a, b in zip(expected, found, strict=True)
+        ]
+        more["recall"] = sum(hits) / (BATCH * TOPK)
+
+
 def faiss(folder: Path, rows: int, width: int) -> None:
     """faiss over features in memory."""
     import faiss as library
@@ -213,7 +235,18 @@ def compacted(folder: Path, rows: int, width: int) -> None:
 # Of these, a store on a server has the first five.
 STAGES: dict[str, Callable[[Any, int, int], None]] = {
     one.__name__: one
-    for one in (build, opened, add, remove, search, lance, faiss, neighbours, compacted)
+    for one in (
+        build,
+        opened,
+        add,
+        remove,
+        search,
+        lance,
+        approximate,
+        faiss,
+        neighbours,
+        compacted,
+    )
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ from dhcl.errors import ConfigError
 from dhcl.words import say, show
 
 if TYPE_CHECKING:
-    from dhcl.inference.gallery.store import Where
+    from dhcl.inference.gallery.store import Recall, Where
     from dhcl.inference.index import Index
     from dhcl.inference.ranked import RankedList
     from dhcl.inference.update import Update
@@ -54,6 +54,8 @@ class IndexArguments:
     """Whether to remove these files, and all below these folders, from the index."""
     neighbours: bool = False
     """Whether to find the nearest images of each image, so that --rerank of a search is quick."""
+    ann: bool = False
+    """Whether to build what `search --ann` needs, or build it anew, and tell its recall."""
     compact: bool = False
     """Whether to write a folder's index anew in few files, and free what it does not need."""
     convert: bool = False
@@ -77,10 +79,15 @@ def index(given: IndexArguments) -> None:
     if given.add + given.sync + given.remove + given.compact + given.convert + files > 1:
         raise ConfigError("add, sync, remove, compact, convert, features, export: choose one")
     place: Path | str = given.out if given.store is None else given.store  # type: ignore[assignment]
-    alone = given.compact or given.convert or files > 0 or (given.neighbours and not given.gallery)
+    later = given.neighbours or given.ann
+    alone = given.compact or given.convert or files > 0 or (later and not given.gallery)
     if alone != (not given.gallery):
         rule = "can't be given with this option" if alone else "must be given"
         raise ConfigError(f"gallery: folders of images or files {rule}")
+    if given.ann:
+        from dhcl.inference.update import check_folder
+
+        check_folder("ann", place)
     if not (given.remove or alone):
         print_other_kinds(given.gallery)
     with options_checked():
@@ -89,6 +96,8 @@ def index(given: IndexArguments) -> None:
         say(f"{show(place)}: {done}")
     if given.neighbours:
         _with_neighbours(place)
+    if given.ann:
+        _with_approximate(place)
 
 
 def _with_neighbours(place: Path | str) -> None:
@@ -97,6 +106,17 @@ def _with_neighbours(place: Path | str) -> None:
     with op_progress() as progress:
         count = find_neighbours(place, progress)
     say(f"{show(place)}: the nearest images of {count:,} images were found")
+
+
+def _with_approximate(place: Path | str) -> None:
+    from dhcl.inference.update import approximate_index
+
+    with op_progress() as progress:
+        recall = approximate_index(place, progress)
+    say(
+        f"{show(place)}: ready for approximate search, recall {recall.share:.3f} on "
+        f"{recall.queries:,} of its images"
+    )
 
 
 def _done(given: IndexArguments, place: Path | str) -> Update | str | None:
@@ -180,6 +200,8 @@ class SearchArguments:
     """Number of results for each query."""
     rerank: bool = False
     """Whether to order by k-reciprocal re-ranking; quick where `index --neighbours` was before."""
+    ann: bool = False
+    """Whether to search approximately, with what `index --ann` has built; its recall is told."""
     camera: tuple[str, ...] = ()
     """Cameras whose images may be found; without any, those of all cameras."""
     id: tuple[str, ...] = ()
@@ -211,10 +233,14 @@ def search(given: SearchArguments) -> None:
         raise ConfigError("query: images or folders of images must be given")
     if given.topk < 1:
         raise ConfigError(f"topk: must be at least 1 (got {given.topk})")
+    if given.ann and given.rerank:
+        raise ConfigError("ann: --rerank compares all images; choose one of them")
     from dhcl.inference.index import Index
     from dhcl.inference.lookup import look_up, read_queries
 
     there = Index.open(given.index)
+    if given.ann:
+        there.store.recall()  # what is missing is said before images are looked at
     print_other_kinds(given.query)
     queries = read_queries(there, given.query)
     if given.other_cameras and all(each.camera == -1 for each in queries):
@@ -236,6 +262,7 @@ def search(given: SearchArguments) -> None:
             where=_where(given, there),
             other_cameras=given.other_cameras,
             rerank=given.rerank,
+            approximate=given.ann,
             backend=given.backend,
             progress=progress,
         )
@@ -263,18 +290,29 @@ def _seconds(name: str, text: str | None) -> float | None:
     return found
 
 
+def _approximate(recall: Recall | None) -> str:
+    if recall is None:
+        return "approximate: the server has an index of its own, whose recall is not known"
+    return f"approximate: recall {recall.share:.3f} on {recall.queries:,} queries when built"
+
+
 def _write_lists(given: SearchArguments, there: Index, lists: list[RankedList]) -> None:
     from dhcl.inference.ranked import as_json, as_table, write_png
     from dhcl.report.ranked import write_ranked
 
     order = "re-ranked distance" if given.rerank else "similarity"
+    recall = there.store.recall() if given.ann else None
+    approximate = _approximate(recall) if given.ann else ""
     if given.json:
-        about = {
+        about: dict[str, Any] = {
             "index": there.address,
             "images": len(there),
             "model": there.model,
             "order": order,
         }
+        if given.ann:
+            known = {"recall": recall.share, "queries": recall.queries} if recall else None
+            about["approximate"] = known
         say(as_json(lists, about))
     elif given.html is None and given.png is None:
         say(as_table(lists))
@@ -282,10 +320,12 @@ def _write_lists(given: SearchArguments, there: Index, lists: list[RankedList]) 
         about_page = (
             f"Queries: {len(lists):,}. Images in {show(there.address)}: {len(there):,}, ordered by "
             f"{order}; model {there.model[:12]}."
-        )
+        ) + (f" {approximate[0].upper()}{approximate[1:]}." if approximate else "")
         write_ranked(given.html, lists, "Search results", about_page)
     if given.png is not None:
         write_png(given.png, lists)
     for file in (given.html, given.png):
         if file is not None and not given.json:
             say(f"written: {show(file)}")
+    if approximate and not given.json:
+        say(approximate)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dhcl.data.lists import identifier
 from dhcl.errors import ConfigError, as_path
+from dhcl.inference.changes import Update, add, remove
 from dhcl.inference.gallery.head import damaged
 from dhcl.inference.gallery.places import Address, is_folder, open_store
 from dhcl.inference.gallery.schema import (
@@ -210,6 +211,49 @@ class Index:
                 "or name the run it was made with"
             )
 
+    def add(
+        self,
+        images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        sync: bool = False,
+        model: ReID | None = None,
+        **options: Any,
+    ) -> Update:
+        """Add images to the store; :meth:`open` it anew to see them, this one stays as it was.
+
+        Args:
+            images: folders of images, on all levels, and files; of those in it already, only
+                changed files are looked at again.
+            sync: also remove images that lie below these folders no longer.
+            model: the one that made the index; without it, that is loaded once.
+            options: ``batch_size``, ``workers``, ``on_bad`` and ``progress`` of
+                :meth:`dhcl.ReID.features`.
+
+        Returns:
+            What was done, and what was left out.
+
+        Raises:
+            ConfigError: another model; another process is changing the index.
+            DataError: as :meth:`dhcl.ReID.features`.
+        """
+        used = self._own_model if model is None else model
+        return add(type(self), self.address, _several(images), used, sync=sync, **options)
+
+    def remove(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Update:
+        """Remove files, and all below folders, from the store; this one stays as it was.
+
+        Args:
+            paths: whether still there or not.
+
+        Returns:
+            What was done.
+
+        Raises:
+            ConfigError: a path of which the index has nothing; nothing would be left; another
+                process is changing the index.
+        """
+        return remove(type(self), self.address, _several(paths))
+
     def where(
         self,
         *,
@@ -272,10 +316,11 @@ class Index:
         cameras: Iterable[int | str] | None = None,
         leave_out: Sequence[int | str] | None = None,
         rerank: bool = False,
+        approximate: bool = False,
         backend: Backend = "auto",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[Found]:
-        """Rank the images for each query: exactly, best first, ties by row.
+        """Rank the images for each query: best first, ties by row, and exactly, unless told not to.
 
         Without re-ranking, memory does not grow with the index.
 
@@ -287,6 +332,9 @@ class Index:
             cameras: only images of these; ``"07"`` is camera 7.
             leave_out: (Q,) a camera for each query whose images are left out; -1 leaves out none.
             rerank: by k-reciprocal re-ranking, all queries with the same camera left out together.
+            approximate: let the store's index for it propose images, so that not all of them are
+                read. Some of the nearest may be missing, how many ``store.recall()`` says;
+                similarities are those of exact search. In a folder, `dhcl index --ann` builds it.
             backend: what computes similarities: ``faiss``, ``torch``, or faiss where it is
                 installed. They differ in the last places at most.
             progress: as of :func:`dhcl_ops.knn`.
@@ -295,7 +343,8 @@ class Index:
             For each query, :class:`dhcl.inference.search.Found` of one dimension; indices are rows.
 
         Raises:
-            ConfigError: queries of another width, topk below 1, an unknown camera, no faiss.
+            ConfigError: queries of another width, topk below 1, an unknown camera, no faiss;
+                ``approximate`` with re-ranking, or without an index for it.
         """
         found = self.find(
             query,
@@ -304,6 +353,7 @@ class Index:
             cameras=cameras,
             leave_out=leave_out,
             rerank=rerank,
+            approximate=approximate,
             backend=backend,
             progress=progress,
         )
@@ -319,6 +369,7 @@ class Index:
         cameras: Iterable[int | str] | None = None,
         leave_out: Sequence[int | str] | None = None,
         rerank: bool = False,
+        approximate: bool = False,
         backend: Backend = "auto",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[Found]:
@@ -331,6 +382,8 @@ class Index:
             )
         if topk < 1:
             raise ConfigError(f"topk: must be at least 1 (got {topk})")
+        if rerank and approximate:
+            raise ConfigError("approximate: re-ranking compares all images; choose one of them")
         if cameras is not None:
             where = _both(where, self._known_cameras(cameras))
         groups: dict[int | str, list[int]] = {}
@@ -344,9 +397,10 @@ class Index:
             if rerank:
                 found = self._reranked(some, topk, rows, progress)
             else:
-                found = Found(
-                    *self.store.nearest(some, topk, rows, backend=backend, progress=progress)
+                nearest = self.store.nearest(
+                    some, topk, rows, approximate=approximate, backend=backend, progress=progress
                 )
+                found = Found(*nearest)
             for place, number in enumerate(numbers):
                 results[number] = Found(*(None if x is None else x[place] for x in found))  # type: ignore[arg-type]
         return results
@@ -406,6 +460,13 @@ class Index:
     ) -> Found:
         found = reranked(self, lists, query, topk, progress=progress)
         return found._replace(indices=torch.from_numpy(self.numbers)[found.indices])
+
+
+def _several(
+    given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> Sequence[str | os.PathLike[str]]:
+    """One path is a list of one, and no list of letters."""
+    return [given] if isinstance(given, str | os.PathLike) else given
 
 
 def _both(where: Where, cameras: frozenset[int | str] | None) -> Where:

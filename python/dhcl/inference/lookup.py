@@ -57,6 +57,7 @@ def look_up(
     cameras: Iterable[int | str] | None = None,
     other_cameras: bool = False,
     rerank: bool = False,
+    approximate: bool = False,
     backend: Backend = "auto",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[RankedList]:
@@ -67,7 +68,7 @@ def look_up(
         queries: Q images.
         features: (Q, d) float32 of them, rows of length 1, of the model that made the index.
         other_cameras: leave out images of the query's own camera.
-        topk, where, cameras, rerank, backend, progress: as of
+        topk, where, cameras, rerank, approximate, backend, progress: as of
             :meth:`dhcl.inference.index.Index.search`, which also says what it raises.
     """
     found = index.find(
@@ -77,6 +78,7 @@ def look_up(
         cameras=cameras,
         leave_out=[each.camera for each in queries] if other_cameras else None,
         rerank=rerank,
+        approximate=approximate,
         backend=backend,
         progress=progress,
     )

@@ -612,3 +612,45 @@ def test_images_are_searched_with_as_their_features_are(by_command, pictures, mo
         for found, one in zip(opened.search(query, 3), expected, strict=True):
             assert torch.equal(found.indices, one.indices)
             assert torch.equal(found.similarities, one.similarities)
+
+
+def test_an_approximate_search_says_its_recall_and_needs_what_is_built_for_it(
+    by_command, pictures, capsys, tmp_path
+):
+    queries = ["search", by_command, str(pictures / "query"), "--workers", "0", "--topk", "3"]
+    assert main([*queries, "--ann"]) == 2
+    rule = f"has no index for approximate search; `dhcl index --ann --out {by_command}` builds one"
+    assert rule in capsys.readouterr().err
+    assert main(["index", "--ann", "--store", "milvus://127.0.0.1:1/x"]) == 2
+    assert "ann: is for indexes in folders (got milvus://127.0.0.1:1/x)" in capsys.readouterr().err
+    assert main(["index", "--ann", "--out", by_command]) == 0
+    ready = "ready for approximate search, recall 1.000 on 16 of its images"
+    assert ready in capsys.readouterr().out
+    assert main(queries) == 0
+    exact = capsys.readouterr().out
+    page = tmp_path / "found.html"
+    assert main([*queries, "--ann"]) == 0
+    said = "approximate: recall 1.000 on 16 queries when built"
+    assert capsys.readouterr().out == f"{exact}{said}\n"
+    assert main([*queries, "--ann", "--json", "--html", str(page)]) == 0
+    known = json.loads(capsys.readouterr().out)["approximate"]
+    assert known == {"recall": 1.0, "queries": 16}
+    assert f"A{said[1:]}." in page.read_text()
+    assert main([*queries, "--ann", "--rerank"]) == 2
+    assert "ann: --rerank compares all images" in capsys.readouterr().err
+
+
+def test_an_index_adds_and_removes_and_stays_what_it_was(index, gallery, pictures, model, seen):
+    opened = Index.open(index)
+    done = opened.add(pictures / "query", model=model, workers=0)
+    assert (done.added, done.total, len(seen)) == (16, 32, 16)
+    assert len(opened) == 16
+    again = Index.open(index)
+    one = again.path(3)
+    assert again.remove([one]).total == 31
+    assert str(one) not in map(str, paths(index))
+    assert Index.open(index).remove(str(pictures / "query")).removed == 16
+    assert opened.add([gallery], sync=True).added == 1  # by the model it was made with
+    with pytest.raises(ConfigError, match="has no image"):
+        opened.remove("/nowhere")
+    check(index, model)

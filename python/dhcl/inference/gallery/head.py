@@ -19,7 +19,16 @@ from dhcl.inference.gallery.schema import About
 from dhcl.stored import Damaged, checksum, read_json
 from dhcl.words import show
 
-__all__ = ["HEAD", "OLD_FORMAT", "Head", "damaged", "first_wrong", "read_about", "read_head"]
+__all__ = [
+    "HEAD",
+    "OLD_FORMAT",
+    "Approximate",
+    "Head",
+    "damaged",
+    "first_wrong",
+    "read_about",
+    "read_head",
+]
 
 HEAD = "index.json"
 
@@ -37,12 +46,27 @@ _Text = InstanceOf[str]
 _Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
+class Approximate(BaseModel):
+    """What is known of an index for approximate search.
+
+    ``recall`` is the mean share, in [0, 1], of the nearest other rows that it found when it was
+    built, of so many ``queries`` out of the gallery; ``files`` are the checksums of its files.
+    """
+
+    model_config = _KNOWN
+
+    recall: Annotated[float, Field(strict=True, ge=0, le=1)]
+    queries: _Count
+    files: dict[_Text, _Count]
+
+
 class Head(BaseModel):
     """What ``index.json`` says.
 
     ``generation`` counts changes; ``version`` and ``neighbours`` are those of the tables that
-    belong to it, ``files`` the checksums of what describes these tables, by name; ``checksum`` is
-    of all but what may be edited.
+    belong to it, ``files`` the checksums of what describes these tables, by name, ``approximate``
+    what is known of an index for approximate search, if there is one; ``checksum`` is of all but
+    what may be edited.
     """
 
     model_config = _KNOWN
@@ -61,6 +85,7 @@ class Head(BaseModel):
     trained_cameras: StrictBool
     roots: list[_Text]
     files: dict[_Text, _Count]
+    approximate: Approximate | None = None
     checksum: _Count | None = None
 
     @property
@@ -89,9 +114,16 @@ class Head(BaseModel):
             }
         )
 
+    def said(self) -> dict[str, Any]:
+        """All of it; an index for approximate search is named where there is one alone.
+
+        So indexes without one are written, and summed, as before there could be any.
+        """
+        return self.model_dump(exclude=None if self.approximate else {"approximate"})
+
     def write(self, folder: Path) -> None:
         """Make it the folder's."""
-        said = self.model_dump()
+        said = self.said()
         text = json.dumps({**said, "checksum": _sum(said)}, indent=1) + "\n"
         write_atomic(folder / HEAD, text.encode())
 
@@ -144,7 +176,7 @@ def read_head(folder: Path) -> Head:
         head = Head.model_validate(said)
     except ValidationError as error:
         raise damaged(folder, first_wrong(error)) from error
-    if head.checksum != _sum(head.model_dump()):
+    if head.checksum != _sum(head.said()):
         raise damaged(folder, f"{HEAD} is not as it was written, beyond run and roots")
     return head
 

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from dhcl.data.lists import identifier
 from dhcl.errors import ConfigError, DataError, as_path
 from dhcl.files import Taken, sync_files, writing_folder
-from dhcl.inference.gallery.head import HEAD, Head, damaged, read_head
+from dhcl.inference.gallery.approximate import build, check_files, propose, sums_of_files
+from dhcl.inference.gallery.head import HEAD, Approximate, Head, damaged, read_head
 from dhcl.inference.gallery.schema import (
     FEATURE_COLUMNS,
     About,
@@ -34,7 +35,15 @@ from dhcl.inference.gallery.schema import (
     checked_features,
     read,
 )
-from dhcl.inference.gallery.store import BLOCK, EVERYTHING, Hits, Neighbours, Store, Where
+from dhcl.inference.gallery.store import (
+    BLOCK,
+    EVERYTHING,
+    Hits,
+    Neighbours,
+    Recall,
+    Store,
+    Where,
+)
 from dhcl.inference.gallery.tables import (
     FILE_BYTES,
     LISTS,
@@ -43,7 +52,8 @@ from dhcl.inference.gallery.tables import (
     by_bytes,
     check_described,
     check_plain,
-    compact_table,
+    compact_lists,
+    compact_rows,
     describing_sums,
     expression,
     library,
@@ -55,7 +65,14 @@ from dhcl.inference.search import Backend, nearest
 from dhcl.stored import Damaged
 from dhcl.words import show
 
-__all__ = ["LanceStore", "compact", "creating", "open_store", "replacing_old"]
+__all__ = [
+    "LanceStore",
+    "build_approximate",
+    "compact",
+    "creating",
+    "open_store",
+    "replacing_old",
+]
 
 # How long searches that go on may read what a change has replaced.
 _KEEP = timedelta(hours=1)
@@ -85,6 +102,7 @@ class LanceStore:
         weakref.finalize(self, held.close)
         self._process = os.getpid()
         self._whole = False  # whether all features were found to be as they were written
+        self._checked_index = False  # and those of the index for approximate search
         self._numbers: NDArray[np.int64] | None = None
         self._rows: Any = None
         self._rows = self._table(ROWS, head.version)
@@ -169,7 +187,7 @@ class LanceStore:
         Features that a search of all rows has found to be right are not checked again.
         """
         if approximate:
-            raise ConfigError(f"index: {show(self.folder)} has no index for approximate search")
+            return self._approximately(query, topk, where, backend)
         everything = where == EVERYTHING and where.rows is None
         blocks = self._features(where, check=not self._whole)
         found = nearest(query, blocks, topk, backend=backend, progress=progress, count=len(self))
@@ -178,6 +196,43 @@ class LanceStore:
                 raise damaged(self.folder, f"{found.seen} rows were read of {len(self)}")
             self._whole = True
         return Hits(found.rows, found.similarities)
+
+    def _approximately(
+        self, query: torch.Tensor, topk: int, where: Where, backend: Backend
+    ) -> Hits:
+        """The nearest rows (Q, k) of queries (Q, d), of what the index proposes.
+
+        A query for which too few are proposed is searched for exactly: then there are not so many,
+        or a filter leaves few, among which that is quick.
+        """
+        known = self._approximate()
+        width = self.about.width
+        with self._reading():
+            if not self._checked_index:
+                check_files(self.folder, known.files)
+                self._checked_index = True
+            found = [propose(self._rows, width, one, topk, where, backend) for one in query]
+        few = [place for place, hits in enumerate(found) if len(hits.rows) < topk]
+        if len(few) == len(found):
+            return self.nearest(query, topk, where, backend=backend)
+        if few:
+            exact = self.nearest(query[few], topk, where, backend=backend)
+            for number, place in enumerate(few):
+                found[place] = Hits(*(values[number] for values in exact))
+        return Hits(*(torch.stack(values) for values in zip(*found, strict=True)))
+
+    def _approximate(self) -> Approximate:
+        if self.head.approximate is None:
+            raise ConfigError(
+                f"index: {show(self.folder)} has no index for approximate search; "
+                f"`dhcl index --ann --out {show(self.folder)}` builds one"
+            )
+        return self.head.approximate
+
+    def recall(self) -> Recall:
+        """As of :class:`dhcl.inference.gallery.store.Store`."""
+        known = self._approximate()
+        return Recall(known.recall, known.queries)
 
     def _features(
         self, where: Where, *, check: bool
@@ -386,11 +441,29 @@ class LanceWriter:
         self.changed |= self._lists is not None
         self._lists = None
 
+    def build_approximate(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Make the index for approximate search anew, of the rows of ``now``, which are all."""
+        with told(self._folder):
+            known = build(self._rows, self.now, progress)
+        self.head = self.head.model_copy(update={"approximate": known})
+        self.changed = True
+
+    def _approximate(self) -> Approximate | None:
+        """What is known of that index, with the files that it has at the table's version."""
+        known, before = self.head.approximate, self._committed.approximate
+        if known is None:
+            return None
+        files = sums_of_files(self._folder, self._rows, {} if before is None else before.files)
+        return known.model_copy(update={"files": files}) if files else None
+
     def commit(self, compact: bool = False) -> None:
         """Make what was done the index's state, on the disk."""
         with told(self._folder):
-            for table in filter(None, (self._rows, self._lists)):
-                compact_table(table, self.head.dim, compact)
+            self._rows = compact_rows(self._home, self._rows, self.head.dim, compact)
+            if self._lists is not None:
+                compact_lists(self._lists, self.head.dim, compact)
+            if compact and self.head.approximate is not None:
+                self.build_approximate()  # rows that were written anew are in no index
             files = describing_sums(self._folder, ROWS, self._rows)
             if self._lists is not None:
                 files |= describing_sums(self._folder, LISTS, self._lists)
@@ -401,6 +474,7 @@ class LanceWriter:
                     "version": self._rows.version,
                     "neighbours": None if self._lists is None else self._lists.version,
                     "files": files,
+                    "approximate": self._approximate(),
                 }
             )
         if not head.images:
@@ -408,6 +482,9 @@ class LanceWriter:
                 f"index: {show(self._folder)} would be empty; remove the folder instead"
             )
         new = [name for name, crc in files.items() if self.head.files.get(name) != crc]
+        if head.approximate is not None:
+            before = self._committed.approximate
+            new += [*head.approximate.files.keys() - (before.files.keys() if before else ())]
         sync_files(self._folder / name for name in new)
         head.write(self._folder)
         self.head = self._committed = head
@@ -477,6 +554,23 @@ def compact(folder: Path) -> None:
     open_store(folder)
     with _writing(folder, compact=True):
         pass
+
+
+def build_approximate(
+    folder: Path, progress: Callable[[str, int, int], None] | None = None
+) -> Recall:
+    """Make the index for approximate search, or make it anew.
+
+    Returns:
+        How good it is.
+
+    Raises:
+        ConfigError, DataError: as :func:`open_store` and :meth:`LanceStore.writing`.
+    """
+    open_store(folder)
+    with _writing(folder) as writer:
+        writer.build_approximate(progress)
+    return open_store(folder).recall()
 
 
 @contextlib.contextmanager

@@ -310,6 +310,8 @@ class MilvusStore:
         if waiting or not best:
             return None
         chosen = [best[number] for number in range(len(query))]
+        if len({len(each.rows) for each in chosen}) > 1:
+            return None  # an approximate index gives some queries fewer than there are
         return Hits(*(torch.stack(values) for values in zip(*chosen, strict=True)))
 
     def _ask(self, query: torch.Tensor, limit: int, condition: str) -> list[list[dict[str, Any]]]:
@@ -341,6 +343,9 @@ class MilvusStore:
         slack = 2 * self.about.width * 2.0**-24
         last = min(float(row["ip"]) for row in proposed)
         return best, len(proposed) < limit or last < float(best.similarities[-1]) - slack
+
+    def recall(self) -> None:
+        """As of :class:`dhcl.inference.gallery.store.Store`: its index is the operator's."""
 
     def cameras(self) -> set[int | str]:
         """As of :class:`dhcl.inference.gallery.store.Store`."""

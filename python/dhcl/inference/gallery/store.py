@@ -33,7 +33,7 @@ from dhcl.inference.search import Backend
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["BLOCK", "EVERYTHING", "Hits", "Neighbours", "Store", "Where", "Writer"]
+__all__ = ["BLOCK", "EVERYTHING", "Hits", "Neighbours", "Recall", "Store", "Where", "Writer"]
 
 BLOCK = 1 << 14
 """Rows that a scan gives together, but for the last ones of a range or of a filter."""
@@ -78,6 +78,17 @@ class Hits(NamedTuple):
 
     rows: torch.Tensor
     similarities: torch.Tensor
+
+
+class Recall(NamedTuple):
+    """How good approximate search was when its index was built.
+
+    ``share`` in [0, 1] is the mean, over ``queries`` rows of the gallery, of the share of a row's
+    nearest other rows that were found.
+    """
+
+    share: float
+    queries: int
 
 
 class Neighbours(NamedTuple):
@@ -179,10 +190,21 @@ class Store(Protocol):
             query: (Q, d) float32, rows of length 1.
             topk: how many; fewer where there are fewer, k then being that number.
             where: only these rows.
-            approximate: take the store's own index where it has one.
+            approximate: let the store's own index propose rows, of which then not all of the
+                nearest may be found; similarities are those of exact search.
             backend: ``faiss``, ``torch`` or ``auto``, for stores that compute here.
             progress: called as ``progress("search", rows_done, rows)``, by stores that compute
                 here.
+
+        Raises:
+            ConfigError: ``approximate``, and no index for it.
+        """
+
+    def recall(self) -> Recall | None:
+        """Of approximate search; None where the store can't tell.
+
+        Raises:
+            ConfigError: there is no index for approximate search.
         """
 
     def cameras(self) -> set[int | str]:

@@ -9,7 +9,7 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,15 @@ __all__ = [
     "by_bytes",
     "check_described",
     "check_plain",
-    "compact_table",
+    "compact_lists",
+    "compact_rows",
     "describing_sums",
     "expression",
     "library",
     "place_of",
     "rolled_back",
     "told",
+    "whole_sum",
 ]
 
 ROWS, LISTS = "rows.lance", "neighbours.lance"
@@ -52,7 +54,8 @@ READ_BYTES = 1 << 24
 # Bytes at the end of a table's file that say where its columns are, at least.
 _TAIL = 1 << 16
 
-# A table is compacted when it has so many files that could be one, or this share of a file is gone.
+# A table is compacted when it has more files than so many that could be one, or more than this
+# share of what would be written anew is gone.
 _SMALL_FILES = 16
 _GONE = 0.1
 
@@ -137,7 +140,8 @@ def _tail_sum(file: Path) -> int:
         return checksum(opened.read(_TAIL), checksum(struct.pack("<q", size)))
 
 
-def _whole_sum(file: Path) -> int:
+def whole_sum(file: Path) -> int:
+    """CRC-32 of all of a file."""
     with open_stored(file) as opened:
         start = 0
         while piece := opened.read(READ_BYTES):
@@ -148,14 +152,14 @@ def _whole_sum(file: Path) -> int:
 def describing_sums(folder: Path, name: str, table: Any) -> dict[str, int]:
     """Of the files that say what a version of a table is: of each by its name below the folder."""
     home = folder / name
-    sums = {f"{name}/{_manifest(table.version)}": _whole_sum(home / _manifest(table.version))}
+    sums = {f"{name}/{_manifest(table.version)}": whole_sum(home / _manifest(table.version))}
     for part in table.get_fragments():
         for file in part.metadata.files:
             sums[f"{name}/data/{file.path}"] = _tail_sum(home / "data" / file.path)
         gone = part.metadata.deletion_file
         if gone is not None:
             path = gone.path(part.fragment_id)
-            sums[f"{name}/{path}"] = _whole_sum(home / path)
+            sums[f"{name}/{path}"] = whole_sum(home / path)
     return sums
 
 
@@ -169,7 +173,7 @@ def check_described(folder: Path, head: Head) -> None:
         parts = Path(name).parts
         if len(parts) != 3 or parts[0] not in (ROWS, LISTS) or ".." in parts:
             raise Damaged(f"{show(name)} is no file of a table")
-        found = _tail_sum(folder / name) if parts[1] == "data" else _whole_sum(folder / name)
+        found = _tail_sum(folder / name) if parts[1] == "data" else whole_sum(folder / name)
         if found != expected:
             raise Damaged(f"{show(name)} is not as it was written: its checksum is another")
 
@@ -268,8 +272,8 @@ def by_bytes(batches: Iterator[Any], limit: int) -> Iterator[list[Any]]:
         yield pieces
 
 
-def compact_table(table: Any, width: int, all_of_it: bool) -> None:
-    """Make one file of many small ones, and of those with many rows gone, in the order of rows."""
+def compact_lists(table: Any, width: int, all_of_it: bool) -> None:
+    """Make one file of many small ones, and of those with many rows gone, in any order of rows."""
     parts = table.get_fragments()
     target = max(1, FILE_BYTES // (4 * width))
     small = sum(part.physical_rows < target // 2 for part in parts)
@@ -281,3 +285,77 @@ def compact_table(table: Any, width: int, all_of_it: bool) -> None:
             num_threads=1,
             batch_size=max(1, min(BLOCK, READ_BYTES // (4 * width))),
         )
+
+
+def compact_rows(home: str, table: Any, width: int, all_of_it: bool) -> Any:
+    """Make few files of many small ones, and free what rows take that are gone, in order of rows.
+
+    Lance keeps files in the order of their making. So its own compaction, which replaces any of
+    them, would bring rows out of order; here all files behind the first one are replaced too. That
+    is done where it pays: where there are many small files, or a share of what is written is gone.
+
+    Args:
+        home: the table's path.
+        table: at its last version.
+        width: d.
+        all_of_it: do it wherever a file less, or a row that is gone less, comes of it.
+
+    Returns:
+        The table at its last version.
+    """
+    lance = library()
+    from lance.fragment import write_fragments
+
+    parts = table.get_fragments()
+    target = max(1, FILE_BYTES // (4 * width))
+    start = _first_to_replace(
+        [(part.physical_rows, part.num_deletions) for part in parts], target, all_of_it
+    )
+    if start is None:
+        return table
+    batches = table.scanner(
+        fragments=parts[start:],
+        batch_size=max(1, min(BLOCK, READ_BYTES // (4 * width))),
+        batch_readahead=2,
+        fragment_readahead=2,
+        io_buffer_size=2 * FILE_BYTES,
+        scan_in_order=True,
+    ).to_batches()
+    new = []
+    for pieces in by_bytes(batches, FILE_BYTES):
+        new += write_fragments(_table(pieces), home, table.schema, mode="append")
+    steps = [lance.LanceOperation.Append(new)] if new else []
+    old = [part.fragment_id for part in parts[start:]]
+    for step in (*steps, lance.LanceOperation.Delete([], old, "true")):
+        table = lance.LanceDataset.commit(home, step, read_version=table.version)
+    return table
+
+
+def _table(pieces: list[Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.Table.from_batches(pieces)
+
+
+def _first_to_replace(files: Sequence[tuple[int, int]], target: int, all_of_it: bool) -> int | None:
+    """From which file on all are to be written anew; None for none.
+
+    Args:
+        files: rows of each, and how many of these are gone.
+        target: rows that a file should have.
+        all_of_it: see :func:`compact_rows`.
+    """
+    small = [place for place, (rows, _) in enumerate(files) if rows < target // 2]
+    if all_of_it:
+        # A small file is as it should be only where no other one follows.
+        poor = [place for place in small if place < len(files) - 1]
+        poor += [place for place, (_, gone) in enumerate(files) if gone]
+        return min(poor, default=None)
+    starts = [small[-_SMALL_FILES - 1]] if len(small) > _SMALL_FILES else []
+    written = removed = 0
+    for place in reversed(range(len(files))):
+        rows, gone = files[place]
+        written, removed = written + rows, removed + gone
+        if gone and removed > _GONE * written:
+            starts.append(place)
+    return min(starts, default=None)

@@ -15,7 +15,7 @@ from dhcl.errors import ConfigError, DataError
 from dhcl.files import NotPlainFile
 from dhcl.inference.gallery.lance import compact
 from dhcl.inference.index import Index
-from dhcl.inference.update import remove_images
+from dhcl.inference.update import approximate_index, remove_images
 
 from tests.dhcl.inference.gallery.made import WIDTH, batch, make
 
@@ -184,6 +184,7 @@ HEADS = {
     "cameras": {"trained_cameras": "no"},
     "unknown": {"unknown": 1},
     "no files": {"files": {}},
+    "recall": {"approximate": {"recall": 1.5, "queries": 1, "files": {}}},
     "format": {"format": [[1]] * 1000},
 }
 
@@ -200,6 +201,30 @@ def test_a_path_in_the_head_leads_nowhere_else(index):
         writer.head = writer.head.model_copy(update={"files": {"rows.lance/../../x": 1}})
         writer.head.write(index)
     refused(index, "is no file of a table")
+
+
+def test_damage_of_an_index_for_approximate_search_is_named_where_it_is_read(index):
+    approximate_index(index)
+    expected = answer(index)
+    for file in index.glob("rows.lance/_indices/*/*"):
+        whole = file.read_bytes()
+        file.write_bytes(flipped(whole, random.Random(file.name)))
+        assert answer(index) == expected  # exact search does not read it
+        opened = Index.open(index)
+        with pytest.raises(DataError, match=r"is damaged \(.*\.idx is not as it was written"):
+            opened.search(QUERY, 3, approximate=True)
+        file.unlink()
+        with pytest.raises(DataError, match="is damaged"):
+            Index.open(index).search(QUERY, 3, approximate=True)
+        file.write_bytes(whole)
+    opened.search(QUERY, 3, approximate=True)
+    with opened.store.writing() as writer:
+        known = writer.head.approximate.model_copy(
+            update={"files": {"rows.lance/_indices/../x": 1}}
+        )
+        writer.head.model_copy(update={"approximate": known}).write(index)
+    with pytest.raises(DataError, match="is no file of a table's index"):
+        Index.open(index).search(QUERY, 3, approximate=True)
 
 
 def test_what_may_be_edited_and_names_of_any_bytes(index):

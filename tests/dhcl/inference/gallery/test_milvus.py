@@ -202,6 +202,18 @@ def test_an_approximate_index_of_an_operator_is_not_believed(address, monkeypatc
     assert asked
 
 
+def test_an_approximate_index_that_gives_too_few_rows_is_not_taken(address, monkeypatch):
+    store = open_store(make(address, 40))
+    assert store.recall() is None
+    query = torch.from_numpy(unit_rows(2, 9))
+    expected = store.nearest(query, 5, backend="torch")
+    real = store._ask
+    monkeypatch.setattr(store, "_ask", lambda *given: [real(*given)[0], real(*given)[1][:2]])
+    found = store.nearest(query, 5, approximate=True, backend="torch")
+    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.similarities, expected.similarities)
+
+
 def test_more_rows_than_an_answer_takes_are_scanned(address, monkeypatch):
     monkeypatch.setattr("dhcl.inference.gallery.milvus._MAX_ROWS", 20)
     equal = np.repeat(unit_rows(1), 50, axis=0)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from dhcl.errors import ConfigError, DataError
+from dhcl.inference.gallery import approximate
+from dhcl.inference.gallery.lance import compact
 from dhcl.inference.gallery.places import creating, open_store
 from dhcl.inference.gallery.schema import (
     ABOUT_COLUMNS,
@@ -18,6 +20,7 @@ from dhcl.inference.gallery.schema import (
 )
 from dhcl.inference.gallery.store import Neighbours, Where
 from dhcl.inference.search import nearest
+from dhcl.inference.update import approximate_index
 
 from tests.dhcl.inference.gallery.lite import milvus_lite
 from tests.dhcl.inference.gallery.made import ABOUT, MODEL, WIDTH, batch, make, records, unit_rows
@@ -286,3 +289,123 @@ def test_a_closed_one_is_not_asked_any_more(new):
     opened.close()
     with pytest.raises(ConfigError, match="must be opened anew"):
         list(opened.scan(["row"]))
+
+
+# ---- what a folder has besides ------------------------------------------------------------------
+
+MANY = 1200
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """An index in a folder that is ready for approximate search."""
+    pytest.importorskip("lance", reason="the extra index is not installed")
+    monkeypatch.setattr(approximate, "_QUERIES", 40)
+    folder = make(tmp_path / "many", MANY)
+    approximate_index(folder)
+    return folder
+
+
+def same(found, expected, share=1.0):
+    """The share of rows that was found, with the similarities of exact search, to the bit."""
+    hits = 0
+    for query, rows in enumerate(expected.rows.tolist()):
+        places = {row: place for place, row in enumerate(rows)}
+        for row, similarity in zip(found.rows[query], found.similarities[query], strict=True):
+            if int(row) in places:
+                hits += 1
+                assert similarity == expected.similarities[query, places[int(row)]]
+        assert (found.similarities[query].diff() <= 0).all()
+    assert hits >= share * expected.rows.numel()
+
+
+def test_what_an_approximate_search_finds_has_exact_similarities(many):
+    store = open_store(many)
+    assert 0.9 <= store.recall().share <= 1
+    query = torch.from_numpy(unit_rows(20, 9))
+    for name in ("all", "cameras", "ids", "root", "times", "several", "no camera", "below nothing"):
+        where = WHERE[name][0]
+        exact = store.nearest(query, 7, where, backend="torch")
+        same(store.nearest(query, 7, where, approximate=True, backend="torch"), exact, 0.9)
+    few = store.nearest(query, MANY + 1, approximate=True, backend="torch")
+    assert torch.equal(few.rows, store.nearest(query, MANY + 1, backend="torch").rows)
+    assert store.nearest(query[:0], 7, approximate=True).rows.shape[0] == 0
+
+
+def test_rows_that_come_later_are_found_and_those_that_went_are_not(many):
+    before = open_store(many)
+    with before.writing() as writer:
+        writer.insert(iter([batch(30, MANY, seed=7)]))
+        writer.delete(np.arange(0, 100))
+    query = torch.from_numpy(np.concatenate([unit_rows(30, 7), unit_rows(MANY)[:100]]))
+    for step in ("change", "compact", "anew"):
+        store = open_store(many)
+        found = store.nearest(query, 5, approximate=True, backend="torch")
+        assert found.rows[:30, 0].tolist() == [*range(MANY, MANY + 30)], step
+        assert int(found.rows.min()) >= 100, step
+        same(found, store.nearest(query, 5, backend="torch"), 0.9)
+        assert store.recall().share >= 0.9
+        if step == "change":
+            assert store.recall() == before.recall()
+            compact(many)
+            [described] = open_store(many)._rows.describe_indices()
+            assert described.num_rows_indexed == MANY - 70
+        elif step == "compact":
+            assert approximate_index(many) == open_store(many).recall()
+
+
+def test_the_recall_is_the_share_of_other_rows_that_were_found(many, monkeypatch):
+    """With every third row kept from it, which no index does."""
+
+    def propose(*given, backend):
+        best = real(*given, backend=backend)
+        return best._make(values[best.rows % 3 != 0] for values in best)
+
+    real = approximate.propose
+    monkeypatch.setattr(approximate, "propose", propose)
+    recall = approximate_index(many)
+    features = torch.from_numpy(unit_rows(MANY))
+    nearest_rows = (features @ features.T).fill_diagonal_(-2).topk(20).indices
+    chosen = np.linspace(0, MANY - 1, 40).astype(int)
+    expected = float((nearest_rows[chosen] % 3 != 0).double().mean())
+    assert recall.queries == 40
+    assert recall.share == pytest.approx(expected, abs=0.03)
+    assert recall == open_store(many).recall()
+
+
+def test_rows_stay_in_order_whatever_is_put_together(tmp_path, monkeypatch):
+    pytest.importorskip("lance", reason="the extra index is not installed")
+    for module in ("tables", "lance"):
+        monkeypatch.setattr(f"dhcl.inference.gallery.{module}.FILE_BYTES", 4 * WIDTH * 50)
+    folder = tmp_path / "index"
+    with creating(folder, ABOUT) as writer:
+        writer.insert(batch(50, start) for start in range(0, 200, 50))
+    left = {*range(200)}
+    changes = [range(20), range(110, 140), range(60, 62), range(195, 200), range(21, 40)]
+    for number, gone in enumerate(changes):
+        with open_store(folder).writing() as writer:
+            writer.insert(iter([batch(3, 200 + 3 * number)]))
+            writer.delete(np.array(gone))
+        left = (left | {*range(200 + 3 * number, 203 + 3 * number)}) - {*gone}
+        store = open_store(folder)
+        assert store.numbers().tolist() == sorted(left)
+        newest = np.array([202 + 3 * number, min(left)])
+        assert store.take(newest, ["row"])["row"].to_pylist() == newest.tolist()
+        parts = store._rows.get_fragments()
+        dead = sum(part.num_deletions for part in parts)
+        assert dead <= 0.1 * sum(part.physical_rows for part in parts)
+    compact(folder)
+    store = open_store(folder)
+    assert store.numbers().tolist() == sorted(left)
+    assert not any(part.num_deletions for part in store._rows.get_fragments())
+
+
+def test_many_small_files_become_few(tmp_path):
+    pytest.importorskip("lance", reason="the extra index is not installed")
+    folder = make(tmp_path / "index", 2)
+    for number in range(2, 20):
+        with open_store(folder).writing() as writer:
+            writer.insert(iter([batch(1, number)]))
+    store = open_store(folder)
+    assert store.numbers().tolist() == [*range(20)]
+    assert len(store._rows.get_fragments()) == 3
