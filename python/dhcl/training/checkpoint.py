@@ -16,6 +16,7 @@ import torch
 
 from dhcl.errors import CheckpointError
 from dhcl.files import write_atomic
+from dhcl.torch_files import load_plain
 from dhcl.words import show
 
 __all__ = [
@@ -114,7 +115,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, or not a checkpoint.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = load_plain(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint: there is none at {show(path)}") from error
     except Exception as error:  # damaged files raise nearly anything
