@@ -181,7 +181,7 @@ def test_a_person_seen_often(implementation, device, matches, levels):
         torch.randperm(900, generator=torch.Generator().manual_seed(0))
     ]
     qi = torch.tensor([1, 7, 1])
-    members, begin, offsets = ranking_module._matches(qi, gi)
+    members, begin, offsets = ranking_module.matches(qi, gi)
     total = int(offsets[-1])
     arguments = [t.to(device) for t in (distance, members, begin, offsets)]
     cameras = [t.to(device) for t in (qc, gc)]
@@ -364,7 +364,7 @@ def test_evaluate_rank_with_a_small_gallery(capsys):
 def test_reference_and_kernel_have_the_same_ranks(device):
     for seed, levels in itertools.product(range(3), (0, 2)):
         distance, qi, gi, qc, gc = case(300, 150, seed=seed, levels=levels)
-        members, begin, offsets = ranking_module._matches(qi, gi)
+        members, begin, offsets = ranking_module.matches(qi, gi)
         tensors = [t.to(device) for t in (distance, members, begin, offsets)]
         for cameras in ((qc.to(device), gc.to(device)), (None, None)):
             arguments = (*tensors, int(offsets[-1]), *cameras)
@@ -424,7 +424,7 @@ def test_under_autocast(device):
 
 def test_match_ranks_compiles_as_one_graph(device):
     _, qi, gi, qc, gc = case(6, 30)
-    members, begin, offsets = (t.to(device) for t in ranking_module._matches(qi, gi))
+    members, begin, offsets = (t.to(device) for t in ranking_module.matches(qi, gi))
     total = int(offsets[-1])
     cameras = qc.to(device), gc.to(device)
 
