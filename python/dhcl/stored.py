@@ -29,7 +29,7 @@ __all__ = [
 MAX_TEXT = 1 << 26
 """Bytes that a file of options or metrics may have, 64 MiB."""
 
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Of Pillow's, those that images are read in: others draw what a program says, or start one."""
 
 # Bytes that a stored file may become: so many, or so many times its size.
