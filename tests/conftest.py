@@ -11,6 +11,17 @@ import torch
 if os.environ.get("DHCL_REQUIRE_CUDA") and not torch.cuda.is_available():
     raise SystemExit("DHCL_REQUIRE_CUDA is set and no GPU is visible")
 
+# What takes a minute or more is left out of the suite, which has to end in half an hour.
+LONG = os.environ.get("DHCL_LONG") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    if not LONG:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: DHCL_LONG=1 runs it"))
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 

@@ -22,6 +22,7 @@ def kinds(cell):
     return {" ".join(names) for names in shown} - {"stderr"}
 
 
+@pytest.mark.long
 def test_it_runs_and_shows_what_it_is_saved_with(tmp_path):
     saved = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(saved)

@@ -10,7 +10,12 @@ import pytest
 
 from tests.cuda_host import build
 
-FILES = sorted(Path(__file__).parent.glob("test_*_host.py"))
+# Their modules take a minute each to compile with sanitizers.
+LONG = {"test_contrastive_host", "test_jaccard_host", "test_memory_host", "test_reciprocal_host"}
+FILES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem in LONG))
+    for path in sorted(Path(__file__).parent.glob("test_*_host.py"))
+]
 
 
 def selection(file):
@@ -45,14 +50,16 @@ def runs(request):
     wanted = [
         item.callspec.params["file"]
         for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
+        if item.path == request.path
+        and hasattr(item, "callspec")
+        and not item.get_closest_marker("skip")
     ]
     with ThreadPoolExecutor(2) as pool:
         yield {file: pool.submit(run, file, environment) for file in wanted}
 
 
 @pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-@pytest.mark.parametrize("file", FILES, ids=[path.stem for path in FILES])
+@pytest.mark.parametrize("file", FILES)
 def test_under_address_and_undefined_behaviour_sanitizers(file, runs):
     done = runs[file].result()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -41,7 +41,7 @@ def torchrun(tmp_path, config, *more):
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["dhcl", "cluster-contrast"])
+@pytest.mark.parametrize("name", ["dhcl", pytest.param("cluster-contrast", marks=pytest.mark.long)])
 def test_both_ranks_hold_the_same_memory_labels_and_weights(name, pictures, tmp_path):
     changes = {"images_per_class": 4, "eval_every": 1, "camera_bn": True}
     config = options(pictures, tmp_path / "run", name, **changes)

@@ -196,7 +196,9 @@ def trains(rank, folder, arguments):
     return main(["train", *arguments])
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGSTOP, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_a_training_says_which_rank_and_goes_on(number, pictures, tmp_path):
     config = options(pictures, tmp_path / "run", epochs=100, iterations=4, timeout_minutes=0.1)
     first, second = start(tmp_path, trains, command_line(config))

@@ -91,7 +91,13 @@ RECIPES = {
 CHECKPOINT_MINUTES = 1e-9
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+# One of the three has most kinds of state.
+BY_LENGTH = [
+    name if name == "dhcl" else pytest.param(name, marks=pytest.mark.long) for name in RECIPES
+]
+
+
+@pytest.fixture(scope="module", params=BY_LENGTH)
 def uninterrupted(request, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     changes = {**RECIPES[request.param], "checkpoint_minutes": CHECKPOINT_MINUTES}
