@@ -235,7 +235,7 @@ def _below(root: Path, name: str) -> Iterator[Path]:
     Raises:
         DataError: it lies elsewhere. OSError: it can't be found.
     """
-    handle = os.open(root / name, os.O_PATH)  # which opens no device, and waits for no FIFO
+    handle = os.open(root / name, os.O_RDONLY | os.O_PATH)  # opens no device, waits for no FIFO
     try:
         file = Path(f"/proc/self/fd/{handle}")
         if not file.readlink().is_relative_to(os.path.realpath(root)):

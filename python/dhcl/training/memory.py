@@ -106,7 +106,7 @@ class Replicated:
         """How many updates were left out."""
         return int(bank.skipped)
 
-    def save(self, bank: Any, folder: Path) -> dict[str, Any]:
+    def keep(self, bank: Any, folder: Path) -> dict[str, Any]:
         """What a checkpoint in this folder holds of the memory; every process calls it."""
         return dict(bank.state_dict())
 
@@ -185,7 +185,7 @@ class Sharded(Replicated):
         """How many updates all processes left out."""
         return int(self._engine.accelerator.reduce(bank.skipped.clone(), "sum"))
 
-    def save(self, bank: Any, folder: Path) -> dict[str, Any]:
+    def keep(self, bank: Any, folder: Path) -> dict[str, Any]:
         """Write the rows of all processes to a folder of their own beside the checkpoint.
 
         It gets its name when all processes are done, and counts once the checkpoint names it:

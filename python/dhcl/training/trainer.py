@@ -579,7 +579,7 @@ class Trainer:
         if self.engine.world_size > 1:
             states = [{}] * self.engine.world_size
             torch.distributed.all_gather_object(states, random_state())
-        bank = self.layout.save(self.bank, self.checkpoint.parent) if self._logs else {}
+        bank = self.layout.keep(self.bank, self.checkpoint.parent) if self._logs else {}
         if self.engine.is_main and self.log is not None:
             self._write(states, bank, self.log.size)
         self.engine.meet()
@@ -589,7 +589,7 @@ class Trainer:
 
         Args:
             states: of the random generators of each process.
-            bank: what the memory's layout saved.
+            bank: what the memory's layout kept.
             log_size: bytes of the log that belong to it.
         """
         accelerator = self.engine.accelerator
