@@ -263,6 +263,11 @@ def _self_paced(s: Shapes) -> Any:
     return dhcl_ops.self_paced_labels(*(s.labels(rows, most, -1) for most in (20, 25, 15)))
 
 
+def _false_negatives(s: Shapes) -> Any:
+    graph = s.graph()
+    return dhcl_ops.graph_false_negatives(s.labels(graph.shape[0], 20, -1), graph)
+
+
 def _cameras(s: Shapes) -> Any:
     rows = s.rows()
     return dhcl_ops.camera_neighbours(rows, s.labels(len(rows), 3), k=8, own=3)
@@ -291,6 +296,7 @@ CALLS: dict[str, Callable[[Shapes], Any]] = {
     "dbscan": lambda s: dhcl_ops.dbscan(s.graph(), 0.55, 4),
     "debiased_contrastive_loss": _contrastive,
     "evaluate_ranking": _ranking,
+    "graph_false_negatives": _false_negatives,
     "hybrid_contrastive_loss": _hybrid,
     "jaccard_distance": lambda s: dhcl_ops.jaccard_distance(s.rows(), s.count(6, 30), 3),
     "jaccard_graph": lambda s: s.graph(),

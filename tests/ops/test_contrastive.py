@@ -990,5 +990,6 @@ def test_every_op_is_listed():
         "contrastive_scale_rows",
         "contrastive_slopes_",
         "contrastive_stream_",
+        "contrastive_weigh_",
     ]
     assert dhcl_ops.debiased_contrastive_loss is debiased_contrastive_loss

@@ -439,4 +439,5 @@ def test_every_kernel_here_has_a_host_run():
         "contrastive_stream_",
         "contrastive_finish",
         "contrastive_slopes_",
+        "contrastive_weigh_",
     }

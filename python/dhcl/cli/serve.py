@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def serve(given: ServeArguments) -> None:
             )
         say(f"{show(given.index)}: {len(index):,} images, at {address(opened)} (Ctrl-C ends it)")
         sys.stdout.flush()
-        try:
+        # It raises once more the signal that ended it, which a shell's background job ignores.
+        with contextlib.suppress(KeyboardInterrupt):
             make_server(app).run(sockets=[opened])
-        except KeyboardInterrupt:
-            say("ended")
+        say("ended")
