@@ -35,6 +35,7 @@ __all__ = [
     "NotPlainFile",
     "NpyRows",
     "Taken",
+    "naming",
     "new_file",
     "new_folder",
     "only_writer",
@@ -90,10 +91,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     new = _Unfinished(path)
     try:
-        yield new.file
-        new.commit()
+        with naming(path):
+            yield new.file
+            new.commit()
     finally:
         new.discard()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say of which file an error of the system is, since that of a write does not say so itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync_files(files: Iterable[Path]) -> None:
@@ -118,7 +131,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         FileExistsError: there is something of that name, a link to nowhere too.
     """
-    with os.fdopen(_create(path), "w+b") as file:
+    with naming(path), os.fdopen(_create(path), "w+b") as file:
         yield file
 
 
@@ -135,6 +148,7 @@ class _Unfinished:
     """
 
     def __init__(self, path: Path) -> None:
+        _check_held(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_replaceable(path)
         _clear_leftovers(path)
@@ -235,7 +249,9 @@ def open_log(path: Path) -> BinaryIO:
     Raises:
         NotPlainFile: it is a link, also a hard one, a FIFO, a device or a socket: what is written
             there might end in another file.
+        FileNotFoundError: as :func:`only_writer` says of its folder.
     """
+    _check_held(path)
     return os.fdopen(_open_plain(path), "a+b")
 
 
@@ -313,14 +329,30 @@ class Taken(TimeoutError):
     """Another process holds a lock; ``str()`` says which one, where that is known."""
 
 
-# Handles of locks that this process holds.
-_held: set[int] = set()
+# Handles of locks that this process holds, their folders, and what these were then.
+_held: dict[int, tuple[Path, os.stat_result]] = {}
 
 
 def _let_go() -> None:
     """In a process that was forked: a lock is its parent's alone, and ends with that one."""
     while _held:
-        os.close(_held.pop())
+        os.close(_held.popitem()[0])
+
+
+def _check_held(path: Path) -> None:
+    """Refuse to write where a folder that is locked was, as that of a network was in a mount.
+
+    Its folders would be made anew there, and all that follows would be lost to who looks for it.
+    """
+    for folder, about in _held.values():
+        if folder in path.absolute().parents:
+            try:
+                there = os.path.samestat(folder.stat(), about)
+            except FileNotFoundError:
+                there = False
+            if not there:
+                said = "it was unmounted, moved or removed while this process wrote to it"
+                raise FileNotFoundError(errno.ENOENT, said, str(folder))
 
 
 os.register_at_fork(after_in_child=_let_go)
@@ -330,7 +362,8 @@ os.register_at_fork(after_in_child=_let_go)
 def only_writer(lock: Path) -> Iterator[None]:
     """Hold a lock that ends with its holder, however that ends; the file stays and is empty.
 
-    While it is held, the file says by whom.
+    While it is held, the file says by whom, and this process writes below its folder only as long
+    as that is the same one: else a write raises ``FileNotFoundError``.
 
     Args:
         lock: the file, made where there is none. On a file system without locks there is a warning.
@@ -340,12 +373,12 @@ def only_writer(lock: Path) -> Iterator[None]:
         NotPlainFile: it is a link, a FIFO, a device or a socket.
     """
     handle = _lock(lock)
-    _held.add(handle)
+    folder = lock.absolute().parent
+    _held[handle] = folder, folder.stat()
     try:
         yield
     finally:
-        if handle in _held:
-            _held.discard(handle)
+        if _held.pop(handle, None):
             with contextlib.suppress(OSError):
                 os.ftruncate(handle, 0)
             os.close(handle)
@@ -425,7 +458,7 @@ class NpyRows:
 
     def __init__(self, path: Path, width: int) -> None:
         self.width, self.rows = width, 0
-        self._new = _Unfinished(path)
+        self._path, self._new = path, _Unfinished(path)
         self._header_bytes = self._new.file.write(self._header())
 
     def _header(self) -> bytes:
@@ -440,17 +473,19 @@ class NpyRows:
         array = np.ascontiguousarray(np.asarray(rows), dtype="<f4")
         if array.ndim != 2 or array.shape[1] != self.width:
             raise ValueError(f"rows: must be (n, {self.width}) (got {array.shape})")
-        self._new.file.write(array.data)
+        with naming(self._path):
+            self._new.file.write(array.data)
         self.rows += len(array)
 
     def finish(self) -> BinaryIO:
         """Write the number of rows; the whole file, from its beginning, without its name."""
         header = self._header()
         assert len(header) == self._header_bytes
-        self._new.file.seek(0)
-        self._new.file.write(header)
-        self._new.file.flush()
-        self._new.file.seek(0)
+        with naming(self._path):
+            self._new.file.seek(0)
+            self._new.file.write(header)
+            self._new.file.flush()
+            self._new.file.seek(0)
         return self._new.file
 
     def mapped(self) -> NDArray[np.float32]:
@@ -461,7 +496,8 @@ class NpyRows:
     def close(self) -> None:
         """Write the number of rows, and everything to the disk."""
         self.finish()
-        self._new.commit()
+        with naming(self._path):
+            self._new.commit()
 
     def discard(self) -> None:
         """Remove the file, unless it is closed."""

@@ -1,6 +1,9 @@
 import argparse
 import collections
+import contextlib
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +12,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
-from dhcl.files import NpyRows, only_writer
+from dhcl.files import (
+    NpyRows,
+    new_file,
+    only_writer,
+    open_log,
+    write_atomic,
+    writing_folder,
+)
 from dhcl.torch_files import ForeignCode, load_tensors
 
 HOLDER = """
@@ -47,6 +57,60 @@ def test_the_lock_of_a_killed_process_is_free_and_its_file_harmless(holder, tmp_
         pass
     with only_writer(tmp_path / ".lock"):
         pass
+
+
+@pytest.mark.parametrize("beneath", ["nothing", "another folder"])
+def test_a_locked_folder_that_was_taken_away_is_not_made_anew(tmp_path, beneath):
+    """As where one of a network is unmounted: what is written then would be lost beneath it."""
+    run = tmp_path / "run"
+    with writing_folder(run, "proof"):
+        write_atomic(run / "checkpoints" / "last.pt", b"whole")
+        run.rename(tmp_path / "away")
+        if beneath == "another folder":
+            run.mkdir()
+        for write in (lambda path: write_atomic(path, b""), open_log):
+            with pytest.raises(FileNotFoundError, match="it was unmounted, moved or removed") as e:
+                write(run / "checkpoints" / "last.pt")
+            assert e.value.filename == str(run)
+        write_atomic(tmp_path / "elsewhere", b"")
+        assert run.exists() == (beneath == "another folder")
+        assert not run.exists() or not list(run.iterdir())
+        shutil.rmtree(run, ignore_errors=True)
+        (tmp_path / "away").rename(run)
+        write_atomic(run / "checkpoints" / "last.pt", b"again")
+    assert (run / "checkpoints" / "last.pt").read_bytes() == b"again"
+
+
+@contextlib.contextmanager
+def limited_files():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def grow(path):
+    rows = NpyRows(path, 1)
+    try:
+        rows.append(np.ones((1000, 1)))
+        rows.close()
+    finally:
+        rows.discard()
+
+
+def fill(path):
+    with new_file(path) as file:
+        file.write(bytes(4000))
+
+
+@pytest.mark.parametrize("write", [lambda path: write_atomic(path, bytes(4000)), grow, fill])
+def test_a_file_that_can_not_grow_is_named(tmp_path, write):
+    """As on a full disk; the system's own error of a write names none."""
+    with limited_files(), pytest.raises(OSError, match="File too large") as error:
+        write(tmp_path / "file")
+    assert error.value.filename == str(tmp_path / "file")
 
 
 def test_rows_that_grow(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dhcl.errors import CheckpointError
-from dhcl.files import open_log, write_atomic
+from dhcl.files import naming, open_log, write_atomic
 from dhcl.stored import MAX_TEXT, Damaged, parse_json
 from dhcl.training.trackers import Trackers
 from dhcl.words import first_line, show
@@ -39,7 +39,7 @@ class RunLog:
 
         self._path = folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        with open_log(self._path) as file:
+        with naming(self._path), open_log(self._path) as file:
             file.truncate(min(size, file.seek(0, os.SEEK_END)))
             self.entries = _entries(self._path, file)
         # Later steps of an interrupted run are dropped there too.
@@ -53,7 +53,7 @@ class RunLog:
     def add(self, entry: Mapping[str, Any]) -> None:
         """Add the entry of an epoch."""
         self.entries.append(dict(entry))
-        with open_log(self._path) as file:
+        with naming(self._path), open_log(self._path) as file:
             file.write((json.dumps(entry) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
@@ -77,15 +77,17 @@ class RunLog:
             for name, value in row.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, epoch)
-        self._board.flush()
+        with naming(self._folder / "tensorboard"):
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, epoch)
+            self._board.flush()
         if self._trackers:
             self._trackers.log(numbers, epoch)
 
     def close(self) -> None:
         """Finish the TensorBoard file and the loggers' runs."""
-        self._board.close()
+        with naming(self._folder / "tensorboard"):
+            self._board.close()
         if self._trackers:
             self._trackers.close()
 

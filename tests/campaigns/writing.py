@@ -1,20 +1,12 @@
-"""Kills at random moments, many of them; a short form is in the test suite.
-
-    python -m tests.campaigns writers --n 50         # SIGKILLs of each writer of files
-
-Prints what was done as one line of JSON and ends with status 0, or raises at the first wrong thing,
-with the seed that shows it again (`--seed`). Kills are real, of processes that are forked.
-"""
+"""Each writer of files is killed at random moments."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import random
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,9 +34,6 @@ def child(work: Callable[[], object]) -> Iterator[int]:
     finally:
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it had ended by itself"
-
-
-# ---- writers -------------------------------------------------------------------------------------
 
 
 class Numbered:
@@ -175,30 +164,3 @@ def writers(folder: Path, n: int, draw: random.Random) -> dict[str, Any]:
         assert not left, left
         caught[name] = {"kills": n, "in the middle of a file": inside}
     return caught
-
-
-CAMPAIGNS: dict[str, Callable[[Path, int, random.Random], dict[str, Any]]] = {
-    "writers": writers,
-}
-
-
-def campaign(name: str, n: int, seed: int) -> dict[str, Any]:
-    """Run one, in a folder of its own; its figures."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="dhcl-campaign-") as folder:
-        return CAMPAIGNS[name](Path(folder), n, random.Random(seed))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns")
-    parser.add_argument("name", choices=CAMPAIGNS)
-    parser.add_argument("--n", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
-    chosen = parser.parse_args()
-    print(f"seed {chosen.seed}", flush=True)
-    print(json.dumps({chosen.name: campaign(chosen.name, chosen.n, chosen.seed)}))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

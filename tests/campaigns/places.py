@@ -1,0 +1,352 @@
+"""Disks that are full, at each file that is written, and one that is taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.campaigns.accidents import Trainings, read_names, recipes
+from tests.campaigns.processes import Command, import_what
+from tests.dhcl.data.walks import write_walk
+
+# Bytes of the disk: more than anything takes here.
+DISK = 48 << 20
+FILLER = "filler"
+FULL = "No space left|the disk is full|File too large"
+
+
+def mounts() -> bool:
+    """Whether file systems can be mounted, which takes root."""
+    return not os.geteuid() and shutil.which("mount") is not None
+
+
+@contextlib.contextmanager
+def mounted(place: Path, *words: str) -> Iterator[Path]:
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", *words, str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@contextlib.contextmanager
+def disk(folder: Path) -> Iterator[Path]:
+    """A file system of its own; where none can be mounted a folder, with a limit for each file."""
+    place = folder / "disk"
+    if mounts():
+        with mounted(place, "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs"):
+            yield place
+    else:
+        place.mkdir()
+        yield place
+        shutil.rmtree(place)
+
+
+# ---- when a file is opened to be written ---------------------------------------------------------
+
+
+def final_name(path: Path) -> str:
+    """The name that a file will have, without what differs from run to run; one for all images."""
+    parts: list[str] = []
+    for part in path.parts:
+        whole = re.sub(r"^\.(.+)\.partial-.*$", r"\1", part)
+        if whole == part or parts[-1:] != [whole]:  # it may stand beside the folder, or in it
+            parts.append(whole)
+    parts[-1] = re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", parts[-1])
+    parts[-1] = re.sub(r"(events\.out\.tfevents)\..*", r"\1", parts[-1])
+    parts[-1] = re.sub(r"^.*\.(png|jpg)$", r"*.\1", parts[-1]) if len(parts) > 1 else parts[-1]
+    return "/".join(parts)
+
+
+def on_writes(place: Path, act: Callable[[str], object]) -> None:
+    """From here on, call a function whenever this process opens a file there to write."""
+
+    def hook(event: str, about: tuple[Any, ...]) -> None:
+        if event != "open":
+            return
+        path, _, flags = about
+        if isinstance(path, (str, os.PathLike)) and flags & (os.O_WRONLY | os.O_RDWR):
+            file = Path(path)
+            if place in file.parents and file.name != FILLER:
+                act(final_name(file.relative_to(place)))
+
+    sys.addaudithook(hook)
+
+
+def listing(place: Path, names: Path) -> Callable[[], None]:
+    """Prepares a command to list the files that it writes, each time that it opens one."""
+
+    def prepare() -> None:
+        handle = os.open(names, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        on_writes(place, lambda name: os.write(handle, f"{json.dumps(name)}\n".encode()))
+
+    return prepare
+
+
+def filling(place: Path, name: str, time: int, free: int) -> Callable[[], None]:
+    """Prepares a command for a disk that has so much free when it opens this file to write.
+
+    Args:
+        place: where the disk is mounted.
+        name: of the file.
+        time: how many times it was opened before.
+        free: bytes.
+    """
+    left = [time]
+
+    def act(opened: str) -> None:
+        if opened == name:
+            if not left[0]:
+                fill(place, free)
+            left[0] -= 1
+
+    return lambda: on_writes(place, act)
+
+
+def fill(place: Path, free: int) -> None:
+    if not mounts():  # of each file it is then
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+        return
+    handle = os.open(place / FILLER, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(handle, bytes(1 << 20))
+    os.ftruncate(handle, max(os.fstat(handle).st_size - free, 0))
+    os.close(handle)
+
+
+def files_below(place: Path) -> list[Path]:
+    return [path for path in place.rglob("*") if path.is_file() and path.name != FILLER]
+
+
+def bytes_below(place: Path) -> int:
+    return sum(path.stat().st_size for path in files_below(place))
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Writer:
+    """A command, and what it writes.
+
+    Attributes:
+        words: of the command, below this folder of the disk.
+        renews: whether it replaces what it wrote before; else it makes something new.
+    """
+
+    words: Callable[[Path], list[str]]
+    renews: bool = True
+
+
+def commands(run: Path, gallery: Path, walk: Path, features: Path) -> dict[str, Writer]:
+    """All commands that write files, but for trainings."""
+    alone = ["--workers", "0"]
+    reads = ["--query", str(features), "--gallery", str(features)]
+
+    def export(*words: str) -> Callable[[Path], list[str]]:
+        return lambda out: ["export", str(run), *words[:-1], str(out / words[-1])]
+
+    images = ["--features", str(gallery), *alone]
+    boxes = [str(walk / "boxes.txt"), "--frames", str(walk / "img1")]
+    drawn = ["--ids", "4", "--cameras", "2", "--image-size", "32", "16", "--workers", "1"]
+    pictures = [str(gallery), "--run", str(run), *alone]
+    found = {
+        "weights": Writer(export("--weights", "weights.pth")),
+        "weights in safetensors": Writer(export("--weights", "weights.safetensors")),
+        "a folder for the hub": Writer(export("--pretrained", "model")),
+        "features in npz": Writer(export(*images, "--out", "features.npz")),
+        "features in parquet": Writer(export(*images, "--out", "features.parquet")),
+        "labels": Writer(lambda out: ["cluster", str(features), "--out", f"{out}/labels.csv"]),
+        "lists": Writer(lambda out: ["rerank", *reads, "--out", f"{out}/lists.npz"]),
+        "a report": Writer(lambda out: ["report", str(run), "--out", f"{out}/report.html"]),
+        "a comparison": Writer(
+            lambda out: ["compare", str(run), str(run), "--out", f"{out}/compare.html"]
+        ),
+        "crops": Writer(lambda out: ["crops", *boxes, "--out", str(out / "crops")], renews=False),
+        "drawn people": Writer(lambda out: ["synth", str(out / "drawn"), *drawn], renews=False),
+        "drawn people again": Writer(
+            lambda out: ["synth", str(out / "drawn"), *drawn, "--overwrite"]
+        ),
+        "an index": Writer(lambda out: ["index", *pictures, "--out", str(out / "index")], False),
+    }
+    index = run.parent / "index"
+    for kind in ("html", "png"):
+        words = ["search", str(index), str(next(gallery.iterdir())), *alone, f"--{kind}"]
+        found[f"results in {kind}"] = Writer(
+            lambda out, words=words, kind=kind: [*words, f"{out}/found.{kind}"]  # type: ignore[misc]
+        )
+    return found
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(place)): path.read_bytes() for path in files_below(place)}
+
+
+class Attempts:
+    """Commands on disks that are filled while they write, and what came of it."""
+
+    def __init__(self, folder: Path, draw: random.Random) -> None:
+        self.folder, self.draw = folder, draw
+        self.sizes: dict[str, dict[str, int]] = {}
+        self.disks = self.too_small = 0
+
+    def written(self, what: str, words: list[str], place: Path) -> dict[str, int]:
+        """The files that a command writes on a disk with room, and how often each."""
+        names = self.folder / "names"
+        Command(words, listing(place, names)).succeeds()
+        opened = [json.loads(line) for line in names.read_text().splitlines()]
+        there = {final_name(path.relative_to(place)): path for path in files_below(place)}
+        sizes = {name: there[name].stat().st_size for name in opened if name in there}
+        # Locks and what was removed again are empty; more follows them.
+        self.sizes[what] = {name: sizes.get(name) or bytes_below(place) for name in opened}
+        return {name: opened.count(name) for name in opened}
+
+    def fails(self, what: str, words: list[str], place: Path, name: str, times: int) -> bool:
+        """Run it on a disk that is full by then; whether it failed, which it must say why."""
+        room = self.draw.choice([0, self.draw.randrange(self.sizes[what][name])])
+        command = Command(words, filling(place, name, self.draw.randrange(times), room))
+        assert command.ends()
+        self.disks += 1
+        (place / FILLER).unlink(missing_ok=True)
+        if not command.status:
+            return False
+        self.too_small += 1
+        about = f"{what}, {name}, {room} bytes free: {command.said}"
+        assert re.search(FULL, command.said), about
+        assert "Traceback" not in command.said, about
+        assert str(place) in command.said, about
+        assert all(line.startswith("dhcl: ") for line in command.said.splitlines()), about
+        return True
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "files": sum(map(len, self.sizes.values())),
+            "commands": len(self.sizes),
+            "disks": self.disks,
+            "too small": self.too_small,
+        }
+
+
+def disks(folder: Path, n: int, draw: random.Random) -> dict[str, Any]:
+    """For each file that is written, n disks that are full when it is, or a little later.
+
+    The command says so, what was there before is there still, and it succeeds on another disk.
+    """
+    attempts = Attempts(folder, draw)
+    [kind] = recipes(folder, ("dhcl",))
+    training_disks(attempts, kind, folder, n)
+    run, gallery = folder / "whole-dhcl", folder / "pictures" / "bounding_box_test"
+    walk = write_walk(folder / "walk", people=(0, 1), frames=2)
+    features, index = folder / "features.npz", folder / "index"
+    Command(
+        ["export", str(run), "--features", str(gallery), "--out", str(features), "--workers", "0"]
+    ).succeeds()
+    make = ["index", str(gallery), "--run", str(run), "--workers", "0", "--out", str(index)]
+    Command(make).succeeds()
+    for what, writer in commands(run, gallery, walk, features).items():
+        command_disks(attempts, what, writer, n)
+    index_disks(attempts, folder, n)
+    return attempts.result()
+
+
+def training_disks(attempts: Attempts, kind: Trainings, folder: Path, n: int) -> None:
+    with disk(folder) as place:
+        run = place / "run"
+        written = attempts.written("a training", kind.words(run), place)
+        kind.compare(run)
+        for name, times in written.items():
+            for _ in range(n):
+                shutil.rmtree(run)
+                if attempts.fails("a training", kind.words(run), place, name, times):
+                    elsewhere = folder / "elsewhere"
+                    if run.exists():
+                        shutil.copytree(run, elsewhere)
+                    kind.check(elsewhere)
+                    kind.start(run).succeeds()
+                kind.compare(run)
+
+
+def command_disks(attempts: Attempts, what: str, writer: Writer, n: int) -> None:
+    import_what(writer.words(attempts.folder / "other"), attempts.folder)
+    with disk(attempts.folder) as place:
+        if writer.renews:
+            Command(writer.words(place)).succeeds()
+        written = attempts.written(what, writer.words(place), place)
+        assert written or what == "an index", what
+        whole = contents(place)
+        for name, times in written.items():
+            for _ in range(n):
+                if not writer.renews:
+                    shutil.rmtree(next(place.iterdir()))
+                before = contents(place)
+                if attempts.fails(what, writer.words(place), place, name, times):
+                    assert contents(place) == before, (what, name)
+                    Command(writer.words(place)).succeeds()
+                assert contents(place).keys() == whole.keys() or what == "an index"
+    shutil.rmtree(attempts.folder / "other")
+
+
+def index_disks(attempts: Attempts, folder: Path, n: int) -> None:
+    """Images are added to an index on a disk that has too little room for them."""
+    with disk(folder) as place:
+        index = place / "index"
+        shutil.copytree(folder / "index", index)
+        add = ["index", str(folder / "pictures" / "query"), "--add", "--workers", "0"]
+        words = [*add, "--out", str(index)]
+        written = attempts.written("images added to an index", words, place)
+        for name, times in written.items():
+            for _ in range(4 * n):
+                shutil.rmtree(index)
+                shutil.copytree(folder / "index", index)
+                before = read_names(index)
+                if attempts.fails("images added to an index", words, place, name, times):
+                    assert read_names(index) == before
+                    Command(words).succeeds()
+                assert len(read_names(index)) > len(before)
+
+
+# ---- a disk that is taken away -------------------------------------------------------------------
+
+
+def network_folder(folder: Path, n: int, draw: random.Random) -> dict[str, Any]:
+    """Unmount the folder of a run while it is trained, as if the network had gone.
+
+    The command says so and writes nothing in its place; once it is back, the run goes on.
+    """
+    if not mounts():
+        return {"skipped": "only root can mount and unmount a folder"}
+    kinds, server = recipes(folder), folder / "server"
+    server.mkdir()
+    place = folder / "mounted"
+    ended = 0
+    for number in range(n):
+        kind = kinds[number % len(kinds)]
+        run = place / "run"
+        with mounted(place, "--bind", str(server)):
+            command = kind.start(run)
+            command.ends(draw.uniform(0.1, 1) * kind.seconds)
+        assert command.ends()
+        said = command.said
+        if command.status:
+            ended += 1
+            assert "Traceback" not in said, said
+            assert all(line.startswith("dhcl: ") for line in said.splitlines()), said
+            assert str(run) in said, said
+        assert not contents(place), (contents(place).keys(), command.status, said)
+        with mounted(place, "--bind", str(server)):
+            kind.check(run)
+    return {"unmounted": n, "while a run was under way": ended, "runs equal to the undisturbed": n}
