@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from dhcl.inference.index import Index
 from dhcl.training.checkpoint import load_checkpoint
 from PIL import Image, ImageOps
 
-from tests.campaigns.processes import Command, import_what, told
+from tests.campaigns.processes import Command, import_what, on_writes, told
 from tests.campaigns.writing import unfinished
 from tests.dhcl.toy import command_line, options, write_images
 from tests.dhcl.training.test_resume import CHECKPOINT_MINUTES, RECIPES, assert_same, result
@@ -106,17 +107,32 @@ def two_processes(folder: Path, n: int, draw: random.Random) -> dict[str, Any]:
     kinds, run = recipes(folder), folder / "run"
     for number in range(n):
         kind = kinds[number % len(kinds)]
-        if draw.random() < 0.5:
+        if number % 2:  # at the same moment
+            first, second = kind.start(run), kind.start(run)
+        else:  # while the first one is anywhere after its beginning
             kind.start(run).is_killed(draw.uniform(0, kind.seconds))
-        first = kind.start(run)
-        time.sleep(draw.choice([0.0, draw.uniform(0, 0.5) * kind.seconds]))
-        second = kind.start(run)
+            first = kind.start(run, stopping(run, draw.randint(1, 3)))
+            assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
+            second = kind.start(run)
+            assert second.ends()
+            os.kill(first.pid, signal.SIGCONT)
         assert first.ends()
         assert second.ends()
         refused(first, second, r"out: another process( \(\d+ on .+\))? trains in .*; wait for it")
         kind.compare(run)
         shutil.rmtree(run)
     return {"pairs that train": n, "refused": n, **two_indexing(folder, n, draw)}
+
+
+def stopping(run: Path, after: int) -> Callable[[], None]:
+    """Prepares a training to be stopped (SIGSTOP) when it opens a file after so many."""
+    opened = itertools.count()
+
+    def act(name: str) -> None:
+        if next(opened) == after:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return lambda: on_writes(run, act)
 
 
 def refused(first: Command, second: Command, message: str) -> None:

@@ -10,19 +10,17 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.campaigns.accidents import Trainings, read_names, recipes
-from tests.campaigns.processes import Command, import_what
+from tests.campaigns.processes import FILLER, Command, final_name, import_what, on_writes
 from tests.dhcl.data.walks import write_walk
 
 # Bytes of the disk: more than anything takes here.
 DISK = 48 << 20
-FILLER = "filler"
 FULL = "No space left|the disk is full|File too large"
 
 
@@ -55,34 +53,6 @@ def disk(folder: Path) -> Iterator[Path]:
 
 
 # ---- when a file is opened to be written ---------------------------------------------------------
-
-
-def final_name(path: Path) -> str:
-    """The name that a file will have, without what differs from run to run; one for all images."""
-    parts: list[str] = []
-    for part in path.parts:
-        whole = re.sub(r"^\.(.+)\.partial-.*$", r"\1", part)
-        if whole == part or parts[-1:] != [whole]:  # it may stand beside the folder, or in it
-            parts.append(whole)
-    parts[-1] = re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", parts[-1])
-    parts[-1] = re.sub(r"(events\.out\.tfevents)\..*", r"\1", parts[-1])
-    parts[-1] = re.sub(r"^.*\.(png|jpg)$", r"*.\1", parts[-1]) if len(parts) > 1 else parts[-1]
-    return "/".join(parts)
-
-
-def on_writes(place: Path, act: Callable[[str], object]) -> None:
-    """From here on, call a function whenever this process opens a file there to write."""
-
-    def hook(event: str, about: tuple[Any, ...]) -> None:
-        if event != "open":
-            return
-        path, _, flags = about
-        if isinstance(path, (str, os.PathLike)) and flags & (os.O_WRONLY | os.O_RDWR):
-            file = Path(path)
-            if place in file.parents and file.name != FILLER:
-                act(final_name(file.relative_to(place)))
-
-    sys.addaudithook(hook)
 
 
 def listing(place: Path, names: Path) -> Callable[[], None]:
@@ -281,7 +251,9 @@ def training_disks(attempts: Attempts, kind: Trainings, folder: Path, n: int) ->
 
 
 def command_disks(attempts: Attempts, what: str, writer: Writer, n: int) -> None:
-    import_what(writer.words(attempts.folder / "other"), attempts.folder)
+    other = attempts.folder / "other"
+    other.mkdir()
+    import_what(writer.words(other), attempts.folder)
     with disk(attempts.folder) as place:
         if writer.renews:
             Command(writer.words(place)).succeeds()
@@ -297,7 +269,7 @@ def command_disks(attempts: Attempts, what: str, writer: Writer, n: int) -> None
                     assert contents(place) == before, (what, name)
                     Command(writer.words(place)).succeeds()
                 assert contents(place).keys() == whole.keys() or what == "an index"
-    shutil.rmtree(attempts.folder / "other")
+    shutil.rmtree(other)
 
 
 def index_disks(attempts: Attempts, folder: Path, n: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -20,6 +21,8 @@ from dhcl.cli import main as dhcl
 
 # Seconds after which a command is taken for one that never ends.
 LONGEST = 300.0
+# A file that fills a disk, which no command writes.
+FILLER = "filler"
 
 
 class Command:
@@ -132,3 +135,34 @@ def told(work: Callable[[], Any]) -> Any:
         text = told.read()
     assert os.waitpid(pid, 0)[1] == 0
     return json.loads(text)
+
+
+# ---- what a process writes -----------------------------------------------------------------------
+
+
+def final_name(path: Path) -> str:
+    """The name that a file will have, without what differs from run to run; one for all images."""
+    parts: list[str] = []
+    for part in path.parts:
+        whole = re.sub(r"^\.(.+)\.partial-.*$", r"\1", part)
+        if whole == part or parts[-1:] != [whole]:  # it may stand beside the folder, or in it
+            parts.append(whole)
+    parts[-1] = re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", parts[-1])
+    parts[-1] = re.sub(r"(events\.out\.tfevents)\..*", r"\1", parts[-1])
+    parts[-1] = re.sub(r"^.*\.(png|jpg)$", r"*.\1", parts[-1]) if len(parts) > 1 else parts[-1]
+    return "/".join(parts)
+
+
+def on_writes(place: Path, act: Callable[[str], object]) -> None:
+    """From here on, call a function whenever this process opens a file there to write."""
+
+    def hook(event: str, about: tuple[Any, ...]) -> None:
+        if event != "open":
+            return
+        path, _, flags = about
+        if not isinstance(path, int) and flags & (os.O_WRONLY | os.O_RDWR):
+            file = Path(os.fsdecode(path))
+            if place in file.parents and file.name != FILLER:
+                act(final_name(file.relative_to(place)))
+
+    sys.addaudithook(hook)
