@@ -2,7 +2,7 @@
 
     python -m tests.campaigns writers --n 50           # SIGKILLs of each writer of files
     python -m tests.campaigns kills --n 100            # SIGKILLs of trainings, which are resumed
-    python -m tests.campaigns disks --n 2              # full disks, for each file that is written
+    python -m tests.campaigns disks --n 1              # full disks, for each file that is written
     python -m tests.campaigns network-folder --n 20    # the folder of a run is unmounted meanwhile
     python -m tests.campaigns two-processes --n 20     # on one run, and on one index
     python -m tests.campaigns clock --n 10             # one that goes back, and files of the future
