@@ -7,6 +7,7 @@ and is told, and in how a checkpoint holds it; the training itself is the same.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -111,9 +112,9 @@ class Replicated:
         return dict(bank.state_dict())
 
     def load(self, state: dict[str, Any], folder: Path) -> Any:
-        """The memory that :meth:`save` of either layout gave, to the bit."""
+        """The memory that :meth:`keep` of either layout gave, to the bit."""
         if "folder" in state:
-            found = _read_whole(folder / state["folder"], len(self._images), self._dim)
+            found = _read_whole(_place(state, folder), len(self._images), self._dim)
             bank = self.new_bank(len(self._images))
             bank.features.copy_(found["features"])
             bank.skipped.copy_(found["skipped"])
@@ -229,12 +230,13 @@ class Sharded(Replicated):
             part.update(skipped=state["skipped"], labelled=labelled)
             bank.load_state_dict(part)
             return bank
-        from torch.distributed.checkpoint.state_dict_loader import load
+        from dhcl.training.parts import load_parts
 
+        place = _place(state, folder)
         try:
-            load({"bank": bank}, checkpoint_id=folder / state["folder"])
+            load_parts({"bank": bank}, place)
         except Exception as error:  # damaged files raise nearly anything
-            raise _unreadable(folder / state["folder"], error) from error
+            raise _unreadable(place, error) from error
         return bank
 
 
@@ -244,7 +246,7 @@ def _read_whole(folder: Path, rows: int, dim: int) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it can't be read.
     """
-    from torch.distributed.checkpoint.state_dict_loader import load
+    from dhcl.training.parts import load_parts
 
     found = {
         "features": torch.empty(rows, dim),
@@ -256,10 +258,25 @@ def _read_whole(folder: Path, rows: int, dim: int) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             # It says that there is one process, as we do.
             warnings.simplefilter("ignore", UserWarning)
-            load({"bank": found}, checkpoint_id=folder, no_dist=True)
+            load_parts({"bank": found}, folder, alone=True)
     except Exception as error:  # damaged files raise nearly anything
         raise _unreadable(folder, error) from error
     return found
+
+
+def _place(state: Mapping[str, Any], folder: Path) -> Path:
+    """The folder in this one that a checkpoint names as its memory.
+
+    Raises:
+        CheckpointError: it names another place.
+    """
+    name = state["folder"]
+    if not (isinstance(name, str) and re.fullmatch(rf"{_MEMORY}\.\d+", name)):
+        raise CheckpointError(
+            f"checkpoint: the memory must be a folder {_MEMORY}.N in {show(folder)} "
+            f"(got {show(str(name))})"
+        )
+    return folder / name
 
 
 def _memories(folder: Path) -> list[Path]:
@@ -271,7 +288,7 @@ def remove_memories(folder: Path, bank: Mapping[str, Any]) -> None:
     """Remove the memories of earlier checkpoints from their folder, once another one is there.
 
     Args:
-        bank: what :meth:`Replicated.save` of either layout returned for it.
+        bank: what :meth:`Replicated.keep` of either layout returned for it.
     """
     for path in (*_memories(folder), *folder.glob(f"{_PART}*")):
         if path.name != bank.get("folder"):
