@@ -66,7 +66,8 @@ def _said(name: str, error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         return _of_system(error), 1
     if isinstance(error, ModuleNotFoundError) and not _is_ours(error.name):
-        return f"`dhcl {name}` needs {error.name}: pip install 'dhcl[train]'", 2
+        extras = COMMANDS[name].extras
+        return f"`dhcl {name}` needs {error.name}: pip install 'dhcl[{extras}]'", 2
     what = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, MemoryError):
         what = f"there is not enough memory ({first_line(error)})"

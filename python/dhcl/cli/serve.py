@@ -46,7 +46,7 @@ def serve(given: ServeArguments) -> None:
         raise ConfigError(f"max_megabytes: must be from 1 to 256 (got {given.max_megabytes})")
     for needed in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(needed) is None:
-            raise ConfigError(f"`dhcl serve` needs {needed}: pip install 'dhcl[serve]'")
+            raise ConfigError(f"`dhcl serve` needs {needed}: pip install 'dhcl[index,serve]'")
     from dhcl.inference.index import Index
     from dhcl.serve.app import make_app
     from dhcl.serve.gallery import Gallery

@@ -23,11 +23,13 @@ class Command:
         module: in this package.
         function: in that module.
         what: one line for the list of commands.
+        extras: of the package, that have what it needs.
     """
 
     module: str
     function: str
     what: str
+    extras: str = "train"
 
     def load(self) -> Callable[[Any], int | None]:
         """The function. Its module imports nothing heavy, so that help comes at once."""
@@ -62,9 +64,15 @@ COMMANDS = {
     "export": Command(
         "models", "export", "give a model's features, or the model, to other programs"
     ),
-    "index": Command("gallery", "index", "make an index of a folder of images, or change one"),
-    "search": Command("gallery", "search", "find the people of some images in an index"),
-    "serve": Command("serve", "serve", "search an index in a browser, on a page of its own"),
+    "index": Command(
+        "gallery", "index", "make an index of a folder of images, or change one", "train,index"
+    ),
+    "search": Command(
+        "gallery", "search", "find the people of some images in an index", "train,index"
+    ),
+    "serve": Command(
+        "serve", "serve", "search an index in a browser, on a page of its own", "index,serve"
+    ),
     "cluster": Command("features", "cluster", "cluster saved features or a folder of images"),
     "rerank": Command("features", "rerank", "re-rank saved features"),
     "metrics": Command("features", "metrics", "evaluate saved features"),

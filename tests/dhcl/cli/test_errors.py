@@ -4,12 +4,13 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from dhcl import ReID
 from dhcl.cli import main
-from dhcl.cli.table import Command
+from dhcl.cli.table import COMMANDS, Command
 from dhcl.config import ConfigError, TrainConfig, load_config, read_run, with_changes
 from dhcl.data import image_files, load_data
 from dhcl.errors import DataError, as_path
@@ -155,3 +156,18 @@ def test_long_runs_of_digits_in_names(digits, place, tmp_path):
     found = load_data("folder", tmp_path / "bounding_box_train", pattern=pattern).train
     assert len(set(found.ids.tolist())) == 2
     assert len(set(found.cameras.tolist())) == (2 if place == "identity" else 3)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_missing_is_in_the_extras_that_are_named(name, monkeypatch, capsys):
+    def run(self, *_):
+        raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+
+    monkeypatch.setattr(Command, "__call__", run)
+    assert main([name]) == 2
+    said = capsys.readouterr().err
+    extras = COMMANDS[name].extras
+    assert said == f"dhcl: `dhcl {name}` needs pyarrow: pip install 'dhcl[{extras}]'\n"
+    known = Path(__file__).parents[3].joinpath("pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in known for extra in extras.split(","))
+    assert ("index" in extras) == (name in ("index", "search", "serve"))

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 
 import numpy as np
@@ -19,22 +18,10 @@ from dhcl.inference.update import approximate_index, remove_images
 
 from tests.dhcl.inference.gallery.made import WIDTH, batch, make
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 ROWS = 40
 QUERY = torch.eye(WIDTH)[:2]
-
-
-@pytest.fixture(autouse=True)
-def no_waiting():
-    """Whatever hangs fails."""
-
-    def late(*_):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
