@@ -285,7 +285,7 @@ def cluster(
     )
     check_together(op, k1_own, cameras, ranks, self_paced, threshold)
     radii = radii_of(op, eps, eps_gap, self_paced, loose)
-    largest = _graph_radius(op, radii, graph_eps)
+    largest = graph_radius(op, radii, graph_eps)
     min_samples = _checks.integer(op, "min_samples", min_samples, 1)
     rows = _checks.unit_rows(op, "features", features)
     timer = Stages(rows.device)
@@ -349,7 +349,8 @@ class Radii(NamedTuple):
         return self.eps if self.loose is None else self.loose
 
 
-def _graph_radius(op: str, radii: Radii, graph_eps: float | None) -> float:
+def graph_radius(op: str, radii: Radii, graph_eps: float | None) -> float:
+    """The eps that the graph is made for: the largest of DBSCAN's, or a larger one if given."""
     if graph_eps is None:
         return radii.largest
     if (eps := check_eps(op, graph_eps)) < radii.largest:

@@ -15,6 +15,7 @@ from dhcl_ops.clustering import (
     Radii,
     Stages,
     check_together,
+    graph_radius,
     radii_of,
     self_paced_labels,
 )
@@ -191,6 +192,7 @@ def cluster(
     self_paced: bool = False,
     loose: bool = False,
     eps_gap: float = SPCL.eps_gap,
+    graph_eps: float | None = None,
     threshold: float | None = None,
     group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
@@ -208,8 +210,10 @@ def cluster(
         ranks: neighbour lists (n, >= k) of own rows among all rows, best first, or what
             :func:`knn` gave.
         cameras: (n,) int64 of own rows, with ``k1_own``.
-        k1, k2, eps, min_samples, convention, k1_own, self_paced, loose, eps_gap, threshold: as in
+        k1, k2, eps, min_samples, convention, k1_own, self_paced, loose, eps_gap: as in
             :func:`dhcl_ops.cluster`, equal on all ranks.
+        graph_eps, threshold: as there, equal on all ranks. A larger graph has more pairs that are
+            found on a visit and go home; DBSCAN sends as much as without.
         group, progress, traffic: as in :func:`knn`.
 
     Returns:
@@ -223,16 +227,18 @@ def cluster(
     """
     op = "sharded.cluster"
     radii: Radii
+    widest: float
 
     settings = agreed_width(
         features, k1=k1, k2=k2, eps=eps, min_samples=min_samples, convention=convention,
-        self_paced=self_paced, loose=loose, eps_gap=eps_gap, threshold=threshold,
-        ranks=ranks is not None, cameras=cameras is not None, k1_own=k1_own,
+        self_paced=self_paced, loose=loose, eps_gap=eps_gap, graph_eps=graph_eps,
+        threshold=threshold, ranks=ranks is not None, cameras=cameras is not None, k1_own=k1_own,
     )  # fmt: skip
 
     def check() -> torch.Tensor:
-        nonlocal radii
+        nonlocal radii, widest
         radii = radii_of(op, eps, eps_gap, self_paced, loose)
+        widest = graph_radius(op, radii, graph_eps)
         rows = _checks.unit_rows(op, "features", features)
         list_width(op, len(rows), k1, k2, convention)
         _checks.integer(op, "min_samples", min_samples, 1)
@@ -253,23 +259,26 @@ def cluster(
     for radius in radii:
         if radius is not None:
             warn_of_tie(op, radius, k2)
-    return _clustered(rows, uncertified, radii, min_samples, threshold, shards, progress, timer)
+    with shards.stage("pairs"):
+        lines = graph.eps_graph(rows, widest, shards, progress)
+    timer("pairs")
+    known = {"set_entries": len(rows.columns), "uncertified_rows": uncertified}
+    return _clustered(lines, known, radii, min_samples, threshold, shards, timer)
 
 
 def _clustered(
-    rows: Rows,
-    uncertified: int,
+    lines: Rows,
+    known: dict[str, int],
     radii: Radii,
     min_samples: int,
     threshold: float | None,
     shards: Shards,
-    progress: Progress | None,
     timer: Stages,
 ) -> Clustering:
-    """From own weighted sets to labels; self-paced if ``radii`` has a tight one."""
-    with shards.stage("pairs"):
-        lines = graph.eps_graph(rows, radii.largest, shards, progress)
-    timer("pairs")
+    """From own lines of the graph to labels; self-paced if ``radii`` has a tight one.
+
+    ``known`` has the sizes of what came before, the own ``set_entries`` among them.
+    """
     with shards.stage("clusters"):
         several = [
             dbscan(lines, radius, min_samples, shards) for radius in radii if radius is not None
@@ -279,14 +288,14 @@ def _clustered(
         else:
             # Overlaps count rows of all ranks: the labels, of all that there is, are gathered.
             labels, threshold = _self_paced(shards, several, threshold)
-        clusters, outliers, sizes = _counts(labels, lines, rows, shards)
+        clusters, outliers, sizes = _counts(labels, lines, known["set_entries"], shards)
     timer("clusters")
     return Clustering(
         labels=labels,
         num_clusters=clusters,
         num_outliers=outliers,
         seconds=timer.seconds,
-        sizes=sizes | {"uncertified_rows": uncertified},
+        sizes=known | sizes,
         threshold=threshold,
         graph=_csr.sparse_tensor(*lines, shards.total),
         loose_labels=None if radii.loose is None else several[-1],
@@ -294,11 +303,11 @@ def _clustered(
 
 
 def _counts(
-    labels: torch.Tensor, lines: Rows, rows: Rows, shards: Shards
+    labels: torch.Tensor, lines: Rows, set_entries: int, shards: Shards
 ) -> tuple[int, int, dict[str, int]]:
     """Clusters, outliers and sizes, of all ranks."""
     totals = torch.tensor(
-        [[int((labels < 0).sum()), len(lines.values), len(rows.columns)]], device=shards.device
+        [[int((labels < 0).sum()), len(lines.values), set_entries]], device=shards.device
     )
     highest = labels.max()[None] if len(labels) else totals.new_full((1,), -1)
     clusters = int(shards.gather(highest).max()) + 1

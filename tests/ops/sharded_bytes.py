@@ -16,6 +16,7 @@ from scipy.sparse.csgraph import connected_components
 import dhcl_ops
 from dhcl_ops import sharded
 from dhcl_ops._csr import Rows
+from dhcl_ops.defaults import SPCL
 from dhcl_ops.reciprocal import Lists, expanded_sets, expanded_weights, list_width
 from tests.ops.jaccard_data import features_like
 from tests.ops.ranks import on_ranks, own_slice
@@ -33,7 +34,7 @@ def foreign(owner, row, column):
     return (owner[row[beside]] * n + column[beside]).unique() % n
 
 
-def stated(x, world):
+def stated(x, world, graph_eps=None):
     """Bytes by stage that all ranks send, from the numbers of one process (docs/scale.md)."""
     n, d = x.shape
     k, half, k2 = list_width("stated", n, 30, 6, "spcl")
@@ -62,13 +63,15 @@ def stated(x, world):
     weights = torch.ones(len(columns)) / 30
     rows = expanded_weights(lists, Rows(offsets, columns.int(), weights), None)
 
-    found = dhcl_ops.cluster(x)
+    found = dhcl_ops.cluster(x, graph_eps=graph_eps)
     row = torch.arange(n).repeat_interleave(found.graph.crow_indices().diff())
     column = found.graph.col_indices()
     between = int((owner[row] != owner[column]).sum()) // 2
     visiting = visits_of(world) * (4 * n + 8 * len(rows.columns))
     bytes_of["pairs"] = visiting + 12 * between
-    bytes_of["clusters"] = cluster_bytes(found.labels, row, column, owner, world)
+    # DBSCAN looks at the near pairs of a wide graph alone.
+    near = found.graph.values() <= SPCL.eps
+    bytes_of["clusters"] = cluster_bytes(found.labels, row[near], column[near], owner, world)
     return bytes_of
 
 
@@ -92,14 +95,15 @@ def cluster_bytes(labels, row, column, owner, world):
     return total + len(foreign(owner, row[border], column[border])) * (4 + 8)
 
 
-def counted(rank, world, x):
+def counted(rank, world, x, graph_eps):
     """Bytes by stage that this rank sends."""
     traffic = {}
-    sharded.cluster(x[own_slice("even", len(x), rank, world)], traffic=traffic)
+    own = x[own_slice("even", len(x), rank, world)]
+    sharded.cluster(own, graph_eps=graph_eps, traffic=traffic)
     return traffic
 
 
-def compared(x, each):
+def compared(x, each, graph_eps=None):
     """Of each stage the bytes that all ranks sent, and those stated.
 
     The words by which ranks tell each other how much will come are left out, 8 bytes to each other
@@ -107,7 +111,8 @@ def compared(x, each):
     """
     world = len(each)
     return {
-        stage: (sum(one[stage] for one in each), size) for stage, size in stated(x, world).items()
+        stage: (sum(one[stage] for one in each), size)
+        for stage, size in stated(x, world, graph_eps).items()
     }
 
 
@@ -116,12 +121,13 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--rows", type=int, default=2400)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--graph-eps", type=float, default=None)
     options = parser.parse_args()
     x, off = features_like("moderate", options.rows, options.width), 0.0
     for world in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            each = on_ranks(world, Path(folder), counted, x, seconds=300)
-        for stage, (sent, size) in compared(x, each).items():
+            each = on_ranks(world, Path(folder), counted, x, options.graph_eps, seconds=300)
+        for stage, (sent, size) in compared(x, each, options.graph_eps).items():
             off = max(off, abs(sent / size - 1) if size else 0.0)
             print(
                 f"{world} ranks, {stage}: {sent / options.rows:,.1f} bytes a row, "

@@ -22,6 +22,17 @@ CASES = {
     "hubs, self-paced": ("hubs", 500, "uneven", {"self_paced": True}),
     "self-paced, threshold": ("moderate", 500, "even", {"self_paced": True, "threshold": 0.3}),
     "loose": ("moderate", 400, "even", {"loose": True, "eps_gap": 0.1}),
+    "wide graph": ("hard", 300, "uneven", {"graph_eps": 0.9}),
+    "wide graph by camera, self-paced": (
+        "moderate", 150, "one", {"k1": 14, "k1_own": 5, "self_paced": True, "graph_eps": 0.85},
+    ),
+    "wide graph, zhong, loose": (
+        "moderate", 200, "uneven",
+        {"convention": "zhong", "k1": 20, "loose": True, "graph_eps": 0.8},
+    ),
+    "wide graph of fewer rows than ranks": (
+        "clean", 2, "even", {"min_samples": 1, "graph_eps": 0.95},
+    ),
     "duplicates": ("duplicates", 300, "even", {}),
     "no query expansion": ("moderate", 300, "uneven", {"k1": 12, "k2": 1}),
     "zhong": ("moderate", 400, "even", {"convention": "zhong", "k1": 20}),
@@ -31,7 +42,7 @@ CASES = {
     "one rank has all": ("clean", 90, "one", {"k1": 10, "eps": 0.55}),
     "fewer rows than ranks": ("clean", 2, "even", {"min_samples": 1}),
     "no rows": ("clean", 0, "even", {}),
-}
+}  # fmt: skip
 
 
 RANKING_CASES = [("uneven", True, "hits"), ("one", True, "trapezoid"), ("even", False, "hits")]
@@ -119,9 +130,13 @@ def all_cases(rank, world):
         for name, (regime, n, kind, options) in CASES.items()
     }
     x = rows_of("moderate", 600)
+    own = x[own_slice("even", 600, rank, world)]
     traffic = {}
-    found = sharded.cluster(x[own_slice("even", 600, rank, world)], traffic=traffic)
+    found = sharded.cluster(own, traffic=traffic)
     outcome["traffic"] = traffic, found.sizes
+    wide = {}
+    sharded.cluster(own, graph_eps=0.85, traffic=wide)
+    outcome["traffic of a wide graph"] = wide
     # A few rows a block, so that there are several.
     ranking_module._BLOCK_ENTRIES = 160 * 5
     outcome["ranking"] = {case: ranking_differences(rank, world, *case) for case in RANKING_CASES}
@@ -165,9 +180,14 @@ def test_bytes_are_those_of_the_formula(outcomes):
 
 
 def test_every_stage_sends_the_bytes_that_are_stated(outcomes):
-    sent = [outcome["traffic"][0] for outcome in outcomes]
-    for stage, (bytes_sent, stated) in compared(rows_of("moderate", 600), sent).items():
+    x = rows_of("moderate", 600)
+    plain = compared(x, [outcome["traffic"][0] for outcome in outcomes])
+    wide = compared(x, [outcome["traffic of a wide graph"] for outcome in outcomes], 0.85)
+    for stage, (bytes_sent, stated) in (*plain.items(), *wide.items()):
         assert bytes_sent == pytest.approx(stated, rel=0.05), stage
+    # More pairs go home, and nothing else is sent.
+    assert wide["pairs"][0] > plain["pairs"][0]
+    assert wide["clusters"][0] == plain["clusters"][0]
 
 
 def test_the_cases_have_clusters_and_outliers():
