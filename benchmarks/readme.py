@@ -281,11 +281,10 @@ def _sharded(folder: Folder) -> list[str]:
                 format_seconds(row.seconds),
                 _memory(row),
                 inputs.removeprefix("rows of a rank "),
-                traffic.partition(":")[0].removeprefix("sends ").removesuffix(" bytes a row")
-                or NONE,
+                traffic.partition(":")[0].removeprefix("sends ").replace("bytes ", "") or NONE,
             )
         )
-    head = "| rank that takes most | N | | time | memory | its rows | sent, bytes a row |"
+    head = "| rank that takes most | N | | time | memory | its rows | sent, in bytes |"
     return ["", *_table(head, cells)]
 
 
