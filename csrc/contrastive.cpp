@@ -26,6 +26,12 @@ void check_rows(const char* op, const char* name, const Tensor& t, ScalarType dt
   check_contiguous(op, name, t);
 }
 
+void check_kappa(const char* op, const Tensor& kappa, int64_t rows) {
+  check(kappa.scalar_type() == ScalarType::Double && kappa.dim() == 1 && kappa.size(0) == rows &&
+            kappa.is_contiguous(),
+        op, ": kappa must have one float64 per row");
+}
+
 // Contiguous copies stay alive as long as the roles point into them.
 class Roles {
  public:
@@ -202,9 +208,7 @@ std::tuple<Tensor, Tensor> contrastive_finish(const Tensor& state, const Tensor&
   p.num_rows = state.size(0);
   check_rows(op, "state", state, ScalarType::Double, p.num_rows, kStateColumns);
   check_rows(op, "counts", counts, ScalarType::Long, p.num_rows, kCountColumns);
-  check(kappa.scalar_type() == ScalarType::Double && kappa.dim() == 1 &&
-            kappa.size(0) == p.num_rows && kappa.is_contiguous(),
-        op, ": kappa must have one float64 per row");
+  check_kappa(op, kappa, p.num_rows);
   p.aggregation = static_cast<Aggregation>(aggregation);
   check(p.aggregation != Aggregation::kEach || positives.has_value(), op,
         ": the positives' logits are needed");
@@ -402,6 +406,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive(
   check(features.size(1) == proxies.size(1), op, ": features and proxies must have one width");
   check(proxies.size(0) > 0, op, ": at least one proxy is needed");
   check(!one_pass || !proxy_labels, op, ": one pass needs a column per label");
+  check_kappa(op, kappa, features.size(0));
   const Formats formats = formats_of<Device>(features, proxies, fast);
   const Roles roles(op, labels, proxy_labels, row_groups, column_groups, excluded, features.size(0),
                     proxies.size(0));

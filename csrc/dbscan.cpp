@@ -82,6 +82,8 @@ Tensor dbscan(const Tensor& offsets_in, const Tensor& columns_in, const Tensor& 
   const Tensor offsets = torch::stable::contiguous(offsets_in);
   const Tensor columns = torch::stable::contiguous(columns_in);
   const Tensor values = torch::stable::contiguous(values_in);
+  check_length(op, "values", values, columns.size(0));
+  check_lists<Device>(op, "offsets", offsets, columns.size(0));
   const int64_t n = offsets.size(0) - 1;
   const Tensor labels = new_int64(offsets, n);
   // The kernels' scratch; the CPU code needs none of it.

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inverted_index(const 
                                                                           const Tensor& columns,
                                                                           const Tensor& values,
                                                                           double eps) {
-  const Matrix q("inverted_index", offsets, columns, values);
+  const Matrix q(Device(), "inverted_index", offsets, columns, values);
   const int64_t n = q.rows(), nnz = q.nnz();
   const Tensor order = new_int32(q.columns, nnz), prefix = new_int32(q.columns, n);
   const Tensor list_offsets = new_int64(q.columns, n + 1), list_split = new_int64(q.columns, n);
@@ -122,14 +122,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inverted_index(const 
 
 // What inverted_index made of each column, checked and contiguous.
 struct ColumnLists {
-  ColumnLists(const char* op, const Tensor& offsets_in, const Tensor& rows_in,
-              const Tensor& values_in) {
+  template <typename Device>
+  ColumnLists(Device, const char* op, const Tensor& offsets_in, const Tensor& rows_in,
+              const Tensor& values_in, int64_t columns) {
     check_int64(op, "list_offsets", offsets_in);
     check_int32(op, "list_rows", rows_in);
     check_float(op, "list_values", values_in);
+    check_length(op, "list_offsets", offsets_in, columns + 1);
+    check_rank(op, "list_rows", rows_in, 1);
+    check_length(op, "list_values", values_in, rows_in.size(0));
     offsets = torch::stable::contiguous(offsets_in);
     rows = torch::stable::contiguous(rows_in);
     values = torch::stable::contiguous(values_in);
+    check_lists<Device>(op, "list_offsets", offsets, rows.size(0));
   }
   template <typename Params>
   void give_to(Params& p) const {
@@ -356,11 +361,14 @@ NewRows jaccard_join(const Tensor& offsets, const Tensor& columns, const Tensor&
                      const Tensor& list_split_in, const Tensor& list_rows,
                      const Tensor& list_values, double eps, int64_t begin, int64_t end) {
   constexpr const char* op = "jaccard_join";
-  const Matrix q(op, offsets, columns, values);
-  const ColumnLists lists(op, list_offsets, list_rows, list_values);
+  const Matrix q(Device(), op, offsets, columns, values);
+  const ColumnLists lists(Device(), op, list_offsets, list_rows, list_values, q.rows());
   check_int32(op, "order", order_in);
   check_int32(op, "prefix", prefix_in);
   check_int64(op, "list_split", list_split_in);
+  check_length(op, "order", order_in, q.nnz());
+  check_length(op, "prefix", prefix_in, q.rows());
+  check_length(op, "list_split", list_split_in, q.rows());
   const Tensor order = torch::stable::contiguous(order_in);
   const Tensor prefix = torch::stable::contiguous(prefix_in);
   const Tensor list_split = torch::stable::contiguous(list_split_in);
@@ -453,7 +461,7 @@ NewRows mirror_on(Cuda, const Matrix& upper, MirrorParams& p, const Tensor& full
 // The full symmetric matrix from its upper triangle: int64 columns, ascending.
 template <typename Device>
 NewRows mirror_csr(const Tensor& offsets, const Tensor& columns, const Tensor& values) {
-  const Matrix upper("mirror_csr", offsets, columns, values);
+  const Matrix upper(Device(), "mirror_csr", offsets, columns, values);
   const Tensor full_offsets = new_int64(upper.offsets, upper.rows() + 1);
   MirrorParams p{};
   p.full_offsets = int64_out(full_offsets);
@@ -483,8 +491,8 @@ Tensor jaccard_rows(const Tensor& offsets, const Tensor& columns, const Tensor& 
                     const Tensor& list_offsets, const Tensor& list_rows, const Tensor& list_values,
                     int64_t begin, int64_t end) {
   constexpr const char* op = "jaccard_rows";
-  const Matrix q(op, offsets, columns, values);
-  const ColumnLists lists(op, list_offsets, list_rows, list_values);
+  const Matrix q(Device(), op, offsets, columns, values);
+  const ColumnLists lists(Device(), op, list_offsets, list_rows, list_values, q.rows());
   check_range(op, begin, end, q.rows());
   const Tensor distances = torch::stable::new_empty(q.values, {end - begin, q.rows()});
   JaccardRowsParams p{};

@@ -185,6 +185,8 @@ void rank_row(const KnnRankParams& p, int64_t row) {
   int64_t scored = 0;
   for (; scored < kept && value_of(keys[scored]) * p.unscale >= reach; ++scored) {
     const auto index = static_cast<int32_t>(static_cast<uint32_t>(keys[scored]));
+    check(index >= 0 && index < p.num_features, "knn_rank_: indices must be in [0, ",
+          p.num_features, ") (got ", index, " in row ", row, ")");
     keys[scored] = sort_key(dot(query, p.features + index * p.dim, p.dim), index);
   }
   for (; scored < others; ++scored) keys[scored] = sort_key(kNone, -1);

@@ -227,6 +227,9 @@ template <typename T, typename A>
 void mean_of_classes(const SegmentMeanParams& p) {
   std::vector<int64_t> small, giant;
   const auto place = [&](int64_t k) {
+    check(p.offsets[k] >= 0 && p.offsets[k] <= p.offsets[k + 1] && p.offsets[k + 1] <= p.num_rows,
+          "update_segment_mean_: offsets must ascend from 0 up to the number of rows, ", p.num_rows,
+          " (got ", p.offsets[k], " and ", p.offsets[k + 1], " of class ", k, ")");
     (p.offsets[k + 1] - p.offsets[k] < kGiantClass ? small : giant).push_back(k);
   };
   if (p.listed == nullptr) {
@@ -367,10 +370,10 @@ void momentum_update(const Tensor& bank, const Tensor& features, const Tensor& i
   Device::template run<run_momentum_update, launch_momentum_update>(bank, p);
 }
 
-// Checks the class lists that every segment op takes.
-void check_segments(const char* op, const Tensor& rows, const Tensor& members,
+// Checks the class lists that every segment op takes, beside rows or the gradient of the means.
+void check_segments(const char* op, const char* name, const Tensor& rows, const Tensor& members,
                     const Tensor& offsets) {
-  check_rank(op, "rows", rows, 2);
+  check_rank(op, name, rows, 2);
   check_rank(op, "members", members, 1);
   check_rank(op, "offsets", offsets, 1);
   check_int64(op, "members", members);
@@ -383,7 +386,9 @@ void update_segment_mean(const Tensor& means, const Tensor& rows, const Tensor& 
                          const Tensor& offsets, const std::optional<Tensor>& classes,
                          bool normalize, const std::optional<Tensor>& class_of) {
   constexpr const char* op = "update_segment_mean_";
-  check_segments(op, rows, members, offsets);
+  check_segments(op, "rows", rows, members, offsets);
+  check(members.size(0) == rows.size(0), op, ": members must have ", rows.size(0),
+        " elements, one per row (got ", members.size(0), ")");
   check_rank(op, "means", means, 2);
   check_contiguous(op, "means", means);
   check(means.size(0) == offsets.size(0) - 1 && means.size(1) == rows.size(1), op,
@@ -408,6 +413,9 @@ void update_segment_mean(const Tensor& means, const Tensor& rows, const Tensor& 
     check_int64(op, "class_of", *class_of);
     check(class_of->dim() == 1 && class_of->size(0) == rows.size(0), op, ": class_of must have ",
           rows.size(0), " elements (got ", class_of->numel(), ")");
+    // An empty list has no address, and null means that classes are listed.
+    check(!listed.has_value() || rows.size(0) > 0, op, ": rows must be in [0, 0) (got ",
+          p.num_listed, " of them)");
     owners = torch::stable::contiguous(*class_of);
     p.class_of = int64_data(*owners);
   }
@@ -425,6 +433,7 @@ void update_segment_mean(const Tensor& means, const Tensor& rows, const Tensor& 
 
 template <typename Device>
 Tensor segment_mean(const Tensor& rows, const Tensor& members, const Tensor& offsets) {
+  check_segments("segment_mean", "rows", rows, members, offsets);
   Tensor means = torch::stable::new_empty(rows, {offsets.size(0) - 1, rows.size(1)});
   update_segment_mean<Device>(means, rows, members, offsets, std::nullopt, false, std::nullopt);
   return means;
@@ -433,12 +442,13 @@ Tensor segment_mean(const Tensor& rows, const Tensor& members, const Tensor& off
 template <typename Device>
 Tensor segment_mean_backward(const Tensor& grad, const Tensor& members, const Tensor& offsets) {
   constexpr const char* op = "segment_mean_backward";
-  check_segments(op, grad, members, offsets);
+  check_segments(op, "grad", grad, members, offsets);
   check(grad.size(0) == offsets.size(0) - 1, op, ": grad must have ", offsets.size(0) - 1,
         " rows (got ", grad.size(0), ")");
   const Tensor g = torch::stable::contiguous(grad);
   const Tensor m = torch::stable::contiguous(members);
   const Tensor o = torch::stable::contiguous(offsets);
+  check_lists<Device>(op, "offsets", o, m.size(0));
   Tensor out = torch::stable::new_empty(g, {m.size(0), g.size(1)});
   SegmentMeanBackwardParams p{};
   p.grad_rows = out.mutable_data_ptr();
@@ -458,6 +468,7 @@ std::tuple<Tensor, Tensor> class_csr_cpu(const Tensor& labels, int64_t num_class
   constexpr const char* op = "class_csr";
   check_rank(op, "labels", labels, 1);
   check_int64(op, "labels", labels);
+  check(num_classes >= 0, op, ": num_classes must not be negative (got ", num_classes, ")");
   const Tensor l = torch::stable::contiguous(labels);
   const int64_t n = l.size(0);
   const int64_t* label = int64_data(l);

@@ -160,7 +160,7 @@ Tensor pair_dots(const Tensor& features_in, const Tensor& ranks_in,
   check_rank(op, "features", features_in, 2);
   check_float(op, "features", features_in);
   check_ranks(op, ranks_in);
-  const Pattern sets(op, offsets, columns);
+  const Pattern sets(Device(), op, offsets, columns);
   const Tensor features = torch::stable::contiguous(features_in);
   const Tensor ranks = torch::stable::contiguous(ranks_in);
   std::optional<Tensor> similarities;
@@ -169,6 +169,8 @@ Tensor pair_dots(const Tensor& features_in, const Tensor& ranks_in,
     check(similarities_in->dim() == 2 && similarities_in->size(0) == ranks.size(0) &&
               similarities_in->size(1) == ranks.size(1),
           op, ": similarities must have the shape of ranks");
+    check(ranks.size(0) == features.size(0), op, ": ranks must have ", features.size(0),
+          " rows (got ", ranks.size(0), ")");
     similarities = torch::stable::contiguous(*similarities_in);
   }
   const Tensor dots = new_float(features, sets.nnz());
@@ -215,6 +217,7 @@ Tensor softmax_rows(const Tensor& offsets_in, const Tensor& logits_in) {
   check_float(op, "logits", logits_in);
   const Tensor offsets = torch::stable::contiguous(offsets_in);
   const Tensor logits = torch::stable::contiguous(logits_in);
+  check_lists<Device>(op, "offsets", offsets, logits.size(0));
   const Tensor weights = new_float(logits, logits.size(0));
   const SoftmaxParams p{float_out(weights), float_data(logits), int64_data(offsets),
                         offsets.size(0) - 1};
@@ -265,7 +268,11 @@ NewRows query_expand_rows(const Tensor& like, const QueryExpandParams& p) {
   const auto row = [&](Sums& s, int64_t i, Lines& lines) {
     const int32_t* near = p.ranks + i * p.width;
     int64_t entries = 0;
-    for (int64_t q = 0; q < p.k2; ++q) entries += v.size(near[q]);
+    for (int64_t q = 0; q < p.k2; ++q) {
+      check(near[q] >= 0 && near[q] < p.num_rows, "query_expand: ranks must be in [0, ", p.num_rows,
+            ") (got ", near[q], " in row ", i, ")");
+      entries += v.size(near[q]);
+    }
     s.make_room(entries);
     for (int64_t q = 0; q < p.k2; ++q) s.add_row(v, near[q]);
     std::sort(s.found.begin(), s.found.end());
@@ -284,7 +291,7 @@ NewRows query_expand(const Tensor& ranks_in, const Tensor& offsets, const Tensor
                      const Tensor& values, int64_t k2, int64_t begin, int64_t end) {
   constexpr const char* op = "query_expand";
   check_ranks(op, ranks_in);
-  const Matrix weights(op, offsets, columns, values);
+  const Matrix weights(Device(), op, offsets, columns, values);
   const Tensor ranks = torch::stable::contiguous(ranks_in);
   QueryExpandParams p{};
   p.lines.begin = begin;

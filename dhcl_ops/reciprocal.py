@@ -136,7 +136,7 @@ def _pair_dots_reference(
     for start in range(0, len(columns), block):
         row, column = rows[start : start + block], columns[start : start + block].long()
         dots = _sums.sum_elements(features[row] * features[column])
-        if similarities is not None:
+        if similarities is not None and ranks.shape[1]:
             known = ranks[row] == column[:, None]
             place = torch.where(known, torch.arange(ranks.shape[1], device=row.device), -1).amax(1)
             stored = similarities[row].gather(1, place.clamp(min=0)[:, None]).squeeze(1)

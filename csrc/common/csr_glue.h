@@ -23,14 +23,22 @@ inline void check_offsets(const char* op, const Tensor& offsets) {
   check(offsets.size(0) >= 1, op, ": offsets must have one element more than rows (got 0)");
 }
 
+inline void check_length(const char* op, const char* name, const Tensor& t, int64_t length) {
+  check_rank(op, name, t, 1);
+  check(t.size(0) == length, op, ": ", name, " must have ", length, " elements (got ", t.size(0),
+        ")");
+}
+
 // Offsets and columns of a CSR matrix, checked and contiguous.
 struct Pattern {
-  Pattern(const char* op, const Tensor& offsets_in, const Tensor& columns_in) {
+  template <typename Device>
+  Pattern(Device, const char* op, const Tensor& offsets_in, const Tensor& columns_in) {
     check_offsets(op, offsets_in);
     check_rank(op, "columns", columns_in, 1);
     check_int32(op, "columns", columns_in);
     offsets = torch::stable::contiguous(offsets_in);
     columns = torch::stable::contiguous(columns_in);
+    check_lists<Device>(op, "offsets", offsets, nnz());
   }
   int64_t rows() const { return offsets.size(0) - 1; }
   int64_t nnz() const { return columns.size(0); }
@@ -39,10 +47,12 @@ struct Pattern {
 
 // With values beside the columns.
 struct Matrix : Pattern {
-  Matrix(const char* op, const Tensor& offsets_in, const Tensor& columns_in,
+  template <typename Device>
+  Matrix(Device device, const char* op, const Tensor& offsets_in, const Tensor& columns_in,
          const Tensor& values_in)
-      : Pattern(op, offsets_in, columns_in) {
+      : Pattern(device, op, offsets_in, columns_in) {
     check_float(op, "values", values_in);
+    check_length(op, "values", values_in, nnz());
     values = torch::stable::contiguous(values_in);
   }
   // Fills the pointers of a parameter struct.

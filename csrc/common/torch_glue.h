@@ -98,6 +98,21 @@ struct Cpu {
   }
 };
 
+// Checks offsets of lists, contiguous and one more than lists, against the number of entries. What
+// they hold is looked at on the CPU alone: on CUDA that would wait for the device.
+template <typename Device>
+void check_lists(const char* op, const char* name, const Tensor& offsets, int64_t entries) {
+  if constexpr (!Device::kCuda) {
+    const int64_t* offset = int64_data(offsets);
+    const int64_t lists = offsets.size(0) - 1;
+    bool ascend = offset[0] >= 0;
+    for (int64_t i = 0; i < lists; ++i) ascend &= offset[i] <= offset[i + 1];
+    check(ascend && offset[lists] <= entries, op, ": ", name,
+          " must ascend from 0 up to the number of entries, ", entries, " (got ", offset[lists],
+          " at the end)");
+  }
+}
+
 #ifdef DHCL_CUDA
 // Makes the tensor's device current for the scope and holds PyTorch's current stream on it.
 class CudaScope {
