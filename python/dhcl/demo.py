@@ -16,7 +16,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from dhcl.config import ConfigError, TrainConfig, flat_options, preset, read_run
 from dhcl.files import write_atomic
 from dhcl.metrics import RANKS
 from dhcl.stored import read_json
-from dhcl.synth.progress import draw, drawn_with
+from dhcl.synth.progress import draw_once, refuse_others
 from dhcl.words import duration, first_line, show
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def _write_pages(demo: Demo) -> None:
 
 
 def _draw_once(demo: Demo) -> None:
-    """The pedestrians, unless they are there from a demo that was stopped."""
+    """The pedestrians and their picture, unless they are there from a demo that was stopped."""
     wanted = {
         "ids": demo.ids,
         "cameras": demo.cameras,
@@ -289,24 +289,8 @@ def _draw_once(demo: Demo) -> None:
         "camera_gap": demo.camera_gap,
         "seed": demo.data_seed,
     }
-    if demo.root.exists():
-        _refuse_others(demo.root, drawn_with(demo.root), wanted)
-        return
     sheet = demo.out / "people.png"
-    summary = draw(demo.root, sheet=sheet, workers=os.cpu_count() or 1, **wanted)
-    tqdm.write(
-        f"drawn: {summary.train_images} images of {summary.train_ids} people; see {show(sheet)}"
-    )
-
-
-def _refuse_others(there: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` if what a folder holds was made with other options."""
-    others = [f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
-    if others:
-        raise ConfigError(
-            f"out: {there} is of a demo with other options ({'; '.join(others)}); choose another "
-            "--out, or remove it"
-        )
+    draw_once(demo.root, sheet=sheet, workers=os.cpu_count() or 1, **wanted)
 
 
 def _options(demo: Demo, name: str, seed: int) -> TrainConfig:
@@ -339,7 +323,7 @@ def _train(config: TrainConfig) -> Trained | None:
     if file.exists():
         # The folder may have been moved since.
         wanted = {k: v for k, v in flat_options(config).items() if k not in ("root", "out")}
-        _refuse_others(config.run, flat_options(read_run(config.run)), wanted)
+        refuse_others(config.run, flat_options(read_run(config.run)), wanted)
     if (config.run / "metrics.json").exists():
         return None
     return train(config, resume=file.exists(), quiet=True)

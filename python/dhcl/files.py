@@ -13,6 +13,7 @@ import errno
 import fcntl
 import io
 import json
+import logging
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +44,7 @@ __all__ = [
     "open_log",
     "replacing",
     "sync_files",
+    "waiting_for",
     "write_atomic",
     "write_together",
     "writing_folder",
@@ -50,6 +53,9 @@ __all__ = [
 # Bytes of a write, so that an error comes soon after the disk is full.
 _PIECE = 1 << 20
 
+
+LONG = 60.0
+"""Seconds that a file or folder may keep a process waiting before it is named."""
 
 # Names that are tried for a file which is not whole yet.
 _TRIES = 100
@@ -66,6 +72,30 @@ class NotPlainFile(DHCLError, OSError):
 
     def __str__(self) -> str:
         return f"{show(self.filename)}: {self.strerror}"
+
+
+@contextlib.contextmanager
+def waiting_for(place: Path, seconds: float | None = None) -> Iterator[None]:
+    """Name a file or folder, once, that keeps the block waiting for longer than this, or ``LONG``.
+
+    The system gives no error where the server of a network folder hangs, and what waits for it
+    can't be interrupted from here; so it is said, by a thread of its own.
+    """
+    seconds = LONG if seconds is None else seconds
+    timer = threading.Timer(seconds, _say_waiting, (place, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say_waiting(place: Path, seconds: float) -> None:
+    logging.getLogger(__name__).warning(
+        f"warning: {show(place)} has kept this process waiting for {seconds:g} s; its disk or "
+        "network folder is slow, or has stopped answering"
+    )
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
@@ -89,13 +119,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     As :func:`write_atomic`; an exception of any kind leaves the old file and nothing beside it.
     """
-    new = _Unfinished(path)
-    try:
-        with naming(path):
-            yield new.file
-            new.commit()
-    finally:
-        new.discard()
+    with waiting_for(path):
+        new = _Unfinished(path)
+        try:
+            with naming(path):
+                yield new.file
+                new.commit()
+        finally:
+            new.discard()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from dhcl.config import TrainConfig, preset, with_changes
-from dhcl.synth.progress import draw
+from dhcl.synth.progress import draw_once
 from dhcl.words import show
 
 __all__ = ["Pretrain", "pretrain"]
@@ -89,24 +89,18 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     from dhcl.training.runs import train  # not needed for the help
 
     config = options.options()
-    root = options.out / "data"
-    if not root.exists():
-        sheet = options.out / "people.png"
-        drawn = draw(
-            root,
-            sheet=sheet,
-            ids=options.ids,
-            cameras=options.cameras,
-            images_per_camera=options.images_per_camera,
-            image_size=options.image_size,
-            junk=0,
-            distractors=0,
-            seed=options.seed,
-            workers=max(options.workers, 1),
-        )
-        tqdm.write(
-            f"drawn: {drawn.train_images} images of {drawn.train_ids} people; see {show(sheet)}"
-        )
+    draw_once(
+        options.out / "data",
+        sheet=options.out / "people.png",
+        workers=max(options.workers, 1),
+        ids=options.ids,
+        cameras=options.cameras,
+        images_per_camera=options.images_per_camera,
+        image_size=list(options.image_size),
+        junk=0,
+        distractors=0,
+        seed=options.seed,
+    )
     resume = (config.run / "config.yaml").exists()
     metrics = train(config, resume=resume, drawn=True).metrics
     last = options.out / "checkpoints" / "last.pt"

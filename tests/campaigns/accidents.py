@@ -56,7 +56,7 @@ class Trainings:
         config = options(self.pictures, run, self.recipe, **self.changes)
         best = run / "checkpoints" / "best.pt"
         metrics = json.loads((run / "metrics.json").read_text())
-        return result(config), metrics, load_checkpoint(best) if best.exists() else None
+        return result(config.run), metrics, load_checkpoint(best) if best.exists() else None
 
     def check(self, run: Path) -> None:
         """Go on to the end, compare, and remove the run."""

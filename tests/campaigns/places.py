@@ -18,6 +18,7 @@ from typing import Any
 from tests.campaigns.accidents import Trainings, read_names, recipes
 from tests.campaigns.processes import FILLER, Command, final_name, import_what, on_writes
 from tests.dhcl.data.walks import write_walk
+from tests.dhcl.training.test_resume import assert_same, result
 
 # Bytes of the disk: more than anything takes here.
 DISK = 48 << 20
@@ -136,6 +137,7 @@ def commands(run: Path, gallery: Path, walk: Path, features: Path) -> dict[str, 
     pictures = [str(gallery), "--run", str(run), *alone]
     found = {
         "weights": Writer(export("--weights", "weights.pth")),
+        "a network in ONNX": Writer(export("--onnx", "model.onnx")),
         "weights in safetensors": Writer(export("--weights", "weights.safetensors")),
         "a folder for the hub": Writer(export("--pretrained", "model")),
         "features in npz": Writer(export(*images, "--out", "features.npz")),
@@ -230,6 +232,8 @@ def disks(folder: Path, n: int, draw: random.Random) -> dict[str, Any]:
     for what, writer in commands(run, gallery, walk, features).items():
         command_disks(attempts, what, writer, n)
     index_disks(attempts, folder, n)
+    for what, words in trainings_on_drawn_people().items():
+        drawn_disks(attempts, what, words, n)
     return attempts.result()
 
 
@@ -289,6 +293,44 @@ def index_disks(attempts: Attempts, folder: Path, n: int) -> None:
                     assert read_names(index) == before
                     Command(words).succeeds()
                 assert len(read_names(index)) > len(before)
+
+
+def trainings_on_drawn_people() -> dict[str, Callable[[Path], list[str]]]:
+    """Commands that draw people, train on them and may go on where they were stopped."""
+    small = ["--ids", "8", "--cameras", "2", "--image-size", "32", "16"]
+    small += ["--epochs", "1", "--iterations", "2"]
+    return {
+        "a demo": lambda out: ["demo", "--out", str(out), *small, "--images-per-camera", "3"],
+        "a pretraining": lambda out: ["pretrain", str(out), *small, "--workers", "0"],
+    }
+
+
+def drawn_disks(attempts: Attempts, what: str, words: Callable[[Path], list[str]], n: int) -> None:
+    """The same command goes on, and all is there then: people, their picture, scores, the model."""
+    other = attempts.folder / "other"
+    import_what(words(other), attempts.folder)
+    shutil.rmtree(other)
+    with disk(attempts.folder) as place:
+        out = place / "out"
+        written = attempts.written(what, words(out), place)
+        whole = outcome_of_drawn(out)
+        for name, times in written.items():
+            for _ in range(n):
+                shutil.rmtree(out)
+                attempts.fails(what, words(out), place, name, times)
+                Command(words(out)).succeeds()
+                assert_same(outcome_of_drawn(out), whole)
+
+
+def outcome_of_drawn(out: Path) -> Any:
+    """What such a command leaves, but for times and what has them in it."""
+    said = [json.loads(path.read_text()) for path in sorted(out.rglob("*.json"))]
+    for about in said:
+        about.pop("minutes", None)
+    drawn = {k: data for k, data in contents(out).items() if k.endswith((".jpg", ".png"))}
+    states = [result(path.parent.parent) for path in sorted(out.rglob("last.pt"))]
+    names = {final_name(path.relative_to(out)) for path in files_below(out)}
+    return sorted(names), said, drawn, states
 
 
 # ---- a disk that is taken away -------------------------------------------------------------------

@@ -32,9 +32,19 @@ def test_drawn_identities_are_learned(pretrained):
 def test_it_goes_on_where_it_was_stopped(pretrained):
     given, _ = pretrained
     longer = dataclasses.replace(given, epochs=3)
+    sheet = given.out / "people.png"
+    drawn = sheet.read_bytes()
+    sheet.unlink()  # as where the disk was full after the people
     pretrain(longer)
+    assert sheet.read_bytes() == drawn
     state = torch.load(given.out / "checkpoints" / "last.pt", weights_only=True)
     assert state["progress"]["epoch"] == 3
+
+
+def test_it_does_not_go_on_with_other_people(pretrained):
+    given, _ = pretrained
+    with pytest.raises(ConfigError, match=r"made with other options \(ids 8, not 10\)"):
+        pretrain(dataclasses.replace(given, ids=10))
 
 
 def test_a_training_starts_from_the_weights(pretrained, tmp_path):

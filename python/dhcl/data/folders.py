@@ -23,6 +23,7 @@ from dhcl.data.description import reid_data
 from dhcl.data.lists import ImageList, Integers, ReIDData, identifier
 from dhcl.data.paths import Paths
 from dhcl.errors import ConfigError, DataError, as_path
+from dhcl.files import waiting_for
 from dhcl.words import counted, first_ones, show
 
 __all__ = [
@@ -66,6 +67,11 @@ def look_below(folder: Path) -> tuple[Paths, Counter[str]]:
 
     Hidden files and what macOS leaves are skipped.
     """
+    with waiting_for(folder):
+        return _look_below(folder)
+
+
+def _look_below(folder: Path) -> tuple[Paths, Counter[str]]:
     runs: list[_Run] = []
     others: Counter[str] = Counter()
     seen: set[str] = set()
@@ -121,7 +127,9 @@ def image_files(folder: str | Path) -> list[Path]:
         DataError: no such folder, or no images in it.
     """
     folder = as_path("images", folder)
-    if not folder.is_dir():
+    with waiting_for(folder):
+        is_folder = folder.is_dir()
+    if not is_folder:
         what = "a file" if folder.exists() else "nothing"
         raise DataError(f"images: must be a folder (got {what} at {show(folder)})")
     files, others = look_below(folder)

@@ -19,6 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from dhcl.data.limits import check_header, check_size, read_file
 from dhcl.data.lists import ImageList
 from dhcl.errors import DataError
+from dhcl.files import waiting_for
 from dhcl.stored import IMAGE_FORMATS
 from dhcl.words import first_line, first_ones, show
 
@@ -269,7 +270,9 @@ def check_images(
             # In blocks, so that Ctrl-C has little to wait for.
             for start in range(0, len(images), 256):
                 block = images.paths[start : start + 256]
-                for place, reason in enumerate(pool.map(_problem, block)):
+                with waiting_for(block[0].parent):
+                    reasons = list(pool.map(_problem, block))
+                for place, reason in enumerate(reasons):
                     if reason is not None:
                         bad.append(BadImage(split, block[place], reason))
                         left[start + place] = False

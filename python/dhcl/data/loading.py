@@ -10,6 +10,7 @@ import math
 import mmap
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -78,6 +79,11 @@ class _Images(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def place(self) -> Path | None:
+        """A folder that images are read from."""
+        return self.images.paths[0].parent if len(self.images) else None
 
     def _pixels(self, index: int) -> torch.Tensor:
         path = self.images.paths[index]
@@ -202,6 +208,7 @@ def _loader(
         dataset,
         batches,
         seconds=seconds,
+        place=getattr(dataset, "place", None),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,

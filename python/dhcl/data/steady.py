@@ -15,12 +15,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
 from dhcl.errors import WorkerLost
+from dhcl.files import waiting_for
+from dhcl.words import show
 
 __all__ = ["SteadyLoader"]
 
@@ -38,6 +41,7 @@ class SteadyLoader(DataLoader[T]):
         dataset: with items by their keys.
         batches: lists of keys; the same ones each time it is iterated over.
         seconds: how long a batch is waited for.
+        place: where the images are, for messages; None where they are in no file.
         options: others of :class:`torch.utils.data.DataLoader`.
 
     Iterating raises:
@@ -45,10 +49,16 @@ class SteadyLoader(DataLoader[T]):
     """
 
     def __init__(
-        self, dataset: Any, batches: Iterable[Any], *, seconds: float, **options: Any
+        self,
+        dataset: Any,
+        batches: Iterable[Any],
+        *,
+        seconds: float,
+        place: Path | None = None,
+        **options: Any,
     ) -> None:
         self._own: set[Any] = set()
-        self._seconds = seconds
+        self._seconds, self._place = seconds, place
         self._asked: float | None = None  # since when a batch is waited for
         self._overdue = self._lost = False
         super().__init__(dataset, batch_sampler=_Rest(batches), **options)
@@ -67,13 +77,19 @@ class SteadyLoader(DataLoader[T]):
                         raise
                     if done == len(self):  # it had nothing left to do
                         return
-                    how = f"no answer for {self._seconds:g} s" if self._overdue else str(error)
+                    how = self._no_answer() if self._overdue else str(error)
                     what = f"a process that loads images was lost ({how.strip()})"
                     if lost > _MOST:
                         advice = "fewer workers take less memory, of the shared kind too"
+                        if self._overdue:
+                            advice = "the disk or network folder is slow, or has stopped answering"
                         raise WorkerLost(f"{what}, the {lost}th in one pass; {advice}") from error
                     text = f"warning: {what}; new ones go on from batch {done + 1} of {len(self)}"
                     logging.getLogger(__name__).warning(text)
+
+    def _no_answer(self) -> str:
+        reading = "" if self._place is None else f" while it reads from {show(self._place)}"
+        return f"no answer for {self._seconds:g} s{reading}"
 
     def _from(self, first: int) -> Iterator[Any]:
         """The batches from this one on; of those that are lost no process is left."""
@@ -111,10 +127,16 @@ class SteadyLoader(DataLoader[T]):
                 )
         self._asked = time.monotonic()
         try:
-            with _deaths.heeded():
+            with _deaths.heeded(), self._named_if_slow():
                 return next(batches, None)
         finally:
             self._asked = None
+
+    def _named_if_slow(self) -> contextlib.AbstractContextManager[None]:
+        """What this process reads itself can't be given up, but it can be named."""
+        if self._own or self._place is None:
+            return contextlib.nullcontext()
+        return waiting_for(self._place, self._seconds)
 
     def _tells_of_death(self, error: Exception) -> bool:
         """Whether one of the processes is dead, and not only its answer an error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from dhcl.data import image_files
 from dhcl.data.folders import IMAGE_SUFFIXES
 from dhcl.data.images import as_pixels
 from dhcl.errors import DataError
+from dhcl.files import waiting_for
 from dhcl.words import first_ones, show
 
 __all__ = [
@@ -124,6 +126,11 @@ class Source(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def place(self) -> Path | None:
+        """A folder that images are read from; None where the first one is in memory."""
+        return _place(self._images)
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
         if index not in self._skip:
             try:
@@ -139,11 +146,18 @@ def missing_files(images: Sequence[Any]) -> list[tuple[int, str]]:
     """Files that are not there."""
     if isinstance(images, (torch.Tensor, np.ndarray)):
         return []
-    return [
-        (index, "no such file")
-        for index, image in enumerate(images)
-        if isinstance(image, (str, os.PathLike)) and not Path(image).expanduser().exists()
-    ]
+    place = _place(images)
+    with waiting_for(place) if place else contextlib.nullcontext():
+        return [
+            (index, "no such file")
+            for index, image in enumerate(images)
+            if isinstance(image, (str, os.PathLike)) and not Path(image).expanduser().exists()
+        ]
+
+
+def _place(images: Sequence[Any]) -> Path | None:
+    first = images[0] if len(images) else None
+    return Path(first).parent if isinstance(first, (str, os.PathLike)) else None
 
 
 def bad_images(images: Sequence[Any], bad: list[tuple[int, str]]) -> DataError:

@@ -5,11 +5,16 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from dhcl.data import EvalImages, ImageList, check_images, eval_loader, image_files
 from dhcl.data.steady import SteadyLoader
-from dhcl.errors import WorkerLost
+from dhcl.errors import DataError, WorkerLost
+from dhcl.files import write_atomic
+
+from tests.dhcl.hanging import hanging, needs_mount, release
 
 
 class Numbers:
@@ -97,3 +102,41 @@ def test_it_may_be_left_and_begun_again():
             assert batch[0, 0] == 0
             break
     assert [batch[0, 0].item() for batch in loader] == list(range(0, 24, 2))
+
+
+@needs_mount
+def test_a_folder_that_hangs_is_named(tmp_path, caplog):
+    """Processes that wait for it are replaced in vain, and then it is an error."""
+    images = ImageList([tmp_path / "a.png"], [0], [0])
+    loader = eval_loader(EvalImages(images, torch.Tensor.float), workers=1, seconds=0.5)
+    with hanging(tmp_path), pytest.raises(WorkerLost, match="is slow, or has stopped") as raised:
+        list(loader)
+    assert f"(no answer for 0.5 s while it reads from {tmp_path})" in str(raised.value)
+    assert caplog.text.count("new ones go on from batch 1 of 1") == 3
+    assert not multiprocessing.active_children()
+
+
+@needs_mount
+@pytest.mark.parametrize("work", ["load", "check", "look", "write"])
+def test_the_process_says_what_it_waits_for_itself(work, tmp_path, caplog, monkeypatch):
+    """It can't give up, and goes on when the folder is back, here with an error."""
+    monkeypatch.setattr("dhcl.files.LONG", 0.1)
+    images = ImageList([tmp_path / "a.png"], [0], [0])
+    works = {
+        "load": lambda: list(eval_loader(EvalImages(images, torch.Tensor.float), seconds=0.1)),
+        "check": lambda: check_images({"train": images}),
+        "look": lambda: image_files(tmp_path),
+        "write": lambda: write_atomic(tmp_path / "file", b"some"),
+    }
+    with hanging(tmp_path), ThreadPoolExecutor(1) as pool:
+        try:
+            done = pool.submit(works[work])
+            for _ in range(100):
+                if "has kept this process waiting for 0.1 s; its disk" in caplog.text:
+                    break
+                time.sleep(0.05)
+            assert not done.done()
+            assert str(tmp_path) in caplog.text
+        finally:
+            release(tmp_path)
+        assert isinstance(done.exception(10), (OSError, DataError))

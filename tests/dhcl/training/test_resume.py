@@ -44,14 +44,14 @@ def finish(config, resume=False):
     assert process.exitcode == 0
 
 
-def result(config):
+def result(run):
     """All that a run leaves that could differ, without times."""
-    state = load_checkpoint(config.run / "checkpoints" / "last.pt")
+    state = load_checkpoint(run / "checkpoints" / "last.pt")
     state["progress"].pop("seconds")
     state["progress"].pop("entry")
     state.pop("log_size")
     entries = []
-    for line in (config.run / "log.jsonl").read_text().splitlines():
+    for line in (run / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
         entry.pop("seconds")
         entries.append(entry)
@@ -103,7 +103,7 @@ def uninterrupted(request, pictures, tmp_path_factory):
     changes = {**RECIPES[request.param], "checkpoint_minutes": CHECKPOINT_MINUTES}
     config = options(pictures, folder / "run", request.param, **changes)
     finish(config)
-    return request.param, changes, result(config)
+    return request.param, changes, result(config.run)
 
 
 def test_killed_mid_epoch_it_goes_on_to_the_same_bits(uninterrupted, pictures, tmp_path):
@@ -124,7 +124,7 @@ def test_killed_mid_epoch_it_goes_on_to_the_same_bits(uninterrupted, pictures, t
     assert at["iteration"] > 0
     assert at["epoch"] < config.epochs
     finish(config, resume=True)
-    assert_same(result(config), expected)
+    assert_same(result(config.run), expected)
 
 
 def test_killed_at_random_times_it_goes_on_to_the_same_bits(uninterrupted, pictures, tmp_path):
@@ -150,7 +150,7 @@ def test_killed_at_random_times_it_goes_on_to_the_same_bits(uninterrupted, pictu
         kills += 1
     assert kills
     finish(config, resume=(config.run / "config.yaml").exists())
-    assert_same(result(config), expected)
+    assert_same(result(config.run), expected)
 
 
 def test_killed_while_writing_a_checkpoint_the_one_before_is_whole(pictures, tmp_path):
@@ -176,7 +176,7 @@ def test_killed_while_writing_a_checkpoint_the_one_before_is_whole(pictures, tmp
             break
     assert hits
     finish(config, resume=(config.run / "config.yaml").exists())
-    assert_same(result(config), result(whole))
+    assert_same(result(config.run), result(whole.run))
 
 
 def test_a_killed_worker_changes_no_bit(pictures, tmp_path, monkeypatch, caplog):
@@ -198,7 +198,7 @@ def test_a_killed_worker_changes_no_bit(pictures, tmp_path, monkeypatch, caplog)
     train(whole, quiet=True)
     train(config, quiet=True)
     assert len(killed) == caplog.text.count("a process that loads images was lost") == 2
-    assert_same(result(config), result(whole))
+    assert_same(result(config.run), result(whole.run))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -261,7 +261,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pictures, tmp_path, moment)
     else:
         assert (at["epoch"], at["iteration"]) == (1, config.batches.iterations)
     finish(config, resume=True)
-    assert_same(result(config), result(whole))
+    assert_same(result(config.run), result(whole.run))
 
 
 def test_a_checkpoint_of_the_format_before_goes_on_to_the_same_bits(pictures, tmp_path):
@@ -285,7 +285,7 @@ def test_a_checkpoint_of_the_format_before_goes_on_to_the_same_bits(pictures, tm
     assert state["progress"].pop("dropped")
     save_checkpoint(checkpoint, {**state, "format": 1})
     finish(config, resume=True)
-    assert_same(result(config), result(whole))
+    assert_same(result(config.run), result(whole.run))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(pictures, tmp_path):
@@ -303,7 +303,7 @@ def test_more_epochs_can_be_added(pictures, tmp_path):
     finish(options(pictures, tmp_path / "run", epochs=2))
     longer = options(pictures, tmp_path / "run", epochs=3)
     finish(longer, resume=True)
-    assert_same(result(longer), result(whole))
+    assert_same(result(longer.run), result(whole.run))
 
 
 def test_other_training_images_are_refused(pictures, tmp_path):
