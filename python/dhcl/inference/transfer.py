@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,12 @@ def index_features(
             f"features: {show(found.file)} names {who}, and {show(model.run)}, {model.which}, is "
             f"{model.id[:12]}; features of two models can't be compared"
         )
+    if found.values.shape[1] != model.dim:
+        raise DataError(
+            f"features: {show(found.file)} must have {model.dim} columns, as many as the model "
+            f"gives (got {found.values.shape[1]})"
+        )
+    _check_rows(found, found.paths)
     paths = [os.path.join(os.path.abspath(found.file.parent), path) for path in found.paths]
     if len(set(paths)) != len(paths):
         raise DataError(f"features: {show(found.file)} has a path twice")
@@ -96,6 +102,23 @@ def index_features(
     )
     with creating(folder, about) as writer:
         return writer.insert(_batches(found, paths, root, model.id))
+
+
+def _check_rows(found: Features, paths: Sequence[str]) -> None:
+    """Refuse features without a direction, and what names no image that an index could hold."""
+    wrong = unit_rows(found.values)[1]
+    if len(wrong):
+        raise DataError(
+            f"features: {show(found.file)} must have rows of a length above 0 (got 0 in row "
+            f"{int(wrong[0])}, {len(wrong):,} such rows)"
+        )
+    for row, path in enumerate(paths):
+        parts = PurePath(path).parts
+        if not parts or ".." in parts or "\0" in path:
+            raise DataError(
+                f"features: {show(found.file)} must name images below its folder, or in full (got "
+                f"{show(repr(path))} in row {row})"
+            )
 
 
 def _batches(found: Features, paths: list[str], root: str, model: str) -> Iterator[Any]:

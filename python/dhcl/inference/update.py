@@ -15,12 +15,11 @@ from dhcl.errors import ConfigError, as_path
 from dhcl.inference.changes import Update, add, change, listed, remove, renew_neighbours
 from dhcl.inference.gallery.lance import build_approximate, compact, replacing_old
 from dhcl.inference.gallery.old import read_old
-from dhcl.inference.gallery.places import Address, creating, is_folder
+from dhcl.inference.gallery.places import Address, creating, is_folder, show_address
 from dhcl.inference.gallery.schema import About, arrow_batch
 from dhcl.inference.gallery.store import BLOCK, Recall
 from dhcl.inference.index import Index
 from dhcl.inference.reid import ReID
-from dhcl.words import show
 
 __all__ = [
     "Update",
@@ -184,7 +183,7 @@ def check_folder(name: str, address: Address) -> Path:
         ConfigError: another address.
     """
     if not is_folder(address):
-        raise ConfigError(f"{name}: is for indexes in folders (got {show(os.fspath(address))})")
+        raise ConfigError(f"{name}: is for indexes in folders (got {show_address(address)})")
     return as_path("index", address)
 
 

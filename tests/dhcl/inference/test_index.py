@@ -555,6 +555,40 @@ def test_features_are_written_to_a_file_and_indexed_again(
     assert "16 changed; 16 images" in capsys.readouterr().out
 
 
+def test_features_that_make_no_index_are_refused_by_file_and_row(by_command, run, tmp_path, capsys):
+    whole, file, out = tmp_path / "whole.npz", tmp_path / "bad.npz", tmp_path / "again"
+    assert main(["index", "--export", str(whole), "--out", by_command]) == 0
+    arrays = dict(np.load(whole))
+    values, names = arrays["features"], list(arrays["paths"])
+    changed = {
+        "must have rows of a length above 0 (got 0 in row 2, 1 such rows)": {
+            "features": values * (np.arange(len(values)) != 2)[:, None]
+        },
+        f"must have {values.shape[1]} columns, as many as the model gives (got 5)": {
+            "features": values[:, :5]
+        },
+        **{
+            f"must name images below its folder, or in full (got {name!r} in row 1)": {
+                "paths": np.array([names[0], name, *names[2:]])
+            }
+            for name in ("", "../../a.png", "/a/../b.png", "a\0b.png")
+        },
+    }
+    for message, change in changed.items():
+        np.savez(file, **{**arrays, **change})
+        assert main(["index", "--features", str(file), "--out", str(out), "--run", str(run)]) == 2
+        assert f"dhcl: features: {file} {message}" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_a_password_in_an_address_is_not_printed(capsys):
+    address = "milvus://me:secret@localhost:19530/people"
+    for given in (["--ann"], ["--compact"]):
+        assert main(["index", "--store", address, *given]) == 2
+        error = capsys.readouterr().err
+        assert "is for indexes in folders (got milvus://localhost:19530/people)" in error
+
+
 def test_images_are_chosen_by_identity_time_and_folder(gallery, model, run, tmp_path, capsys):
     folder = str(tmp_path / "timed")
     pattern = r"(?P<id>-?\d+)_c(?P<camera>\d+)s\d_(?P<time>\d+)"

@@ -13,7 +13,7 @@ from dhcl.inference.gallery.schema import About
 from dhcl.inference.gallery.store import Store, Writer
 from dhcl.words import did_you_mean, show
 
-__all__ = ["Address", "creating", "is_folder", "open_store"]
+__all__ = ["Address", "creating", "is_folder", "open_store", "show_address"]
 
 Address = str | os.PathLike[str]
 """A folder, or a URL."""
@@ -43,6 +43,11 @@ def _module(address: Address) -> Any:
 def is_folder(address: Address) -> bool:
     """Whether an index of this address lies in a folder of this machine."""
     return not _scheme(address)
+
+
+def show_address(address: Address) -> str:
+    """An address for a message, without a name and password that someone put into it."""
+    return show(re.sub("//.*@", "//", os.fspath(address)))
 
 
 def open_store(address: Address) -> Store:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StrictBool, ValidationError
 
 from dhcl.errors import ConfigError, DataError
+from dhcl.inference.gallery.places import show_address
 from dhcl.inference.gallery.schema import About
 from dhcl.stored import checksum
 from dhcl.words import first_line, show
@@ -95,7 +96,7 @@ def parse_address(address: str) -> Place:
     if not 1 <= len(names) <= 2 or not plain or parts.query or parts.fragment:
         raise ConfigError(
             "index: must be milvus://host:port/collection, or with a database before the "
-            f"collection, of letters, digits and _ (got {show(re.sub('//.*@', '//', address))})"
+            f"collection, of letters, digits and _ (got {show_address(address)})"
         )
     scheme = "https" if parts.scheme.lower() == "milvus+tls" else "http"
     shown = f"[{host}]" if ":" in str(host) else host
