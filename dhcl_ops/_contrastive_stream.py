@@ -316,9 +316,7 @@ def stream_loss(
     with torch.autocast(features.device.type, enabled=False):
         sums, read_out, unit = stream_sums(features, proxies, roles, settings, streaming, listed)
         _refuse(sums, settings, proxies)
-        # The kernel takes the temperature for the floor alone, which weights may lie below.
-        floored = settings if listed.rows is None else settings._replace(temperature=_NO_FLOOR)
-        losses, rows = kernels.finish(*sums, *floored)
+        losses, rows = finished(sums, settings, listed)
         if read_out is None:
             gradient = features.new_empty(0, features.shape[1])
         else:
@@ -328,6 +326,16 @@ def stream_loss(
             positives = proxies.index_select(0, roles.labels).to(gradient.dtype)
             gradient.addcmul_(positives, pull)
         return Results(losses, gradient, sums.state, sums.counts, rows)
+
+
+def finished(
+    sums: Sums, settings: Settings, listed: Listed = NOTHING
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses (B,) of these sums, and the coefficients (B, 9) of their slopes."""
+    # The kernel takes the temperature for the floor alone, which weights may lie below.
+    floored = settings if listed.rows is None else settings._replace(temperature=_NO_FLOOR)
+    losses, rows = kernels.finish(*sums, *floored)
+    return losses, rows
 
 
 def _weigh(products: torch.Tensor, roles: Roles, listed: Listed, start: int, scale: float) -> None:

@@ -184,7 +184,7 @@ def debiased_contrastive_loss(
         hardness_gradient=hardness_gradient, reduction=reduction, precision=precision,
         chunk_size=chunk_size,
     )  # fmt: skip
-    listed = _listed(op, weights, features, kappa, tau_plus)
+    listed = check_weights(op, weights, features, kappa, tau_plus)
     differentiated = features.requires_grad and torch.is_grad_enabled()
     streaming = stream.Streaming(
         differentiated and given.one_pass, precision == "fast", given.columns
@@ -355,7 +355,7 @@ def _false_negatives(
     return torch.full((len(features),), share, dtype=torch.float64, device=features.device)
 
 
-def _listed(
+def check_weights(
     op: str,
     weights: NegativeWeights | None,
     features: torch.Tensor,

@@ -114,15 +114,22 @@ def checked_graph(op: str, graph: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     _checks.tensor(op, "graph", graph, torch.sparse_csr)
     if graph.dim() != 2 or graph.shape[0] != graph.shape[1]:
         raise ValueError(f"{op}: graph must be square (got shape {tuple(graph.shape)})")
+    return checked_lines(op, graph)
+
+
+def checked_lines(op: str, graph: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of some lines (n, N) of a graph."""
+    _checks.tensor(op, "graph", graph, torch.sparse_csr)
+    _checks.rank(op, "graph", graph, 2)
     _checks.dtype(op, "graph", graph, (torch.float32,))
     parts = (graph.crow_indices().long(), graph.col_indices().long(), graph.values())
-    _check_entries(op, *parts)
+    _check_entries(op, *parts, graph.shape[1])
     _check_ascending(op, parts[0], parts[1])
     return parts
 
 
 def _check_entries(
-    op: str, offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+    op: str, offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, width: int
 ) -> None:
     """Refuse what torch lets pass in a CSR tensor that was made without its checks, and NaN."""
     if columns.dim() != 1 or values.shape != columns.shape or int(offsets[-1]) != len(columns):
@@ -133,10 +140,8 @@ def _check_entries(
     if len(columns) == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(columns))
-    if low < 0 or high >= len(offsets) - 1:
-        raise ValueError(
-            f"{op}: columns must be in [0, {len(offsets) - 1}) (got {low if low < 0 else high})"
-        )
+    if low < 0 or high >= width:
+        raise ValueError(f"{op}: columns must be in [0, {width}) (got {low if low < 0 else high})")
     if bool(values.isnan().any()):
         entry = values.isnan().nonzero()[0]
         row = int(torch.searchsorted(offsets, entry, right=True)) - 1

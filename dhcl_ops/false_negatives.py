@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from dhcl_ops import _checks, _csr
+from dhcl_ops._csr import Rows
 from dhcl_ops.dbscan import checked_graph
 
 __all__ = ["FalseNegatives", "graph_false_negatives"]
@@ -54,27 +55,42 @@ def graph_false_negatives(
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range.
     """
     op = "graph_false_negatives"
-    offsets, columns, values = checked_graph(op, graph)
+    lines = Rows(*checked_graph(op, graph))
     count = graph.shape[0]
     labels = _checks.integers(op, "labels", labels, count, "one per row of the graph")
     _checks.same_device(op, labels=labels, graph=graph)
+    scale = check_numbers(op, labels, count, scale)
+    outlier = labels < 0
+    highest = labels.max() if count else labels.new_tensor(-1)
+    return lists_of(lines, 0, torch.where(outlier, highest + outlier.cumsum(0), labels), scale)
+
+
+def check_numbers(op: str, labels: torch.Tensor, count: int, scale: float) -> float:
+    """Raise ValueError for labels that ``count`` images can't have; returns the checked scale."""
     scale = _checks.number(op, "scale", scale, 0.0, rule="finite and > 0")
     if scale == 0.0:
         raise ValueError(f"{op}: scale must be finite and > 0 (got 0.0)")
-    if count == 0:
-        return FalseNegatives(offsets.clone(), columns.clone(), values.clone())
-    lowest, highest = (int(bound) for bound in torch.aminmax(labels))
-    if lowest < -1 or highest >= count:
-        wrong = lowest if lowest < -1 else highest
-        raise ValueError(f"{op}: labels must be in [-1, {count}) (got {wrong})")
-    outlier = labels < 0
-    classes = torch.where(outlier, highest + outlier.cumsum(0), labels)
-    number = int(classes.max()) + 1
-    rows, near = _csr.row_ids(offsets), classes[columns]
-    other = near != classes[rows]
+    if len(labels):
+        lowest, highest = (int(bound) for bound in torch.aminmax(labels))
+        if lowest < -1 or highest >= count:
+            wrong = lowest if lowest < -1 else highest
+            raise ValueError(f"{op}: labels must be in [-1, {count}) (got {wrong})")
+    return scale
+
+
+def lists_of(lines: Rows, first: int, classes: torch.Tensor, scale: float) -> FalseNegatives:
+    """The lists of consecutive images, of which ``first`` is the first, from their graph's lines.
+
+    ``classes`` (N,) are those of all images.
+    """
+    rows, near = _csr.row_ids(lines.offsets), classes[lines.columns]
+    count = len(lines.offsets) - 1
+    other = near != classes[first : first + count][rows]
+    sizes = torch.bincount(classes)
+    number = max(len(sizes), 1)
     keys, order = (rows[other] * number + near[other]).sort(stable=True)
-    keys, total = _csr.sums_in_order((1.0 - values[other]).clamp(0.0, 1.0)[order], keys)
+    similar = (1.0 - lines.values[other]).clamp(0.0, 1.0)
+    keys, total = _csr.sums_in_order(similar[order], keys)
     row, found = keys // number, keys % number
-    sizes = torch.bincount(classes, minlength=number)
     likely = (total / sizes[found] / scale).clamp(max=1.0)
     return FalseNegatives(_csr.offsets_of(row, count), found, torch.log1p(-likely))

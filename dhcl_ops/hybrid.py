@@ -171,7 +171,8 @@ def hybrid_contrastive_loss(
         instance_positives, suspects_as, cameras,
     )  # fmt: skip
     batch = _Batch(features, memory.proto_of[indices], indices)
-    counted = _negative_weights(op, memory, indices, false_negatives, suspects_as)
+    images = len(memory.proto_of)
+    counted = negative_weights(op, images, indices, false_negatives, suspects_as)
     classes = len(memory.prototypes)
     debias = expected_false_negatives(
         op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as
@@ -246,19 +247,19 @@ def combined(
     return loss, HybridStats(means[0], means[1], seen[0], seen[1])
 
 
-def _negative_weights(
+def negative_weights(
     op: str,
-    memory: MemoryBank,
+    images: int,
     indices: torch.Tensor,
     found: FalseNegatives | None,
     suspects_as: str,
 ) -> NegativeWeights | None:
-    """The weights of the other prototypes, from those of their classes."""
+    """The weights of the other prototypes, from the classes that so many images have listed."""
     if found is None:
         return None
     if suspects_as == "kappa":
         raise ValueError(f'{op}: false_negatives stand in place of suspects_as="kappa" (got both)')
-    wanted = (len(memory.proto_of) + 1,)
+    wanted = (images + 1,)
     _checks.shape(op, "false_negatives.offsets", found.offsets, wanted, "one more than images")
     return NegativeWeights(indices, *found)
 

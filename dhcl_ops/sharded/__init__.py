@@ -8,6 +8,7 @@ from dhcl_ops.sharded.bank import MemoryBank
 from dhcl_ops.sharded.camera_neighbours import camera_neighbours
 from dhcl_ops.sharded.clustering import cluster, knn
 from dhcl_ops.sharded.contrastive import debiased_contrastive_loss
+from dhcl_ops.sharded.false_negatives import graph_false_negatives
 from dhcl_ops.sharded.hybrid import (
     DHCLLoss,
     hybrid_contrastive_loss,
@@ -25,6 +26,7 @@ __all__ = [
     "cluster",
     "debiased_contrastive_loss",
     "evaluate_ranking",
+    "graph_false_negatives",
     "hybrid_contrastive_loss",
     "is_lost_peer",
     "knn",

@@ -18,6 +18,7 @@ from dhcl_ops import _checks
 from dhcl_ops import memory as ops
 from dhcl_ops.bank import check_storage, unit_features
 from dhcl_ops.positives import hardest_positives
+from dhcl_ops.sharded.classes import classes_of_all, clusters_and_outliers
 from dhcl_ops.sharded.shards import PIECE_BYTES, Shards
 
 __all__ = ["MemoryBank"]
@@ -191,6 +192,16 @@ class MemoryBank:
         self._of_all("class_sizes")
         return self._sizes
 
+    @property
+    def class_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Members (m,) int64, places of own rows by own class, ascending in each, and offsets.
+
+        Class ``prototype_starts[rank] + k`` has the members from ``offsets[k]`` up to
+        ``offsets[k + 1]``.
+        """
+        self._of_all("class_rows")
+        return self._members, self._offsets
+
     def _of_all(self, what: str) -> torch.Tensor:
         if self._proto_of is None:
             raise RuntimeError(f"sharded.MemoryBank.{what}: call set_labels(labels) first")
@@ -289,22 +300,14 @@ class MemoryBank:
 
     def _classes_of(self, op: str, shards: Shards, labels: torch.Tensor) -> _Classes:
         """Prototypes and their ranks from labels (n,) of this rank's images."""
-        outlier = labels < 0
-        highest = labels.max() if len(labels) else labels.new_tensor(-1)
-        facts = torch.stack([highest, outlier.sum()])[None]
-        with shards.stage("labels"):
-            every = shards.gather_shares(facts, [1] * self.world).tolist()
-        clusters = max(fact[0] for fact in every) + 1
+        clusters, before = clusters_and_outliers(shards, labels)
         if clusters > self.num_samples:
             raise ValueError(
                 f"{op}: clusters must be numbered without gaps "
                 f"(got label {clusters - 1} for {self.num_samples} images)"
             )
-        before = sum(fact[1] for fact in every[: self.rank])
-        own = torch.where(outlier, clusters + before - 1 + outlier.cumsum(0), labels)
         lengths = [end - begin for begin, end in itertools.pairwise(self.image_starts)]
-        with shards.stage("labels"):
-            proto_of = shards.gather_shares(own.int(), lengths)
+        proto_of = classes_of_all(shards, labels, clusters, before, lengths)
         sizes = torch.bincount(proto_of, minlength=clusters)
         gaps = (sizes[:clusters] == 0).nonzero()
         if len(gaps):

@@ -17,14 +17,18 @@ import torch.distributed as dist
 from dhcl_ops import _contrastive_kernels as kernels
 from dhcl_ops import _contrastive_stream as stream
 from dhcl_ops._contrastive_kernels import Roles, Settings, Sums
+from dhcl_ops._contrastive_listed import Listed
 from dhcl_ops.contrastive import (
     Arguments,
+    NegativeWeights,
     check_arguments,
+    check_weights,
     divisor_of,
     look_at_columns,
     loss_dtype,
     stats_of,
 )
+from dhcl_ops.sharded.listed import check_lists, lists_of_all
 from dhcl_ops.sharded.shards import Shards
 
 __all__ = ["debiased_contrastive_loss"]
@@ -45,6 +49,7 @@ def debiased_contrastive_loss(
     proxy_labels: torch.Tensor | None = None,
     positives: str = "each",
     exclude: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    weights: NegativeWeights | None = None,
     hardness_gradient: str = "stop",
     reduction: str = "mean",
     return_stats: bool = False,
@@ -72,6 +77,9 @@ def debiased_contrastive_loss(
         proxy_labels: (K_r,) int64 classes of own proxies.
         exclude: (b, E) int64 columns among those of all ranks, padded with -1, E equal on all
             ranks; or a pair of group numbers, (b,) of own rows and (K_r,) of own proxies.
+        weights: as there, on all ranks or none: lists of own rows, their entries columns among
+            those of all ranks. With ``members`` an entry is a class, of which each rank lists its
+            own proxies, again by column; all have offsets for all classes.
         temperature, kappa, tau_plus, beta, positives: as in
             :func:`dhcl_ops.debiased_contrastive_loss`, equal on all ranks; kappa may be one value
             per own row.
@@ -100,6 +108,9 @@ def debiased_contrastive_loss(
             hardness_gradient=hardness_gradient, reduction=reduction, precision=precision,
             chunk_size=chunk_size, whole=False,
         )  # fmt: skip
+        check_weights(op, weights, features, kappa, tau_plus)
+        if weights is not None:
+            check_lists(op, weights, _classes_in(weights))
         if proxies.requires_grad:
             raise ValueError(f"{op}: proxies must not require a gradient: it would be a rank's own")
         return features.detach()
@@ -109,10 +120,13 @@ def debiased_contrastive_loss(
         positives=positives, hardness_gradient=hardness_gradient, precision=precision,
         reduction=reduction, proxy_labels=proxy_labels is not None,
         kappa="one a row" if isinstance(kappa, torch.Tensor) else kappa,
-        exclude=_kind_of(exclude),
+        exclude=_kind_of(exclude), weights=_kind_of_lists(weights),
     )  # fmt: skip
     shards = Shards(op, group, check, settings, traffic, second=proxies)
     problem = _problem(shards, given, proxies.detach(), precision == "fast")
+    if weights is not None:
+        listed = lists_of_all(shards, weights, problem.first)
+        problem = problem._replace(listed=listed)
     results = loss_over(shards, problem, features)
     losses = results.losses.to(loss_dtype(features, proxies))
     divisor = divisor_of(reduction, len(features))
@@ -154,6 +168,18 @@ def _kind_of(exclude: Any) -> str:
     if isinstance(exclude, torch.Tensor):
         return f"{tuple(exclude.shape[1:])} columns a row"
     return "none" if exclude is None else "groups"
+
+
+def _classes_in(weights: NegativeWeights) -> int | None:
+    """How many classes lists are of, None for lists of columns."""
+    return None if weights.member_offsets is None else len(weights.member_offsets) - 1
+
+
+def _kind_of_lists(weights: Any) -> str:
+    if not isinstance(weights, NegativeWeights):
+        return "none"
+    classes = weights.member_offsets
+    return "columns" if not isinstance(classes, torch.Tensor) else f"{len(classes) - 1} classes"
 
 
 def gathered(shards: Shards, own: torch.Tensor) -> torch.Tensor:
@@ -215,6 +241,7 @@ class Problem(NamedTuple):
     columns: int
     ids: torch.Tensor | None  # (K_r,) ascending numbers of own proxies among all, or None:
     first: int  # they are consecutive, from this one on
+    listed: NegativeWeights | None = None  # of B rows; what they name counts from 0, as columns do
 
 
 def loss_over(shards: Shards, problem: Problem, features: torch.Tensor) -> stream.Results:
@@ -224,10 +251,10 @@ def loss_over(shards: Shards, problem: Problem, features: torch.Tensor) -> strea
     streaming = stream.Streaming(one_pass, problem.fast, problem.columns)
     # What is computed here is recorded as one step, at the end.
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        partial = stream.stream_sums(*problem[:4], streaming)
+        partial = stream.stream_sums(*problem[:4], streaming, _listed(problem))
         with shards.stage("sums of the loss"):
             sums, factor = _merged(shards, problem, partial.sums)
-        losses, rows = kernels.finish(*sums, *problem.settings)
+        losses, rows = stream.finished(sums, problem.settings, _listed(problem))
         gradient = features.new_empty(0)
         if wanted:
             if one_pass:
@@ -241,6 +268,10 @@ def loss_over(shards: Shards, problem: Problem, features: torch.Tensor) -> strea
     if wanted:
         losses, gradient = _WithGradient.apply(features, (losses, gradient))
     return stream.Results(losses, gradient, sums.state[own], sums.counts[own], rows[own])
+
+
+def _listed(problem: Problem) -> Listed:
+    return Listed() if problem.listed is None else Listed(*problem.listed)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -391,7 +422,10 @@ def _second_pass_gradient(problem: Problem, sums: Sums, rows: torch.Tensor) -> t
         settings.aggregation, settings.temperature, settings.beta, problem.columns, True, False
     )
     first = stream.Rows(sums.state, sums.counts, rows)
-    return stream.stream_gradients(ones, left, problem.proxies, problem.roles, first, options)[0]
+    listed = _listed(problem)
+    return stream.stream_gradients(
+        ones, left, problem.proxies, problem.roles, first, options, listed
+    )[0]
 
 
 def _own_sum(shards: Shards, shares: torch.Tensor) -> torch.Tensor:

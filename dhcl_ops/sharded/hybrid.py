@@ -10,7 +10,9 @@ from dhcl_ops import _checks, hybrid
 from dhcl_ops.contrastive import (
     Arguments,
     ContrastiveStats,
+    NegativeWeights,
     check_arguments,
+    check_weights,
     divisor_of,
     loss_dtype,
     stats_of,
@@ -19,6 +21,7 @@ from dhcl_ops.false_negatives import FalseNegatives
 from dhcl_ops.hybrid import Expected, Suspects
 from dhcl_ops.sharded.bank import MemoryBank
 from dhcl_ops.sharded.contrastive import MEAN, Problem, agreed_settings, gathered, loss_over
+from dhcl_ops.sharded.listed import check_lists, lists_by_class
 from dhcl_ops.sharded.shards import Shards
 
 __all__ = ["DHCLLoss", "hybrid_contrastive_loss", "suspected_false_negatives"]
@@ -79,6 +82,7 @@ def hybrid_contrastive_loss(
     beta: float = 0.0,
     suspects: Suspects | None = None,
     suspects_as: str = "exclude",
+    false_negatives: FalseNegatives | None = None,
     hardness_gradient: str = "stop",
     reduction: str = "mean",
     return_stats: bool = False,
@@ -96,6 +100,9 @@ def hybrid_contrastive_loss(
         indices: (b,) int64 numbers of their images, among those of all ranks.
         cameras: (N,) int64 of the images of all ranks, for ``"cross-camera"``.
         suspects: of :func:`suspected_false_negatives` of this module.
+        false_negatives: lists of this rank's images, of :func:`graph_false_negatives` of this
+            module with the bank's labels, on all ranks or none. The entries that a batch needs go
+            to the ranks of their classes. On CUDA classes that do not exist weigh nothing.
         instance_weight, prototype_weight, instance_positives, temperature, kappa: as in
             :func:`dhcl_ops.hybrid_contrastive_loss`, equal on all ranks.
         tau_plus, beta, suspects_as, hardness_gradient, reduction, precision: as there, equal on
@@ -121,9 +128,11 @@ def hybrid_contrastive_loss(
     }  # fmt: skip
     if instance_positives != "cross-camera":
         cameras = None
-    shards, weights, given = _agreed(op, features, memory, indices, cameras, suspects, options)
+    shards, weights, given = _agreed(
+        op, features, memory, indices, cameras, suspects, false_negatives, options
+    )
     pulled = instance_positives if weights[1] else "self"
-    batch = _batch_of(shards, memory, indices, pulled, cameras)
+    batch = _batch_of(shards, memory, indices, pulled, cameras, false_negatives)
     classes = memory.num_prototypes
     debias = hybrid.expected_false_negatives(
         op, classes, batch.labels, kappa, tau_plus, suspects, suspects_as
@@ -153,6 +162,7 @@ def _agreed(
     indices: torch.Tensor,
     cameras: torch.Tensor | None,
     suspects: Suspects | None,
+    false_negatives: FalseNegatives | None,
     options: dict[str, Any],
 ) -> tuple[Shards, tuple[float, float], Arguments]:
     """What all ranks are about to do, checked: the terms' weights, and what both terms share."""
@@ -175,11 +185,17 @@ def _agreed(
             tau_plus=None, proxy_labels=None, positives="mean", exclude=None, chunk_size=None,
             whole=False, **{name: options[name] for name in names},
         )  # fmt: skip
+        own = memory.image_starts[memory.rank + 1] - memory.image_starts[memory.rank]
+        listed = hybrid.negative_weights(op, own, indices, false_negatives, options["suspects_as"])
+        if listed is not None:
+            check_weights(op, listed, features, options["kappa"], options["tau_plus"])
+            check_lists(op, listed._replace(rows=indices[:0]), memory.num_prototypes)
         return features.detach()
 
     settings = agreed_settings(
-        features, memory.rows, cameras=cameras is not None, suspects=suspects is not None, **options
-    )
+        features, memory.rows, cameras=cameras is not None, suspects=suspects is not None,
+        false_negatives=false_negatives is not None, **options,
+    )  # fmt: skip
     shards = Shards(op, memory.group, check, settings, memory.traffic)
     return shards, weights, given
 
@@ -190,6 +206,7 @@ class _Batch(NamedTuple):
     features: torch.Tensor  # (B, d)
     labels: torch.Tensor  # (B,) classes
     positives: torch.Tensor  # (B,) images whose rows the instance term pulls to
+    listed: NegativeWeights | None  # of own classes, by number among them
 
 
 def _batch_of(
@@ -198,11 +215,14 @@ def _batch_of(
     indices: torch.Tensor,
     instance_positives: str,
     cameras: torch.Tensor | None,
+    found: FalseNegatives | None,
 ) -> _Batch:
     """The batches of all ranks."""
     with shards.stage("batch"):
         images = gathered(shards, indices)
-        batch = _Batch(gathered(shards, shards.own), memory.proto_of[images].long(), images)
+        features = gathered(shards, shards.own)
+    listed = None if found is None else lists_by_class(shards, memory, found, images)
+    batch = _Batch(features, memory.proto_of[images].long(), images, listed)
     if instance_positives in ("hardest", "cross-camera"):
         hardest = memory.hardest_of_all(shards, batch.features, images, cameras)
         batch = batch._replace(positives=hardest)
@@ -231,7 +251,8 @@ def _prototype_term(
         column_groups=None if groups is None else groups[first:behind].contiguous(),
     )
     settings = _with_kappa(given, debias.kappa, debias.tau_plus, batch)
-    return Problem(batch.features, memory.prototypes, roles, settings, fast, 0, None, first)
+    features, listed = batch.features, batch.listed
+    return Problem(features, memory.prototypes, roles, settings, fast, 0, None, first, listed)
 
 
 def _instance_term(
@@ -264,7 +285,10 @@ def _instance_term(
     settings = _with_kappa(given, kappa, share, batch)
     if of_class:
         settings = settings._replace(aggregation=MEAN)
-    return Problem(batch.features, memory.rows, roles, settings, fast, 0, images, 0)
+    features, listed = batch.features, batch.listed
+    if listed is not None:
+        listed = NegativeWeights(*listed[:4], *memory.class_rows)
+    return Problem(features, memory.rows, roles, settings, fast, 0, images, 0, listed)
 
 
 def _places(images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -278,16 +302,8 @@ def _places(images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 class DHCLLoss(hybrid.DHCLLoss):
     """:class:`dhcl_ops.DHCLLoss` over a bank on several ranks; every rank calls it together.
 
-    Loose labels are those (n,) of this rank's images.
+    Loose labels are those (n,) of this rank's images, and so are lists of false negatives.
     """
 
     loss_of = staticmethod(hybrid_contrastive_loss)
     suspects_of = staticmethod(suspected_false_negatives)
-
-    def set_false_negatives(self, found: FalseNegatives | None) -> None:
-        """Raise ``ValueError`` for any: a graph's lines are told from in one process alone."""
-        if found is not None:
-            raise ValueError(
-                "sharded.DHCLLoss: false negatives by the graph need a bank in one process (got "
-                "some for one on several ranks)"
-            )

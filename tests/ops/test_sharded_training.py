@@ -25,7 +25,10 @@ OPTIONS = {
     "options": {"momentum": 0.5, "eps": 0.01, "normalize_prototypes": True},
 }
 # Three ranks do all cases of the losses, two and four some of each kind.
-SOME = ("debiased", "through", "each", "groups", "H1", "H2", "both, through", "cross-camera")
+SOME = (
+    "debiased", "through", "each", "groups", "weights, through", "weights of classes",
+    "H1", "H2", "both, through", "cross-camera", "graph", "graph, of a class",
+)  # fmt: skip
 LOSSES = [
     (world, name)
     for world in WORLDS
@@ -266,7 +269,9 @@ def refusals(group):
     said = {name: message_of(call) for name, call in calls.items()}
     said |= {
         f"loss: {name}": message_of(call)
-        for name, call in sharded_losses.refused_calls(group).items()
+        for name, call in (
+            sharded_losses.refused_calls(group) | sharded_losses.refused_lists(group)
+        ).items()
     }
     one = dhcl_ops.MemoryBank(N, D)
     one.init(features_of(1))
@@ -331,7 +336,11 @@ def loses_a_rank(group, stage):
         given, images = batches(2, world)[rank]
         bank.update_(given, images)
         features = features_of(6)[: len(images)].requires_grad_()
-        sharded.hybrid_contrastive_loss(features, bank, images)
+        size = own.stop - own.start
+        lists = dhcl_ops.FalseNegatives(
+            torch.arange(size + 1), torch.arange(size), -torch.ones(size)
+        )
+        sharded.hybrid_contrastive_loss(features, bank, images, false_negatives=lists)
         bank.state_dict()
     except sharded.PeerError as error:
         return str(error), time.monotonic() - started
@@ -347,6 +356,7 @@ STAGES = (
     "rows of the bank",
     "update",
     "batch",
+    "listed weights",
     "sums of the loss",
     "gradient",
     "state",
@@ -372,8 +382,11 @@ def outcomes_on(rank, world, folder):
         found[size, "suspects"] = sharded_losses.suspects_of_both(group)
         found[size, "module"] = sharded_losses.as_a_module(group)
         found[size, "bytes"] = [
-            sharded_losses.traffic_of(name, group) for name in ("defaults", "each", "listed")
+            sharded_losses.traffic_of(name, group)
+            for name in ("defaults", "each", "listed", "weights", "weights of classes")
         ]
+        found[size, "lists"] = sharded_losses.unlike_lists(group)
+        found[size, "bytes of lists"] = sharded_losses.traffic_of_lists(group)
         found[size, "alone"] = sharded_losses.backward_alone(group)
     found["resharded"] = resharded(folder, groups, rank)
     if rank < 2:
@@ -454,6 +467,15 @@ def test_suspects_are_those_of_one_process(outcomes, world):
     for rank in range(world):
         assert outcomes[rank][world, "suspects"] == []
         assert outcomes[rank][world, "module"] < 2e-6
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_false_negatives_by_the_graph_are_those_of_one_process(outcomes, world):
+    for rank in range(world):
+        assert outcomes[rank][world, "lists"] == []
+    counted = [outcomes[rank][world, "bytes of lists"] for rank in range(world)]
+    assert all(sent == stated for sent, stated in counted)
+    assert sum(sent for sent, _ in counted) > 8 * world * (world - 1)
 
 
 @pytest.mark.parametrize("world", WORLDS)
