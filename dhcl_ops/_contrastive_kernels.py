@@ -225,7 +225,8 @@ def _terms(
     debiased = log_mass[:, None] + (-torch.expm1(gap.clamp(max=0.0))).log() - log_keep[:, None]
     clamped = debiased <= floor[:, None]
     negative = debiased.maximum(floor[:, None])
-    loss = nn.functional.softplus(negative - positive, threshold=1e6)
+    # Beyond 40 it is its argument to fp64's last bit; beyond 709 e^x is infinite.
+    loss = nn.functional.softplus(negative - positive, threshold=40.0)
     scale = (log_mass[:, None] - log_keep[:, None] - positive - loss).exp()
     scale = torch.where(clamped, 0.0, scale)
     slope = torch.where(clamped, (negative - positive).sigmoid(), scale)

@@ -9,7 +9,7 @@ import torch
 import dhcl_ops
 from dhcl_ops import compat
 from tests.checks import same_bits
-from tests.ops.fuzzing import unit
+from tests.ops.fuzzing import both, unit
 
 ROWS = unit(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
 QUERY, GALLERY = ROWS[:4], ROWS[4:]
@@ -61,6 +61,28 @@ def test_a_hardness_below_float32_is_none(beta):
         for b in (beta, 0.0)
     ]
     assert same_bits(*calls)
+
+
+@pytest.mark.parametrize("positives", ["each", "sum"])
+def test_a_loss_beyond_the_exponential_of_float64(positives):
+    """At a small temperature it passes 709, the largest number that has an exponential."""
+    labels = torch.tensor([1, 1, 0, 0])
+    options = {"proxy_labels": torch.arange(8) % 2, "positives": positives, "kappa": 0.5}
+
+    def gradients(dtype):
+        rows = [x.to(dtype, copy=True).requires_grad_() for x in (QUERY, GALLERY)]
+        loss = dhcl_ops.debiased_contrastive_loss(
+            *rows, labels, temperature=2e-4, reduction="none", **options
+        )
+        loss.sum().backward()
+        return loss.detach().double(), *(leaf.grad.double() for leaf in rows)
+
+    compiled, reference = both(lambda: gradients(torch.float32))
+    expected = gradients(torch.float64)
+    assert expected[0].max() > 709
+    for a, b, c in zip(compiled, reference, expected, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(b, c, rtol=1e-4, atol=1e-2)
 
 
 def test_similarities_that_overflow_are_named():

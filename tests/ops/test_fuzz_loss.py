@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dhcl_ops
 from dhcl_ops import _contrastive_stream, _ops
-from tests.ops.fuzzing import fuzzed, some_rows, unit
+from tests.ops.fuzzing import both, fuzzed, some_rows, unit
 
 
 @dataclasses.dataclass
@@ -103,3 +103,81 @@ def test_fuzz_loss_in_fp64(case):
     compiled, reference = run(case, torch.float64), on_reference(case, torch.float64)
     for a, b in zip(compiled, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@st.composite
+def awkward_cases(draw):
+    """Rows that nearly meet the floor of the estimate, that nearly cancel, or kappa near M."""
+    case = draw(cases())
+    options = case.options
+    if "positives" in options:
+        options["positives"] = draw(st.sampled_from(["sum", "mean"]))
+    options["temperature"] = draw(st.sampled_from([0.01, 0.05, 0.2, 1.0]))
+    offset = draw(st.sampled_from([-1.0, 1.0])) * 10.0 ** draw(st.floats(-9.0, -3.0))
+    kind = draw(st.sampled_from(["floor", "cancels", "all negatives"]))
+    options["kappa"] = 0.0
+    loss, stats = dhcl_ops.debiased_contrastive_loss(
+        case.features.double(), case.proxies.double(), case.labels,
+        reduction="none", return_stats=True, **options,
+    )  # fmt: skip
+    # In units of e^r: the mass R, and the floor.
+    negatives, mass = stats.num_negatives.double(), loss.expm1()
+    floor = (negatives.log() - 1.0 / options["temperature"] - stats.positive_logit).exp()
+    floor = floor if kind == "floor" else torch.zeros_like(floor)
+    kappa = (mass - floor) / (1.0 - floor / negatives) * (1.0 + offset)
+    if kind == "all negatives":
+        kappa = negatives * (1.0 - abs(offset))
+    possible = kappa.isfinite() & (kappa > 0.0) & (kappa < negatives)
+    options["kappa"] = torch.where(possible, kappa, 0.0)
+    return case
+
+
+def slopes(similarities, case):
+    """Loss, clamped share and slopes (B, K) of logits in fp64, by proxies that are the axes."""
+    proxies = torch.eye(similarities.shape[1], dtype=torch.float64)
+    leaf = similarities.clone().requires_grad_()
+    loss, stats = dhcl_ops.debiased_contrastive_loss(
+        leaf, proxies, case.labels, reduction="none", return_stats=True, **case.options
+    )
+    loss.sum().backward()
+    return loss.detach(), stats.clamped, leaf.grad
+
+
+def bounds(case):
+    """The results in fp64, where every similarity is off by what fp32 may do to it.
+
+    The error of a sum of d products is at most (d + 2) 2^-24 |f|.|p|, that of the scaled logit one
+    rounding more, and an exponential's counts as 2^-22 of its logit. A mass with hardness beta
+    grows by at most 1 + 2 beta times the largest of them. Loss and clamped share rise and fall with
+    the negatives' logits over the positives', so they lie between those of both ends.
+    """
+    features, proxies = case.features.double(), case.proxies.double()
+    width, temperature = features.shape[1], case.options["temperature"]
+    off = 2.0**-24 * (width + 3) * (features.abs() @ proxies.abs().t()) + 2.0**-22 * temperature
+    off = off.amax(1, keepdim=True) * (1.0 + 2.0 * case.options["beta"])
+    classes = case.options.get("proxy_labels", torch.arange(len(proxies)))
+    away = torch.where(classes == case.labels[:, None], -off, off)
+    similarities = features @ proxies.t()
+    low, middle, high = (slopes(similarities + sign * away, case) for sign in (-1, 0, 1))
+    # Slopes go with e^-loss above the floor, and are largest just above it.
+    apart = (low[2] - middle[2]).abs() + (high[2] - middle[2]).abs()
+    apart += high[2].abs() * (high[0] - low[0]).expm1()[:, None]
+    apart += 2.0**-24 * (width + len(proxies) + 3) * middle[2].abs()
+    exact = middle[2] @ proxies, middle[2].t() @ features
+    reach = apart @ proxies.abs(), apart.t() @ features.abs()
+    return low, high, exact, reach
+
+
+@fuzzed(40)
+@given(awkward_cases())
+def test_fuzz_loss_where_rounding_decides(case):
+    """Compiled and reference may differ by any amount there: both are as right as fp32 can be."""
+    low, high, exact, reach = bounds(case)
+    for loss, clamped, *gradients in both(lambda: run(case, torch.float32)):
+        tolerance = 1e-6 * (1.0 + high[0])
+        assert (loss >= low[0] - tolerance).all()
+        assert (loss <= high[0] + tolerance).all()
+        assert (clamped <= low[1]).all()
+        assert (clamped >= high[1]).all()
+        for got, true, off in zip(gradients, exact, reach, strict=True):
+            assert ((got - true).abs() <= 2.0 * off + 1e-6).all()
