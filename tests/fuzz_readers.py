@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ CORPUS = HERE / "fuzz_corpus"
 TIMEOUT = 20
 MEMORY = 3000
 LONGEST = 1 << 13
+# What atheris follows: modules, with those below them.
+WATCHED = ["dhcl", "yaml", "zipfile", "safetensors", "PIL", "csv", "json", "numpy.lib._format_impl"]
+WATCHED += ["numpy.lib._npyio_impl", "torch.serialization", "torch._weights_only_unpickler"]
 
 
 @dataclass(frozen=True)
@@ -398,11 +403,11 @@ class Target:
 
 
 @contextlib.contextmanager
-def target(name: str) -> Iterator[Target]:
-    """A reader to be called, in a folder of its own, in memory where there is one."""
+def new_folder() -> Iterator[Path]:
+    """A folder for one reader, in memory where there is one."""
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Target(name, Path(folder))
+        yield Path(folder)
 
 
 def changed(seeds: list[bytes], chance: random.Random) -> bytes:
@@ -445,7 +450,8 @@ def run_random(name: str, runs: int, seed: int = 1) -> int:
     chance, taken = random.Random(seed), 0
     before = signal.signal(signal.SIGALRM, late)
     try:
-        with target(name) as call:
+        with new_folder() as folder:
+            call = Target(name, folder)
             for number in range(runs + len(call.seeds)):
                 known = number < len(call.seeds)
                 data = call.seeds[number] if known else changed(call.seeds, chance)
@@ -466,39 +472,63 @@ def _keep(name: str, data: bytes) -> None:
     (BUILD / f"{name}-wrong").write_bytes(data)
 
 
-def _guided(name: str, options: list[str]) -> None:
-    """Has atheris call a reader; it ends the process."""
+def _instrument() -> None:
+    """Has atheris follow what parses: our code, and the modules of libraries that do.
+
+    Its hook for imports takes all of torch and NumPy for the sake of one module of theirs, which
+    takes minutes, and slows down every call.
+    """
     import atheris
 
-    watched = ["dhcl", "yaml", "zipfile", "safetensors", "numpy.lib", "torch.serialization"]
-    watched += ["torch._weights_only_unpickler", "PIL", "csv", "json"]
-    with atheris.instrument_imports(include=watched):
-        _imports()
-    with target(name) as call:
-        grown = BUILD / f"corpus-{name}"
-        grown.mkdir(parents=True, exist_ok=True)
-        for number, seed in enumerate(call.seeds):
-            (grown / f"seed-{number}").write_bytes(seed)
-        atheris.Setup([sys.argv[0], *options, str(grown)], lambda data: call(data) and None)
-        atheris.Fuzz()
+    _imports()
+    for each in gc.get_objects():
+        if type(each) is types.FunctionType:  # isinstance would wake lazy objects of torch
+            module = str(each.__globals__.get("__name__"))
+            if any(module == name or module.startswith(f"{name}.") for name in WATCHED):
+                atheris.instrument_func(each)
+
+
+def _guided(name: str, folder: Path, options: list[str], log: Path) -> None:
+    """Has atheris call a reader, and what is said written to a file; it ends the process."""
+    import atheris
+
+    with log.open("wb") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    call = Target(name, folder)
+    grown = BUILD / f"corpus-{name}"
+    grown.mkdir(exist_ok=True)
+    for number, seed in enumerate(call.seeds):
+        (grown / f"seed-{number}").write_bytes(seed)
+    atheris.Setup([sys.argv[0], *options, str(grown)], lambda data: call(data) and None)
+    atheris.Fuzz()
 
 
 def run_guided(name: str, runs: int, seconds: int) -> bool:
-    """Run a reader in a process of its own, and say what was run; False if something was found."""
+    """Run a reader in a process of its own, and say what was run; False if something was found.
+
+    The process is a fork of this one, which has all that atheris follows (:func:`_instrument`).
+    """
     options = [f"-runs={runs}", f"-max_total_time={seconds}", f"-timeout={TIMEOUT}"]
     options += [f"-rss_limit_mb={MEMORY}", f"-max_len={LONGEST}", "-len_control=0"]
     options += [f"-artifact_prefix={BUILD}/{name}-"]
-    command = [sys.executable, "-m", "tests.fuzz_readers", name, "--atheris", *options]
+    BUILD.mkdir(exist_ok=True)
+    log = BUILD / f"{name}.log"
     started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    count = re.search(r"Done (\d+) (?:runs )?in", done.stderr)
-    if done.returncode != 0 or count is None:
-        said = [line for line in done.stderr.splitlines() if not line.startswith(("#", "INFO"))]
-        print("\n".join(said[-60:]))
-        print(f"{name}: failed after {time.monotonic() - started:.0f} s", flush=True)
-        return False
-    edges = re.findall(r"cov: (\d+)", done.stderr)[-1]
+    fork = multiprocessing.get_context("fork")
+    with new_folder() as folder:
+        process = fork.Process(target=_guided, args=(name, folder, options, log))
+        process.start()
+        process.join()
     seconds = round(time.monotonic() - started)
+    text = log.read_text(errors="replace")
+    count = re.search(r"Done (\d+) (?:runs )?in", text)
+    if process.exitcode != 0 or count is None:
+        said = [line for line in text.splitlines() if not line.startswith(("#", "INFO"))]
+        print("\n".join(said[-60:]))
+        print(f"{name}: failed after {seconds} s", flush=True)
+        return False
+    edges = re.findall(r"cov: (\d+)", text)[-1]
     print(f"{name}: {int(count[1]):,} runs, {edges} edges, {seconds} s", flush=True)
     return True
 
@@ -511,17 +541,15 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=1_000_000, help="inputs for each reader")
     parser.add_argument("--minutes", type=float, default=0, help="of each reader, at most")
     parser.add_argument("--input", type=Path, help="call the reader with this file")
-    parser.add_argument("--atheris", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.atheris is not None:
-        _guided(options.readers[0], options.atheris)
     known = list(readers())
     wrong = [name for name in options.readers if name not in known]
     if wrong:
         parser.error(f"no such reader: {', '.join(wrong)}; there are {', '.join(known)}")
     names = options.readers or known
     if options.input:
-        with target(names[0]) as call:
+        with new_folder() as folder:
+            call = Target(names[0], folder)
             print("taken" if call(options.input.read_bytes()) else "refused by name")
         return 0
     if importlib.util.find_spec("atheris") is None:
@@ -529,6 +557,8 @@ def main() -> int:
         for name in names:
             print(f"{name}: {run_random(name, options.runs):,} of {options.runs:,} inputs taken")
         return 0
+    _instrument()
+    gc.freeze()  # what is there already is not looked through again and again
     seconds = round(60 * options.minutes)
     results = [run_guided(name, options.runs, seconds) for name in names]
     return int(not all(results))
