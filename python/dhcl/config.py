@@ -349,8 +349,7 @@ EPS_GAP = 0.02
 
 def can_be_sharded(c: TrainConfig) -> bool:
     """Whether the memory of a run with these options can be spread over its processes."""
-    alone = c.labels.k1_own or c.loss.debias == "graph"
-    return c.memory.memory == "instances" and not alone
+    return c.memory.memory == "instances"
 
 
 def _contradictions(c: TrainConfig) -> list[str]:
@@ -406,8 +405,7 @@ def _contradictions(c: TrainConfig) -> list[str]:
         f"iterations and accumulate: {batches.iterations} batches must make whole steps of "
         f"{batches.accumulate}": batches.iterations % batches.accumulate,
         "classes_per_batch and images_per_class: a batch must have at least 2 images": images < 2,
-        "memory_layout: a sharded memory is one of instances, without k1_own and debias: graph "
-        f"(got memory {c.memory.memory}, k1_own {labels.k1_own}, debias {loss.debias})": (
+        f"memory_layout: a sharded memory is one of instances (got memory {c.memory.memory})": (
             c.memory.memory_layout == "sharded" and not can_be_sharded(c)
         ),
         "precision and device: fp16 needs a GPU": c.precision == "fp16" and c.device == "cpu",

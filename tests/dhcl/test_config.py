@@ -128,6 +128,10 @@ CONTRADICTIONS = [
         "memory and instance_weight",
     ),
     ({"outliers": "drop"}, "outliers and memory"),
+    (
+        {"memory": "clusters", "cluster_on": "extracted", "memory_layout": "sharded"},
+        r"memory_layout: a sharded memory is one of instances \(got memory clusters\)",
+    ),
     ({"prototype_weight": 0.0, "instance_weight": 0.0}, "prototype_weight and instance_weight"),
     ({"suspects": "kappa", "kappa": 0.25}, "suspects and kappa"),
     ({"debias": "graph", "kappa": 0.25}, "debias and kappa"),

@@ -35,7 +35,8 @@ class PseudoLabels(NamedTuple):
         loose: (N,) the same at a larger eps, or None where it was not asked for.
         threshold: limit of independence of the self-paced criterion, for the epochs to come.
         seconds: wall time by stage: neighbours, dbscan, and jaccard for all between them.
-        false_negatives: classes near each image, on the CPU, where they were asked for.
+        false_negatives: classes near each image that this process clusters, on the CPU, where they
+            were asked for.
     """
 
     labels: torch.Tensor
@@ -110,6 +111,7 @@ def pseudo_labels(
 
 def sharded_pseudo_labels(
     features: torch.Tensor,
+    cameras: torch.Tensor,
     options: LabelOptions,
     gather: Callable[[torch.Tensor, int], torch.Tensor],
     count: int,
@@ -117,14 +119,17 @@ def sharded_pseudo_labels(
     loose: bool,
     threshold: float | None,
     progress: Callable[[str, int, int], None],
+    graph_eps: float | None = None,
 ) -> PseudoLabels:
     """:func:`pseudo_labels` where each process has the features of its own images; all call it.
 
     Args:
         features: (n, d) float32 rows of length 1, of this process's images.
+        cameras: (n,) int64 of the same.
         gather: makes labels (N,) of all images from those of each process.
         count: N.
         options, loose, threshold, progress: as there.
+        graph_eps: as there; the lists are those of this process's images.
     """
     found = sharded.cluster(
         features,
@@ -132,15 +137,24 @@ def sharded_pseudo_labels(
         k2=options.k2,
         eps=options.eps,
         min_samples=options.min_samples,
+        cameras=cameras.to(features.device),
+        k1_own=options.k1_own,
         self_paced=options.self_paced,
         loose=loose,
         eps_gap=EPS_GAP,
+        graph_eps=graph_eps,
         threshold=threshold,
         progress=progress,
     )
+    clustered, likely = time.perf_counter(), None
+    if graph_eps is not None:
+        lists = sharded.graph_false_negatives(found.labels, found.graph)
+        likely = FalseNegatives(*(part.cpu() for part in lists))
+    stages = _stages(found.seconds)
+    stages["jaccard"] += time.perf_counter() - clustered
     labels = gather(found.labels, count).cpu()
     larger = None if found.loose_labels is None else gather(found.loose_labels, count).cpu()
-    return PseudoLabels(labels, larger, found.threshold, _stages(found.seconds))
+    return PseudoLabels(labels, larger, found.threshold, stages, likely)
 
 
 def _stages(seconds: Mapping[str, float], apart: float = 0.0) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from dhcl.errors import CheckpointError
 from dhcl.models import ReIDModel
 from dhcl.training.engine import Engine
 from dhcl.training.labels import PseudoLabels, pseudo_labels, sharded_pseudo_labels
+from dhcl.training.lists import lists_to_save, own_lists, read_lists
 from dhcl.words import first_line, show
-from dhcl_ops import DHCLLoss, MemoryBank, sharded
+from dhcl_ops import DHCLLoss, FalseNegatives, MemoryBank, sharded
 
 __all__ = ["SHARDED_FROM", "Replicated", "Sharded", "is_sharded", "layout_of", "remove_memories"]
 
@@ -52,6 +52,7 @@ class Replicated:
 
     def __init__(self, config: TrainConfig, engine: Engine, images: ImageList, dim: int) -> None:
         self._config, self._engine, self._images, self._dim = config, engine, images, dim
+        self._part = range(len(images))  # those whose features this process clusters
 
     def new_bank(self, rows: int) -> Any:
         """A memory of this many rows in all."""
@@ -107,8 +108,11 @@ class Replicated:
         """How many updates were left out."""
         return int(bank.skipped)
 
-    def keep(self, bank: Any, folder: Path) -> dict[str, Any]:
-        """What a checkpoint in this folder holds of the memory; every process calls it."""
+    def keep(self, bank: Any, found: FalseNegatives | None, folder: Path) -> dict[str, Any]:
+        """What a checkpoint in this folder holds of the memory; every process calls it.
+
+        Where it lies in a folder of its own, so do the lists of false negatives.
+        """
         return dict(bank.state_dict())
 
     def load(self, state: dict[str, Any], folder: Path) -> Any:
@@ -125,6 +129,21 @@ class Replicated:
         bank = self.new_bank(len(state["features"]))
         bank.load_state_dict(state)
         return bank
+
+    def load_lists(self, state: dict[str, Any], folder: Path) -> FalseNegatives | None:
+        """The lists of false negatives of a checkpoint in this folder, by either layout.
+
+        They are those of the images whose features this process clusters.
+        """
+        part = self._part
+        if "folder" not in state["bank"]:
+            saved = state.get("false_negatives")  # checkpoints before have none
+            return own_lists(FalseNegatives(*saved), part) if saved else None
+        place = _place(state["bank"], folder)
+        try:
+            return read_lists(place, part)
+        except Exception as error:  # damaged files raise nearly anything
+            raise _unreadable(place, error) from error
 
 
 class Sharded(Replicated):
@@ -166,12 +185,14 @@ class Sharded(Replicated):
         """The pseudo-labels (N,) of all images, which all processes find together."""
         return sharded_pseudo_labels(
             features,
+            self.own(torch.from_numpy(self._images.cameras)),
             self._config.labels,
             self._engine.gather_shares,
             len(self._images),
             loose=loose,
             threshold=threshold,
             progress=progress,
+            graph_eps=graph_eps,
         )
 
     def classes(self, bank: Any) -> int:
@@ -186,7 +207,7 @@ class Sharded(Replicated):
         """How many updates all processes left out."""
         return int(self._engine.accelerator.reduce(bank.skipped.clone(), "sum"))
 
-    def keep(self, bank: Any, folder: Path) -> dict[str, Any]:
+    def keep(self, bank: Any, found: FalseNegatives | None, folder: Path) -> dict[str, Any]:
         """Write the rows of all processes to a folder of their own beside the checkpoint.
 
         It gets its name when all processes are done, and counts once the checkpoint names it:
@@ -206,7 +227,8 @@ class Sharded(Replicated):
             shutil.rmtree(beside, ignore_errors=True)
         dist.barrier()
         try:
-            save({"bank": bank}, checkpoint_id=beside)
+            lists = lists_to_save(found, self._part.start)
+            save({"bank": bank, **lists}, checkpoint_id=beside)
         except CheckpointException as error:
             raise CheckpointError(
                 f"checkpoint: {show(beside)} not written ({first_line(error)}); the one before, "
@@ -255,10 +277,7 @@ def _read_whole(folder: Path, rows: int, dim: int) -> dict[str, torch.Tensor]:
         "labelled": torch.empty(1, dtype=torch.bool),
     }
     try:
-        with warnings.catch_warnings():
-            # It says that there is one process, as we do.
-            warnings.simplefilter("ignore", UserWarning)
-            load_parts({"bank": found}, folder, alone=True)
+        load_parts({"bank": found}, folder, alone=True)
     except Exception as error:  # damaged files raise nearly anything
         raise _unreadable(folder, error) from error
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from dhcl.stored import MAX_TEXT, Damaged, open_stored
 
-__all__ = ["load_parts"]
+__all__ = ["load_parts", "shapes_of"]
 
 _CLASSES = {
     (metadata.__name__, "Metadata"),
@@ -76,6 +77,18 @@ class _Reader(filesystem.FileSystemReader):
         return self._found
 
 
+def shapes_of(folder: Path) -> dict[str, torch.Size]:
+    """The shapes of the tensors in a folder, by name.
+
+    Raises:
+        Damaged, Exception: as :func:`load_parts`.
+    """
+    stored = _read_metadata(folder).state_dict_metadata
+    # Whatever is no tensor was refused.
+    tensors = metadata.TensorStorageMetadata
+    return {key: value.size for key, value in stored.items() if isinstance(value, tensors)}
+
+
 def load_parts(state: Mapping[str, Any], folder: Path, *, alone: bool = False) -> None:
     """Fill tensors with what :func:`torch.distributed.checkpoint.save` has written to a folder.
 
@@ -89,4 +102,9 @@ def load_parts(state: Mapping[str, Any], folder: Path, *, alone: bool = False) -
         Exception: whatever pickle and torch raise for what is damaged.
     """
     # Before torch looks at it, since torch would print its stack about an error in there.
-    load(dict(state), storage_reader=_Reader(folder, _read_metadata(folder)), no_dist=alone)
+    reader = _Reader(folder, _read_metadata(folder))
+    with warnings.catch_warnings():
+        if alone:
+            # It says that there is one process, as we do.
+            warnings.simplefilter("ignore", UserWarning)
+        load(dict(state), storage_reader=reader, no_dist=alone)

@@ -579,7 +579,9 @@ class Trainer:
         if self.engine.world_size > 1:
             states = [{}] * self.engine.world_size
             torch.distributed.all_gather_object(states, random_state())
-        bank = self.layout.keep(self.bank, self.checkpoint.parent) if self._logs else {}
+        lists = self.false_negatives if self.at.clustered else None
+        folder = self.checkpoint.parent
+        bank = self.layout.keep(self.bank, lists, folder) if self._logs else {}
         if self.engine.is_main and self.log is not None:
             self._write(states, bank, self.log.size)
         self.engine.meet()
@@ -593,6 +595,7 @@ class Trainer:
             log_size: bytes of the log that belong to it.
         """
         accelerator = self.engine.accelerator
+        lists = None if "folder" in bank else self.false_negatives
         state = {
             "format": FORMAT,
             "model": self.model.state_dict(),
@@ -602,7 +605,7 @@ class Trainer:
             "rows": self.rows,
             "labels": self.labels,
             "loose": self.loose,
-            "false_negatives": self.false_negatives and tuple(self.false_negatives),
+            "false_negatives": lists and tuple(lists),
             "progress": dataclasses.asdict(self.at),
             "random": states,
             "images": fingerprint(self._images),
@@ -628,8 +631,7 @@ class Trainer:
         self.bank = self.layout.load(state["bank"], self.checkpoint.parent)
         self.rows = state["rows"].to(self.engine.device)
         self.labels, self.loose = state["labels"], state["loose"]
-        likely = state.get("false_negatives")  # checkpoints before have none
-        self.false_negatives = FalseNegatives(*likely) if likely else None
+        self.false_negatives = self.layout.load_lists(state, self.checkpoint.parent)
         if self.at.clustered:
             self.loss = self._new_loss()
         if len(state["random"]) == self.engine.world_size:

@@ -1,5 +1,8 @@
 """A memory over two processes: as good as one on each, killed, started again, and gone on with.
 
+Its labels are those of a clustering in one process, by camera and with false negatives told by the
+graph too.
+
 ``DHCL_KILL=1`` kills one of the processes on the way, whereupon torchrun starts them again.
 """
 
@@ -7,21 +10,27 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from dhcl.config import with_changes
+from dhcl.errors import CheckpointError
 from dhcl.training.checkpoint import load_checkpoint
+from dhcl.training.lists import own_lists
+from dhcl.training.memory import Replicated, Sharded
 from dhcl.training.runs import train
 from dhcl.training.trainer import Trainer
 
+from dhcl_ops import FalseNegatives
 from tests.dhcl.toy import command_line, options
 
 KILL = os.environ.get("DHCL_KILL") == "1"
 
-# Each process leaves what it has in memory at the end of each run, and one may kill itself.
+# Each process leaves what it has in memory at the end of each run, and one may kill itself. In an
+# epoch with false negatives by the graph a checkpoint is written on the way, and a copy is kept.
 _SCRIPT = """
-import os, signal, sys, torch
+import os, shutil, signal, sys, torch
 from pathlib import Path
 from dhcl.cli.train import train_options
 from dhcl.training.trainer import Trainer
@@ -37,13 +46,17 @@ def watched(self):
     torch.save({
         "features": bank.features, "rows": len(getattr(bank, "rows", bank.features)),
         "prototypes": bank.prototypes, "labels": self.labels, "layout": type(self.layout).__name__,
-        "restored": getattr(self, "restored", None),
+        "restored": getattr(self, "restored", None), "lists": tuple(self.false_negatives or ()),
     }, folder / f"{self.config.run.name}-{self.config.epochs}-rank{self.engine.rank}.pt")
 def killed(self, *batch):
     fatal = folder / "kill"
     if self.at.epoch == 1 and self.at.iteration == 2 and self.engine.rank == 1 and fatal.exists():
         fatal.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
+    if self.false_negatives is not None and self.at.iteration == 1:
+        self.save()
+        if self.engine.is_main:
+            shutil.copytree(self.checkpoint.parent, folder / f"{self.config.run.name}-middle")
     step(self, *batch)
 Trainer.fit, Trainer.step, Trainer._restore = watched, killed, restored
 for part in " ".join(words).split(" -- "):
@@ -70,6 +83,18 @@ def entries(config):
     return [json.loads(line) for line in (config.run / "log.jsonl").read_text().splitlines()]
 
 
+KINDS = ("replicated", "sharded")
+
+
+def graph_options(pictures, folder, kind):
+    """An epoch of two steps by the graph's false negatives and by cameras."""
+    return options(
+        pictures, folder / f"graph-{kind}", memory_layout=kind, epochs=1, iterations=2, k1_own=3,
+        debias="graph", suspects="exclude", self_paced=True, warmup_epochs=0, instance_weight=0.5,
+        eval_every=0,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(pictures, tmp_path_factory):
     """The same training with the whole memory on each process, and with half of it."""
@@ -77,14 +102,16 @@ def trained(pictures, tmp_path_factory):
     changes = {"epochs": 2, "preset": "dhcl-hnm", "suspects": "exclude", "eval_every": 1}
     configs = [
         options(pictures, folder / kind, "dhcl-hnm", **{**changes, "memory_layout": kind})
-        for kind in ("replicated", "sharded")
+        for kind in KINDS
     ]
     if KILL:
         (folder / "kill").touch()
     again = ["--resume", str(configs[0].run), "--epochs", "3", "--memory-layout", "sharded"]
+    graphs = [command_line(graph_options(pictures, folder, kind)) for kind in KINDS]
     said = torchrun(
-        folder, command_line(configs[1]), command_line(configs[0]), again, restarts=int(KILL)
-    )
+        folder, command_line(configs[1]), command_line(configs[0]), again, *graphs,
+        restarts=int(KILL),
+    )  # fmt: skip
     return folder, configs, said
 
 
@@ -108,6 +135,47 @@ def test_quality_is_that_of_a_replicated_memory(trained):
     seen = [run[0]["observed"]["mAP"] for run in (one, other)]
     assert seen[1] == pytest.approx(seen[0], abs=0.02)
     assert json.loads((parted.run / "metrics.json").read_text())["last"]["mAP"] > 0.2
+
+
+def test_labels_and_lists_by_camera_and_graph_are_those_of_one_process(trained, pictures):
+    folder, _, _ = trained
+    whole, parted = (parts_of(folder, f"graph-{kind}-1") for kind in KINDS)
+    assert [part["layout"] for part in parted] == ["Sharded"] * 2
+    one = FalseNegatives(*whole[0]["lists"])
+    assert len(one.classes) > len(whole[0]["labels"])
+    for rank, part in enumerate(parted):
+        assert torch.equal(part["labels"], whole[0]["labels"])
+        wanted = own_lists(one, range(24 * rank, 24 * (rank + 1)))
+        assert all(map(torch.equal, part["lists"], wanted))
+    logs = [entries(graph_options(pictures, folder, kind))[0] for kind in KINDS]
+    assert logs[1]["clusters"] == logs[0]["clusters"] > 1
+    assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=1e-4)
+    assert logs[1]["skipped_updates"] == logs[0]["skipped_updates"] == 0
+
+
+def test_lists_are_gone_on_with_by_any_processes_and_layout(trained):
+    folder, _, _ = trained
+    one = FalseNegatives(*parts_of(folder, "graph-replicated-1")[0]["lists"])
+    images = range(48)
+    for kind in KINDS:
+        middle = folder / f"graph-{kind}-middle"
+        state = load_checkpoint(middle / "last.pt")
+        assert ("folder" in state["bank"], state["false_negatives"] is None) == (
+            (kind == "sharded",) * 2
+        )
+        found = Replicated(None, None, images, 0).load_lists(state, middle)
+        assert all(map(torch.equal, found, one))
+        for rank in range(3):
+            share = SimpleNamespace(
+                share=lambda count, at=rank: range(count)[at * 16 : at * 16 + 16]
+            )
+            own = Sharded(None, share, images, 0).load_lists(state, middle)
+            assert all(map(torch.equal, own, own_lists(one, share.share(48))))
+        if kind == "sharded":
+            for file in (middle / state["bank"]["folder"]).glob("*.distcp"):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            with pytest.raises(CheckpointError, match=r"memory.*can't be read"):
+                Replicated(None, None, images, 0).load_lists(state, middle)
 
 
 @pytest.mark.skipif(not KILL, reason="twice as many processes; DHCL_KILL=1 kills one")
