@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from dhcl.stored import Damaged
-from dhcl.training.parts import load_parts, shapes_of
 from dhcl_ops import FalseNegatives
 
 __all__ = ["lists_to_save", "own_lists", "read_lists"]
@@ -43,6 +42,9 @@ def read_lists(folder: Path, part: range) -> FalseNegatives | None:
         Damaged: they are not of all these images.
         Exception: as :func:`dhcl.training.parts.load_parts`.
     """
+    # Half a second, for those who read none.
+    from dhcl.training.parts import load_parts, shapes_of
+
     shapes = shapes_of(folder)
     ends = {int(m[1]): int(m[1]) + shapes[m[0]].numel() for m in map(_counts_of, shapes) if m}
     if not ends:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dhcl.stored import MAX_TEXT, Damaged, open_stored
+from dhcl.words import first_line
 
 __all__ = ["load_parts", "shapes_of"]
 
@@ -98,7 +100,8 @@ def load_parts(state: Mapping[str, Any], folder: Path, *, alone: bool = False) -
         alone: this process reads for itself, with no others.
 
     Raises:
-        Damaged: the metadata would run code, or names what is no tensor or lies elsewhere.
+        Damaged: the metadata would run code, or names what is no tensor or lies elsewhere; a part
+            can't be read.
         Exception: whatever pickle and torch raise for what is damaged.
     """
     # Before torch looks at it, since torch would print its stack about an error in there.
@@ -107,4 +110,9 @@ def load_parts(state: Mapping[str, Any], folder: Path, *, alone: bool = False) -
         if alone:
             # It says that there is one process, as we do.
             warnings.simplefilter("ignore", UserWarning)
-        load(dict(state), storage_reader=reader, no_dist=alone)
+        try:
+            load(dict(state), storage_reader=reader, no_dist=alone)
+        except CheckpointException as error:
+            # It is no Exception, and says which ranks failed before it says why.
+            causes = [cause for cause, _stack in error.failures.values()]
+            raise Damaged(first_line(causes[0] if causes else error)) from error

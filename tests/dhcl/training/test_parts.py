@@ -8,9 +8,12 @@ import pytest
 import torch
 from dhcl.errors import CheckpointError
 from dhcl.stored import Damaged
+from dhcl.training.lists import lists_to_save, own_lists, read_lists
 from dhcl.training.memory import Replicated
 from dhcl.training.parts import load_parts
 from torch.distributed.checkpoint import metadata, save
+
+from dhcl_ops import FalseNegatives
 
 ROWS, WIDTH = 6, 3
 
@@ -117,6 +120,68 @@ def test_what_is_no_metadata_is_an_error(folder, content):
     with pytest.raises(Exception) as caught:
         read(folder)
     assert not isinstance(caught.value, AssertionError)
+
+
+def test_a_part_that_is_cut_off_is_an_error_that_says_why(folder):
+    (part,) = folder.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(Damaged) as caught:
+        read(folder)
+    assert "CheckpointException" not in str(caught.value)
+    layout = Replicated(SimpleNamespace(), SimpleNamespace(), range(ROWS), WIDTH)
+    with pytest.raises(CheckpointError, match=r"memory\.1 can't be read"):
+        layout.load({"folder": folder.name}, folder.parent)
+
+
+def lists_of(images):
+    """Lists of 0, 1, 2, ... classes an image."""
+    counts = torch.arange(images)
+    total = int(counts.sum())
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return FalseNegatives(offsets, torch.arange(total), -torch.rand(total))
+
+
+def save_lists(folder, found, parts):
+    state = {"bank": tensors()}
+    for part in parts:
+        state |= lists_to_save(own_lists(found, part), part.start)
+    with pytest.warns(UserWarning, match="single process"):
+        save(state, checkpoint_id=folder, no_dist=True)
+
+
+def test_lists_of_any_parts_are_read_for_any_images(tmp_path):
+    found = lists_of(7)
+    # The second process has images without an entry in its list, the last has none.
+    save_lists(tmp_path, found, (range(0, 1), range(1, 4), range(4, 7), range(7, 7)))
+    for part in (range(0, 7), range(0, 1), range(2, 6), range(4, 7), range(7, 7)):
+        read_back = read_lists(tmp_path, part)
+        for got, wanted in zip(read_back, own_lists(found, part), strict=True):
+            assert got.dtype == wanted.dtype
+            assert torch.equal(got, wanted)
+    with pytest.raises(Damaged, match="must be those of images 5 to 8"):
+        read_lists(tmp_path, range(5, 9))
+
+
+def test_a_folder_without_lists_has_none(folder):
+    assert read_lists(folder, range(ROWS)) is None
+
+
+@pytest.mark.parametrize("damage", ["a part is missing", "counts", "size"])
+def test_lists_that_are_not_whole_are_refused(tmp_path, damage):
+    found = lists_of(6)
+    if damage == "counts":
+        found = found._replace(classes=found.classes[:-1], logs=found.logs[:-1])
+    parts = (range(0, 2), range(4, 6)) if damage == "a part is missing" else (range(6),)
+    save_lists(tmp_path, found, parts)
+    if damage == "size":
+
+        def mend(stored):
+            stored.state_dict_metadata["lists.0.classes"].size = torch.Size([10**9])
+
+        change(tmp_path, mend)
+    words = {"counts": "as many entries as they count", "size": "no larger than their files"}
+    with pytest.raises(Damaged, match=words.get(damage, "must be those of images 0 to 5")):
+        read_lists(tmp_path, range(6))
 
 
 @pytest.mark.parametrize("name", ["../memory.1", "/tmp", "memory.1/..", 3, "memory."])

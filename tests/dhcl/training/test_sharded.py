@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dhcl.config import with_changes
-from dhcl.errors import CheckpointError
 from dhcl.training.checkpoint import load_checkpoint
 from dhcl.training.lists import own_lists
 from dhcl.training.memory import Replicated, Sharded
@@ -90,8 +89,8 @@ def graph_options(pictures, folder, kind):
     """An epoch of two steps by the graph's false negatives and by cameras."""
     return options(
         pictures, folder / f"graph-{kind}", memory_layout=kind, epochs=1, iterations=2, k1_own=3,
-        debias="graph", suspects="exclude", self_paced=True, warmup_epochs=0, instance_weight=0.5,
-        eval_every=0,
+        debias="graph", debias_eps=0.99, suspects="exclude", self_paced=True, warmup_epochs=0,
+        instance_weight=0.5, eval_every=0,
     )  # fmt: skip
 
 
@@ -142,7 +141,7 @@ def test_labels_and_lists_by_camera_and_graph_are_those_of_one_process(trained, 
     whole, parted = (parts_of(folder, f"graph-{kind}-1") for kind in KINDS)
     assert [part["layout"] for part in parted] == ["Sharded"] * 2
     one = FalseNegatives(*whole[0]["lists"])
-    assert len(one.classes) > len(whole[0]["labels"])
+    assert len(one.classes) > one.offsets[24] > 24
     for rank, part in enumerate(parted):
         assert torch.equal(part["labels"], whole[0]["labels"])
         wanted = own_lists(one, range(24 * rank, 24 * (rank + 1)))
@@ -171,11 +170,6 @@ def test_lists_are_gone_on_with_by_any_processes_and_layout(trained):
             )
             own = Sharded(None, share, images, 0).load_lists(state, middle)
             assert all(map(torch.equal, own, own_lists(one, share.share(48))))
-        if kind == "sharded":
-            for file in (middle / state["bank"]["folder"]).glob("*.distcp"):
-                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-            with pytest.raises(CheckpointError, match=r"memory.*can't be read"):
-                Replicated(None, None, images, 0).load_lists(state, middle)
 
 
 @pytest.mark.skipif(not KILL, reason="twice as many processes; DHCL_KILL=1 kills one")
