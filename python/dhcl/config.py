@@ -576,9 +576,13 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"config: {show(path)} must hold `option: value` lines")
     try:
-        return _by_name(content)
+        options = _by_name(content)
+        for name, value in options.items():
+            if isinstance(value, str) and "\0" in value:  # no path can
+                raise ConfigError(f"{name}: must not hold a zero byte (got {show(value)})")
     except ConfigError as error:
         raise ConfigError(f"{show(path)}: {error}") from error
+    return options
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

@@ -69,6 +69,7 @@ def test_arrays_are_read_as_they_were_saved(array, mapped, tmp_path):
 
 
 OPTIONS = {
+    "a zero byte in a path": 'out: "a\\0b"',
     "deep": "epochs: " + "[" * 5000,
     "deep, closed": "epochs: " + "[" * 5000 + "]" * 5000,
     "digits": "epochs: " + "1" * 6000,

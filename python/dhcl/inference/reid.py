@@ -127,7 +127,7 @@ class ReID:
             raise ConfigError(f"which: must be 'last' or 'best' (got {which!r})")
         checkpoints = folder / "checkpoints"
         if not (checkpoints / f"{which}.pt").is_file():
-            others = sorted(file.stem for file in checkpoints.glob("*.pt"))
+            others = sorted(file.stem for file in checkpoints.glob("*.pt") if file.is_file())
             advice = (
                 f"it has {' and '.join(others)}"
                 if others

@@ -33,7 +33,10 @@ def draw_once(out: Path, *, sheet: Path, workers: int, **options: Any) -> None:
     if out.exists():
         refuse_others(out, drawn_with(out), options)
         if not sheet.exists():
-            contact_sheet(out / TRAIN, sheet)
+            try:
+                contact_sheet(out / TRAIN, sheet)
+            except ValueError as error:
+                raise ConfigError(f"out: {show(out)} is not whole ({error})") from error
         return
     summary = draw(out, sheet=sheet, workers=workers, **options)
     tqdm.write(

@@ -17,7 +17,7 @@ import torch
 from dhcl.errors import CheckpointError
 from dhcl.files import write_atomic
 from dhcl.torch_files import load_plain
-from dhcl.words import show
+from dhcl.words import first_line, show
 
 __all__ = [
     "FORMAT",
@@ -119,7 +119,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint: there is none at {show(path)}") from error
     except Exception as error:  # damaged files raise nearly anything
-        raise CheckpointError(f"checkpoint: {show(path)} can't be read ({error})") from error
+        why = first_line(error)
+        raise CheckpointError(f"checkpoint: {show(path)} can't be read ({why})") from error
     return state
 
 

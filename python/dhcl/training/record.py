@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ __all__ = ["CHOSEN_BY", "Record", "measured", "read_record"]
 
 CHOSEN_BY = "test mAP: looked up, not a fair result"
 """How the epoch of the model that looked best was chosen."""
+
+# Values of an entry that are numbers by name, and the most seconds that a stage may have taken.
+_GROUPS = ("observed", "reranked", "seconds")
+_LONGEST = 10**9
 
 
 @dataclass
@@ -117,7 +122,7 @@ def measured(run: Path, which: str) -> dict[str, Any]:
     """
     try:
         state = load_checkpoint(run / "checkpoints" / f"{which}.pt")
-        stored: dict[str, Any] = read_json(run / "metrics.json")
+        stored = _read_measured(run)
         protocol = {"protocol": stored["protocol"]} if "protocol" in stored else {}
         if which == "best":
             return {**state["metrics"], "chosen_by": CHOSEN_BY, **protocol}
@@ -147,9 +152,8 @@ def _read_log(record: Record) -> None:
         return
     for line in lines:
         try:
-            entry = parse_json(line)
-            record.log.append({**entry, "epoch": int(entry["epoch"])})
-        except (ValueError, TypeError, KeyError):
+            record.log.append(_checked(parse_json(line)))
+        except ValueError:
             broken += 1
     if broken:
         record.missing["log"] = f"{broken} of {len(lines)} lines of log.jsonl can't be read"
@@ -159,8 +163,7 @@ def _read_log(record: Record) -> None:
 
 def _read_metrics(record: Record) -> None:
     try:
-        metrics = read_json(record.run / "metrics.json")
-        record.metrics = metrics if isinstance(metrics, dict) else {}
+        record.metrics = _read_measured(record.run)
     except FileNotFoundError:
         total, done = record.options.get("epochs"), len(record.log)
         why = "there were no identities to evaluate on, or it was not written"
@@ -169,6 +172,39 @@ def _read_metrics(record: Record) -> None:
         record.missing["metrics"] = f"there is no metrics.json: {why}"
     except (OSError, ValueError) as error:
         record.missing["metrics"] = f"metrics.json can't be read ({_why(error)})"
+
+
+def _read_measured(run: Path) -> dict[str, Any]:
+    """What ``metrics.json`` holds: numbers of the last epoch, those of the best, and texts."""
+    metrics = read_json(run / "metrics.json")
+    if not isinstance(metrics, dict):
+        raise Damaged("it must be an object")
+    for name in {"last", "best"} & metrics.keys():
+        _checked(metrics[name], texts=("chosen_by",))
+    return metrics
+
+
+def _checked(entry: Any, texts: Collection[str] = ()) -> dict[str, Any]:
+    """An entry of an epoch, whose values are numbers, or numbers by name, but for some texts."""
+    if not isinstance(entry, dict) or not _is_number(entry.get("epoch")):
+        raise Damaged("an entry must be an object with an epoch")
+    if not isinstance(entry["epoch"], int):
+        raise Damaged(f"epoch must be a whole number (got {entry['epoch']!r})")
+    for name, value in entry.items():
+        if name in _GROUPS and not isinstance(value, dict):
+            raise Damaged(f"{name} must hold numbers by name (got {value!r})")
+        inner = value.values() if isinstance(value, dict) else [value]
+        if not all(map(_is_number, inner)) and not (name in texts and isinstance(value, str)):
+            raise Damaged(f"{name} must hold numbers (got {value!r})")
+    seconds = entry.get("seconds", {})
+    if not all(0 <= each <= _LONGEST for each in seconds.values()):
+        raise Damaged(f"seconds must be from 0 to {_LONGEST:,} (got {seconds!r})")
+    return dict(entry)
+
+
+def _is_number(value: Any) -> bool:
+    # What is not finite belongs to a training that diverged; more than 64 bits are no count.
+    return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
 
 
 def _read_checkpoint(record: Record) -> None:

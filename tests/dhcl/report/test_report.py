@@ -35,7 +35,7 @@ from dhcl.report.ranked import ranked_page
 from dhcl.report.several import comparison_page, labels_of
 from dhcl.report.single import run_page
 from dhcl.training.checkpoint import load_checkpoint, save_checkpoint
-from dhcl.training.record import Record, read_record
+from dhcl.training.record import Record, measured, read_record
 from dhcl.training.results import Results, collect
 from dhcl.training.runs import train
 from dhcl.training.trainer import fingerprint
@@ -356,6 +356,33 @@ def test_command_says_what_is_wrong(run, tmp_path, capsys):
 
 def report_of(run, **more):
     return write_report(collect(read_record(run)), **more)
+
+
+WRONG_LINES = [
+    {"seconds": -1e300}, {"seconds": [1]}, {"seconds": {"train": 1e308}}, {"clusters": None},
+    {"loss": "\x1b[31m"}, {"loss": 10**30}, {"observed": {"ari": [1]}}, {"epoch": 1e400},
+]  # fmt: skip
+WRONG_METRICS = [
+    [], {"last": 1}, {"last": {"mAP": 0.5}}, {"last": {"epoch": 2, "mAP": "x"}},
+    {"last": {"epoch": 2, "mAP": [1]}}, {"last": {"epoch": 2, "reranked": 0.5}},
+    {"best": {"epoch": 2, "rank1": None}},
+]  # fmt: skip
+
+
+def test_a_log_and_metrics_that_hold_something_else_are_said_to(copy):
+    log, metrics = copy / "log.jsonl", copy / "metrics.json"
+    first = json.loads(log.read_text().splitlines()[0])
+    for change in WRONG_LINES:
+        log.write_text(json.dumps(first) + "\n" + json.dumps({**first, **change}))
+        record = read_record(copy)
+        assert record.missing["log"] == "1 of 2 lines of log.jsonl can't be read", change
+        assert record.log == [first]
+    for stored in WRONG_METRICS:
+        metrics.write_text(json.dumps(stored))
+        record = read_record(copy)
+        assert "metrics.json can't be read" in record.missing["metrics"], stored
+        assert record.last == {}
+        assert measured(copy, "last") == {}
 
 
 def test_half_written_run(copy, tmp_path):

@@ -4,9 +4,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from dhcl.errors import ConfigError
 from dhcl.synth import contact_sheet, render_crop, render_dataset
 from dhcl.synth.cameras import make_camera
 from dhcl.synth.plan import plan
+from dhcl.synth.progress import draw_once
 from PIL import Image
 
 from dhcl_ops import evaluate_ranking
@@ -254,3 +256,12 @@ def test_contact_sheet(small, tmp_path):
 def test_contact_sheet_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must hold images of identities"):
         contact_sheet(tmp_path, tmp_path / "sheet.png")
+
+
+def test_people_without_pictures_are_not_gone_on_with(tmp_path):
+    (tmp_path / "synth.json").write_text('{"arguments": {"ids": 8}}')
+    with pytest.raises(ConfigError, match=r"out: .* is not whole"):
+        draw_once(tmp_path, sheet=tmp_path / "people.png", workers=1, ids=8)
+    (tmp_path / "synth.json").write_text('{"arguments": [1]}')
+    with pytest.raises(ConfigError, match="holds no pedestrians of dhcl synth"):
+        draw_once(tmp_path, sheet=tmp_path / "people.png", workers=1, ids=8)
