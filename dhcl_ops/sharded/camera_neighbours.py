@@ -175,8 +175,12 @@ def search_by_camera(
         floors = [best.floor(begin, end) for best in lists]
         return [features[begin:end], numbered.number[begin:end], *floors]
 
+    def take(away: slice, found: list[torch.Tensor]) -> None:
+        for best, similarities, indices in zip(lists, found[::2], found[1::2], strict=True):
+            best.take(away, similarities, indices.long())
+
     size = piece_rows(4 * width, shards.device)
-    for visit in shards.visits(size, outline, give):
+    for visit in shards.visits(size, outline, give, take):
         visitor, theirs, *floors = visit.tables
         mine, away = visit.mine, empty(len(visitor))
         # Rows that meet the visitor are the first ones of this rank, if not all.
@@ -184,10 +188,8 @@ def search_by_camera(
         others = (visitor, theirs, visit.first)
         both = (lists, away)
         repeated += _meet_by_camera(shards, rows, others, both, (floors[0], floors[1]))
-        tables = [table for best in away for table in (best.similarities, best.indices.int())]
-        back = shards.swap(visit.owner, visit.host, *tables)
-        for best, similarities, indices in zip(lists, back[::2], back[1::2], strict=True):
-            best.take(visit.away, similarities, indices.long())
+        for best in away:
+            visit.found.extend([best.similarities, best.indices.int()])
         if progress is not None:
             progress("products", min(visit.first, shards.total), shards.total)
     return _mixed(lists, first, numbered, k, repeated, shards)

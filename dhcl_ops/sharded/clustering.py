@@ -132,6 +132,9 @@ def largest_squares(features: torch.Tensor, shards: Shards) -> torch.Tensor:
             lower_by_products(features[begin:end], others, least[begin:end], theirs)
         return theirs
 
+    def take(away: slice, found: list[torch.Tensor]) -> None:
+        least[away] = torch.minimum(least[away], found[0])
+
     with full_precision(features.device):
         meet(slice(0, len(features)), features)
         size = piece_rows(4 * width, features.device)
@@ -139,10 +142,10 @@ def largest_squares(features: torch.Tensor, shards: Shards) -> torch.Tensor:
             size,
             lambda rank, begin, end: [(end - begin, width)],
             lambda begin, end: [features[begin:end]],
+            take,
         )
         for visit in visits:
-            (back,) = shards.swap(visit.owner, visit.host, meet(visit.mine, visit.tables[0]))
-            least[visit.away] = torch.minimum(least[visit.away], back)
+            visit.found.append(meet(visit.mine, visit.tables[0]))
     return 2.0 - 2.0 * least
 
 

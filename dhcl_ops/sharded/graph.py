@@ -266,7 +266,8 @@ def eps_graph(rows: Rows, eps: float, shards: Shards, progress: Progress | None)
     note(other[beside], row[beside] + shards.begin, distance[beside])
     del row, other, distance, beside
     luggage = _Luggage(rows, shards)
-    for visit in shards.visits(luggage.size, luggage.outline, luggage.give):
+    visits = shards.visits(luggage.size, luggage.outline, luggage.give, lambda _, back: note(*back))
+    for visit in visits:
         sizes, columns, values = visit.tables
         visitor = Rows(_offsets(sizes.long()), columns, values)
         row, other, distance = _pairs(_cut(rows, 0, visit.mine.stop), visitor, eps, shards)
@@ -274,8 +275,7 @@ def eps_graph(rows: Rows, eps: float, shards: Shards, progress: Progress | None)
         # What the visitor's rows found here goes home, by its own numbers.
         theirs = other + (visit.first - shards.starts[visit.owner])
         ours = row + shards.begin
-        back = shards.swap(visit.owner, visit.host, theirs.int(), ours.int(), distance)
-        note(*back)
+        visit.found.extend([theirs.int(), ours.int(), distance])
         if progress is not None:
             progress("pairs", min(visit.first, shards.total), shards.total)
     row, column, distance = (torch.cat(parts) for parts in zip(*found, strict=True))

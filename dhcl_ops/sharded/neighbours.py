@@ -108,7 +108,10 @@ def _visited(
     def give(begin: int, end: int) -> list[torch.Tensor]:
         return [features[begin:end], best.floor(begin, end)]
 
-    for visit in shards.visits(size, outline, give):
+    def take(away: slice, found: list[torch.Tensor]) -> None:
+        best.take(away, found[0], found[1].long())
+
+    for visit in shards.visits(size, outline, give, take):
         visitor, floor = visit.tables
         theirs = Best.empty(len(visitor), others, shards)
         # Own rows in pieces too: what a search holds of a row is more than the row itself.
@@ -122,11 +125,7 @@ def _visited(
             theirs.take(slice(0, len(visitor)), away.similarities, found)
             floor = floor.maximum(theirs.floor(0, len(visitor)))
             uncertified += here.uncertified + away.uncertified
-        # What the visitor's rows found here goes home.
-        similarities, indices = shards.swap(
-            visit.owner, visit.host, theirs.similarities, theirs.indices.int()
-        )
-        best.take(visit.away, similarities, indices.long())
+        visit.found.extend([theirs.similarities, theirs.indices.int()])
         if progress is not None:
             progress("products", min(visit.first, shards.total), shards.total)
     return uncertified

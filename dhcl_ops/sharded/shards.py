@@ -47,8 +47,7 @@ class Visit(NamedTuple):
     first: int  # its first row in the whole table
     mine: slice  # own rows that are to meet it
     owner: int  # whose rows they are
-    host: int  # whom own rows are visiting meanwhile
-    away: slice  # which of own rows those are, empty if none
+    found: list[torch.Tensor]  # takes what goes home to the owner: as many tensors on every visit
 
 
 class _Statement(NamedTuple):
@@ -323,19 +322,24 @@ class Shards:
         size: int,
         outline: Callable[[int, int, int], list[Sequence[int]]],
         give: Callable[[int, int], list[torch.Tensor]],
+        take: Callable[[slice, list[torch.Tensor]], object],
     ) -> Iterator[Visit]:
         """Pieces of other ranks' rows, so that each pair of rows of two ranks meets once.
 
         In step s, rank r visits rank r - s, for s up to half the number of ranks. If that is even,
         the last step would have two ranks meet at both: there the lower one's first half of the
-        rows receives, and its second half visits. The next piece is under way while one is here.
+        rows receives, and its second half visits. While a piece is here the next one is under way,
+        and so is what the two before it have found.
 
         Args:
             size: most rows of a piece, the same on every rank.
             outline: of a piece (rank, begin, end), the shape of each table's part.
             give: of a piece (begin, end) of own rows, the parts themselves.
+            take: gets a slice of own rows and what they found on their visit, which comes home at
+                some time before the iteration ends.
         """
         plan = list(self._plan(size))
+        home = _WayHome(self, take)
         coming = self._start(plan[0], outline, give) if plan else None
         for place, step in enumerate(plan):
             assert coming is not None
@@ -345,7 +349,11 @@ class Shards:
             del kept
             after = plan[place + 1] if place + 1 < len(plan) else None
             coming = None if after is None else self._start(after, outline, give)
-            yield Visit(tables, step.first, step.mine, step.owner, step.host, step.away)
+            visit = Visit(tables, step.first, step.mine, step.owner, [])
+            yield visit
+            home.leave(step, visit.found)
+            del tables, visit
+        home.end()
 
     def _given(self, rank: int, step: int) -> int:
         """The first of a rank's rows that goes on a visit in this step: all, or the second half."""
@@ -379,10 +387,10 @@ class Shards:
         shapes = outline(step.owner, *step.into)
         tables = [table.new_empty(tuple(shape)) for table, shape in zip(mine, shapes, strict=True)]
         send = [part for part in mine if part.numel()]
-        works = self._post(step.host, send, step.owner, [part for part in tables if part.numel()])
+        works = self.post(step.host, send, step.owner, [part for part in tables if part.numel()])
         return tables, works, send
 
-    def _post(
+    def post(
         self, to: int, send: list[torch.Tensor], of: int, receive: list[torch.Tensor]
     ) -> list[Any]:
         """Begin to send to one rank and to receive from another."""
@@ -396,21 +404,6 @@ class Shards:
     def _peer(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
-    def swap(self, to: int, of: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Send tensors to one rank and take those of another, whose lengths may differ."""
-        lengths = torch.tensor([len(tensor) for tensor in tensors], device=self.device)
-        theirs = torch.empty_like(lengths)
-        for work in self._post(to, [lengths], of, [theirs]):
-            work.wait()
-        out = [
-            tensor.new_empty(length, *tensor.shape[1:])
-            for tensor, length in zip(tensors, theirs.tolist(), strict=True)
-        ]
-        send = [tensor.contiguous() for tensor in tensors if tensor.numel()]
-        for work in self._post(to, send, of, [part for part in out if part.numel()]):
-            work.wait()
-        return out
-
 
 class _Step(NamedTuple):
     mine: slice
@@ -420,3 +413,66 @@ class _Step(NamedTuple):
     host: int
     first: int
     away: slice
+
+
+class _Parcel(NamedTuple):
+    """What is under way from one visit, until its works are done."""
+
+    step: _Step
+    send: list[torch.Tensor]
+    receive: list[torch.Tensor]
+    works: list[Any]
+
+
+class _WayHome:
+    """What visitors found, on its way to their owner while other visitors are met.
+
+    Nothing can be received before its length is known, so lengths go first. Each visit announces
+    the lengths of what it leaves, sends off what the one before has announced, and takes what the
+    one before that has sent: so much is under way, and no rank waits for another one's products
+    that were begun after its own.
+    """
+
+    def __init__(self, shards: Shards, take: Callable[[slice, list[torch.Tensor]], object]) -> None:
+        self._shards, self._take = shards, take
+        self._announced: tuple[_Parcel, list[torch.Tensor]] | None = None
+        self._sent: _Parcel | None = None
+
+    def leave(self, step: _Step, found: list[torch.Tensor]) -> None:
+        """Begin to send what a visitor found, and go on with what is under way."""
+        self._arrive()
+        self._send()
+        lengths = torch.tensor([len(tensor) for tensor in found], device=self._shards.device)
+        theirs = torch.empty_like(lengths)
+        works = self._shards.post(step.owner, [lengths], step.host, [theirs])
+        self._announced = _Parcel(step, [lengths], [theirs], works), found
+
+    def end(self) -> None:
+        """Wait for all that is under way."""
+        self._arrive()
+        self._send()
+        self._arrive()
+
+    def _send(self) -> None:
+        if self._announced is None:
+            return
+        (step, _, (lengths,), works), found = self._announced
+        self._announced = None
+        for work in works:
+            work.wait()
+        out = [
+            tensor.new_empty(length, *tensor.shape[1:])
+            for tensor, length in zip(found, lengths.tolist(), strict=True)
+        ]
+        send = [tensor.contiguous() for tensor in found if tensor.numel()]
+        receive = [part for part in out if part.numel()]
+        works = self._shards.post(step.owner, send, step.host, receive)
+        self._sent = _Parcel(step, send, out, works)
+
+    def _arrive(self) -> None:
+        if self._sent is None:
+            return
+        parcel, self._sent = self._sent, None
+        for work in parcel.works:
+            work.wait()
+        self._take(parcel.step.away, parcel.receive)

@@ -1,10 +1,13 @@
 """Clustering over several processes: the bits of one process, and what is said when one is lost."""
 
+import itertools
 import os
 import time
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import dhcl_ops
 from dhcl_ops import sharded
@@ -209,17 +212,63 @@ def in_small_pieces(rank, world, x):
     for module in (clustering, graph, neighbours):
         module.PIECE_BYTES = shards_module.PIECE_BYTES
     graph._FETCHED_BYTES = 40 * 4 * 11
-    return [
+    wrong = [
         differences(rank, world, kind, x, options)
         for kind in ("even", "uneven")
         for options in ({"k1": 12}, {"k1": 12, "convention": "zhong"})
     ]
+    return wrong, under_way(x[own_slice("even", len(x), rank, world)])
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_pieces_of_the_ring_change_no_bit(world, tmp_path):
-    for outcome in on_ranks(world, tmp_path, in_small_pieces, rows_of("hard", 203)):
-        assert outcome == [[]] * 4
+def under_way(x):
+    """Of each visit of a search, how many transfers were begun and not waited for at its product.
+
+    Nothing else tells on CPUs whether transfers and products are made at the same time.
+    """
+    import dhcl_ops.sharded.neighbours as neighbours
+
+    begun, waiting, seen = itertools.count(), set(), []
+    post, meet = dist.batch_isend_irecv, neighbours.meet
+
+    class Watched(NamedTuple):
+        work: Any
+        number: int
+
+        def wait(self):
+            waiting.discard(self.number)
+            return self.work.wait()
+
+    def posted(ops):
+        waiting.add(number := next(begun))
+        return [Watched(work, number) for work in post(ops)]
+
+    def met(*args):
+        seen.append(frozenset(waiting))
+        return meet(*args)
+
+    dist.batch_isend_irecv, neighbours.meet = posted, met
+    sharded.knn(x, 5)
+    assert not waiting
+    # Own rows meet a visitor in several products.
+    return [len(transfers) for transfers, _ in itertools.groupby(seen)]
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def pieces(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pieces")
+    return on_ranks(request.param, folder, in_small_pieces, rows_of("hard", 203))
+
+
+def test_pieces_of_the_ring_change_no_bit(pieces):
+    for wrong, _ in pieces:
+        assert wrong == [[]] * 4
+
+
+def test_transfers_are_under_way_during_products(pieces):
+    """The next piece, the lengths of what the last visit found, and what the one before found."""
+    wanted = [1, 2, *[3] * 7, 2] if len(pieces) > 1 else []
+    for _, transfers in pieces:
+        assert transfers == wanted
 
 
 # ---- errors -------------------------------------------------------------------------------------
