@@ -154,7 +154,7 @@ _match_ranks = define(
 # ---- distances ----------------------------------------------------------------------------------
 
 
-class _GivenDistances:
+class GivenDistances:
     """Blocks of rows of a distance matrix."""
 
     def __init__(self, distance: torch.Tensor) -> None:
@@ -448,11 +448,11 @@ def evaluate_with_draws(
         raise ValueError(f"{_OP}: features must be a pair, query and gallery (got {len(given)})")
     names = ("query", "gallery") if pair else ("distance",)
     tensors = _arrays.as_tensors(_OP, **dict(zip(names, given, strict=True)))
-    distances: FeatureDistances | _GivenDistances
+    distances: FeatureDistances | GivenDistances
     if pair:
         distances = FeatureDistances(tensors[0], tensors[1], settings.metric)
     else:
-        distances = _GivenDistances(tensors[0])
+        distances = GivenDistances(tensors[0])
     with full_precision(distances.device):
         identities = without_junk(distances, identities, settings.junk_id)
         each, cmcs = _each_query(distances, identities, settings, randint, progress)
@@ -462,7 +462,7 @@ def evaluate_with_draws(
 
 
 def without_junk(
-    distances: FeatureDistances | _GivenDistances, given: Identities, junk_id: int | None
+    distances: FeatureDistances | GivenDistances, given: Identities, junk_id: int | None
 ) -> Identities:
     """The checked identities as int64 tensors; junk is taken out of them and of the distances."""
     device = distances.device
@@ -484,7 +484,7 @@ def without_junk(
 
 
 def _each_query(
-    distances: FeatureDistances | _GivenDistances,
+    distances: FeatureDistances | GivenDistances,
     identities: Identities,
     settings: Settings,
     randint: Callable[[int, Any], Any],

@@ -17,6 +17,7 @@ from dhcl_ops.sharded.hybrid import (
 from dhcl_ops.sharded.memory import momentum_update_
 from dhcl_ops.sharded.peers import PeerError, is_lost_peer
 from dhcl_ops.sharded.ranking import evaluate_ranking
+from dhcl_ops.sharded.reranking import rerank
 
 __all__ = [
     "DHCLLoss",
@@ -31,5 +32,6 @@ __all__ = [
     "is_lost_peer",
     "knn",
     "momentum_update_",
+    "rerank",
     "suspected_false_negatives",
 ]

@@ -78,15 +78,28 @@ def knn(
         return search(shards.own, k, shards, progress)
 
 
-def _encoded(
+def encoded(
     shards: Shards,
     given: tuple[torch.Tensor | None, torch.Tensor] | None,
     widths: tuple[int, int, int],
     zhong: bool,
     progress: Progress | None,
     timer: Stages,
-) -> tuple[Rows, int]:
-    """Own weighted sets after the query expansion, and the uncertified rows of all ranks."""
+) -> tuple[Rows, torch.Tensor | None, int]:
+    """Own weighted sets after the query expansion, and what they are made with.
+
+    Args:
+        shards: holds this rank's rows.
+        given: their lists, similarities where there are any and indices; None to search for them.
+        widths: as of ``list_width``.
+        zhong: whether squared distances are divided by the largest one of each row.
+        progress: called as ``progress(stage, rows_done, rows_total)``.
+        timer: takes the seconds of each stage.
+
+    Returns:
+        The sets, the (n,) largest squared distances if ``zhong``, and the uncertified rows of all
+        ranks.
+    """
     k, half, k2 = widths
     features = shards.own
     uncertified = 0
@@ -117,7 +130,7 @@ def _encoded(
     with shards.stage("query expansion"):
         rows = graph.expanded_weights(ranks, weights, k2, shards, progress)
     timer("query expansion")
-    return rows, uncertified
+    return rows, scale, uncertified
 
 
 def largest_squares(features: torch.Tensor, shards: Shards) -> torch.Tensor:
@@ -258,7 +271,8 @@ def cluster(
             k = min(k1, shards.total)
             ranks = search_by_camera(shards.own, cameras, k, own, shards, progress)
     given = None if ranks is None else _given_lists(op, ranks, widths[0], shards)
-    rows, uncertified = _encoded(shards, given, widths, convention == "zhong", progress, timer)
+    zhong = convention == "zhong"
+    rows, _, uncertified = encoded(shards, given, widths, zhong, progress, timer)
     for radius in radii:
         if radius is not None:
             warn_of_tie(op, radius, k2)

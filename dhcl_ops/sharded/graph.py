@@ -23,7 +23,8 @@ from dhcl_ops.sharded.shards import Shards, piece_rows
 _FETCHED_BYTES = 16 << 20
 
 
-def _offsets(sizes: torch.Tensor) -> torch.Tensor:
+def offsets_of_sizes(sizes: torch.Tensor) -> torch.Tensor:
+    """Where lines of these lengths (n,) begin, and the last one ends: (n + 1,)."""
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
 
 
@@ -156,7 +157,7 @@ def expanded_weights(
     local = ids.new_zeros(len(ids), k2)
     local[begin : begin + len(ranks)] = place[near]
     del place
-    lines = Rows(_offsets(length), columns, values)
+    lines = Rows(offsets_of_sizes(length), columns, values)
     del columns, values
     parts = [
         query_expand(local, *lines, k2, begin + start, begin + stop)
@@ -169,7 +170,7 @@ def expanded_weights(
 # ---- pairs within eps ---------------------------------------------------------------------------
 
 
-def _cut(rows: Rows, begin: int, end: int) -> Rows:
+def cut(rows: Rows, begin: int, end: int) -> Rows:
     """Some consecutive lines."""
     lines = rows.offsets[begin : end + 1]
     first, last = int(lines[0]), int(lines[-1])
@@ -188,11 +189,8 @@ def _without_first(index: Index, rows: int) -> Index:
     )
 
 
-def _pairs(
-    own: Rows, visitor: Rows | None, eps: float, shards: Shards
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pairs within eps: own row, and later own row or row of the visitor, and their distance."""
-    rows = len(own.offsets) - 1
+def stacked(own: Rows, visitor: Rows | None, shards: Shards) -> Rows:
+    """Lines, and those of a visitor after them, as a square matrix of the columns that occur."""
     lines, columns, values = own
     if visitor is not None:
         lines = torch.cat([lines, visitor.offsets[1:] + lines[-1]])
@@ -201,11 +199,17 @@ def _pairs(
     place = shards.marked(columns).cumsum(0, dtype=torch.int32)
     count = int(place[-1]) if len(place) else 0
     columns = place[columns] - 1
-    del place
     # The ops take square matrices: rows without entries make up for columns without rows.
     empty = max(count - (len(lines) - 1), 0)
-    both = Rows(torch.cat([lines, lines[-1:].expand(empty)]), columns, values)
-    del columns, values
+    return Rows(torch.cat([lines, lines[-1:].expand(empty)]), columns, values)
+
+
+def _pairs(
+    own: Rows, visitor: Rows | None, eps: float, shards: Shards
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs within eps: own row, and later own row or row of the visitor, and their distance."""
+    rows = len(own.offsets) - 1
+    both = stacked(own, visitor, shards)
     index = inverted_index(both, eps)
     if visitor is not None:
         index = _without_first(index, rows)
@@ -248,7 +252,7 @@ class _Luggage:
 
     def give(self, begin: int, end: int) -> list[torch.Tensor]:
         """A piece of own lines."""
-        part = _cut(self.rows, begin, end)
+        part = cut(self.rows, begin, end)
         return [part.offsets.diff().int(), part.columns, part.values]
 
 
@@ -269,8 +273,8 @@ def eps_graph(rows: Rows, eps: float, shards: Shards, progress: Progress | None)
     visits = shards.visits(luggage.size, luggage.outline, luggage.give, lambda _, back: note(*back))
     for visit in visits:
         sizes, columns, values = visit.tables
-        visitor = Rows(_offsets(sizes.long()), columns, values)
-        row, other, distance = _pairs(_cut(rows, 0, visit.mine.stop), visitor, eps, shards)
+        visitor = Rows(offsets_of_sizes(sizes.long()), columns, values)
+        row, other, distance = _pairs(cut(rows, 0, visit.mine.stop), visitor, eps, shards)
         note(row, other + visit.first, distance)
         # What the visitor's rows found here goes home, by its own numbers.
         theirs = other + (visit.first - shards.starts[visit.owner])

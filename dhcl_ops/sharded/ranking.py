@@ -15,6 +15,7 @@ from dhcl_ops import _checks
 from dhcl_ops._products import full_precision
 from dhcl_ops.ranking import (
     FeatureDistances,
+    GivenDistances,
     Identities,
     RankingMetrics,
     Settings,
@@ -32,7 +33,7 @@ _BLOCK_ENTRIES = 1 << 22
 
 @torch.no_grad()
 def evaluate_ranking(
-    features: tuple[torch.Tensor, torch.Tensor],
+    distance_or_features: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     query_ids: torch.Tensor,
     gallery_ids: torch.Tensor,
     query_cameras: torch.Tensor | None = None,
@@ -49,13 +50,15 @@ def evaluate_ranking(
 ) -> RankingMetrics:
     """:func:`dhcl_ops.evaluate_ranking` of a gallery that lies on several ranks.
 
-    Every rank gives all queries and its own gallery rows, which are numbered on from rank to rank
-    where equal distances go by number. Distances are as exact as an fp32 matrix product, so where
-    two are equal to rounding the order may be another than with the gallery in one piece. A rank
-    holds its own rows, distances to them of some queries at a time, and those of all right matches.
+    Every rank gives all queries and its own gallery rows, or distances to them. Rows are numbered
+    on from rank to rank where equal distances go by number. Distances from features are as exact as
+    an fp32 matrix product, so where two are equal to rounding the order may be another than with
+    the gallery in one piece. A rank holds its own rows, distances to them of some queries at a
+    time, and those of all right matches.
 
     Args:
-        features: query (Q, d), equal on all ranks, and this rank's gallery (g, d), any number.
+        distance_or_features: query features (Q, d), equal on all ranks, and those of this rank's
+            gallery (g, d), any number; or distances (Q, g) of all queries to this rank's gallery.
         query_ids, query_cameras: (Q,) integers, equal on all ranks.
         gallery_ids, gallery_cameras: (g,) integers of own rows.
         metric, ap, max_rank, junk_id, per_query: as in :func:`dhcl_ops.evaluate_ranking`, in the
@@ -71,7 +74,7 @@ def evaluate_ranking(
     """
     op = "sharded.evaluate_ranking"
     settings = Settings(metric, "market", ap, max_rank, junk_id, 1, per_query)
-    distances: FeatureDistances
+    distances: FeatureDistances | GivenDistances
     identities: Identities
 
     def check() -> torch.Tensor:
@@ -79,14 +82,16 @@ def evaluate_ranking(
         _checks.one_of(op, "metric", metric, ("euclidean", "cosine"))
         _checks.one_of(op, "ap", ap, ("hits", "trapezoid"))
         _checks.integer(op, "max_rank", max_rank, 1)
-        distances = FeatureDistances(*features, metric)
+        distances, own = _source(op, distance_or_features, metric)
         given = Identities(query_ids, gallery_ids, query_cameras, gallery_cameras)
         with full_precision(distances.device):
             identities = without_junk(distances, given, junk_id)
-        return features[1]
+        return own
 
+    given = distance_or_features
+    shape = tuple(getattr(given[0] if isinstance(given, tuple) else given, "shape", ()))
     agreed = {
-        "the shape of queries": tuple(getattr(features[0], "shape", ())), "metric": metric,
+        "the shape of queries": shape if isinstance(given, tuple) else shape[:1], "metric": metric,
         "ap": ap, "max_rank": max_rank, "junk_id": junk_id, "cameras": query_cameras is not None,
     }  # fmt: skip
     shards = Shards(op, group, check, agreed, traffic)
@@ -96,8 +101,23 @@ def evaluate_ranking(
     return metrics_of_ranks(ranks, offsets, int(kept.sum()), settings)
 
 
+def _source(
+    op: str, given: torch.Tensor | tuple[torch.Tensor, torch.Tensor], metric: str
+) -> tuple[FeatureDistances | GivenDistances, torch.Tensor]:
+    """Distances by blocks of queries, and a tensor with a row for each own entry."""
+    if isinstance(given, tuple):
+        return FeatureDistances(*given, metric), given[1]
+    distances = GivenDistances(given)
+    # Here, where all ranks hear of it.
+    for row in range(0, len(given), 1024):
+        if bool((wrong := given[row : row + 1024].isnan().any(1)).any()):
+            at = row + int(wrong.nonzero()[0])
+            raise ValueError(f"{op}: distance must not be NaN (got one in row {at})")
+    return distances, given.T
+
+
 def _match_ranks(
-    distances: FeatureDistances,
+    distances: FeatureDistances | GivenDistances,
     identities: Identities,
     shards: Shards,
     progress: Callable[[str, int, int], object] | None,

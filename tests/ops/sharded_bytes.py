@@ -95,6 +95,16 @@ def cluster_bytes(labels, row, column, owner, world):
     return total + len(foreign(owner, row[border], column[border])) * (4 + 8)
 
 
+def query_bytes(x, queries, k1, k2, world):
+    """What re-ranking sends to other ranks of the queries' sets, the first rows of x."""
+    k, half, k2 = list_width("stated", len(x), k1, k2, "zhong")
+    lists = Lists(dhcl_ops.knn(x, k).indices.int(), k, half, k2)
+    offsets, columns = expanded_sets(lists, None)
+    rows = Rows(offsets, columns.int(), torch.ones(len(columns)))
+    entries = int(expanded_weights(lists, rows, None).offsets[queries])
+    return (world - 1) * (queries * 20 + 8 * entries)
+
+
 def counted(rank, world, x, graph_eps):
     """Bytes by stage that this rank sends."""
     traffic = {}

@@ -15,7 +15,7 @@ from dhcl_ops.sharded import ranking as ranking_module
 from dhcl_ops.sharded import shards as shards_module
 from tests.ops.jaccard_data import features_like
 from tests.ops.ranks import on_ranks, own_slice
-from tests.ops.sharded_bytes import compared
+from tests.ops.sharded_bytes import compared, query_bytes
 
 WORLDS = (2, 3, 4)
 # Name: regime, rows, shares, options of cluster.
@@ -127,6 +127,29 @@ def ranking_differences(rank, world, kind, cameras, ap):
     ]
 
 
+def reranked_differences(rank, world, kind):
+    """What is not as in one process: re-ranked distances of own columns, and their metrics."""
+    x = rows_of("hard", 150)
+    query, gallery = x[:31], x[31:]
+    own = own_slice(kind, len(gallery), rank, world)
+    one = dhcl_ops.rerank(query, gallery, k1=12, k2=4)
+    sent = {}
+    found = sharded.rerank(query, gallery[own], k1=12, k2=4, traffic=sent)
+    wrong = [] if torch.allclose(found, one[:, own], rtol=0, atol=1e-6) else ["distances"]
+    # Whole numbers, many of which are equal.
+    one, ids = (one * 8).round(), torch.arange(150) % 7
+    options = {"max_rank": 20, "per_query": True}
+    whole = dhcl_ops.evaluate_ranking(one, ids[:31], ids[31:], **options)
+    parts = sharded.evaluate_ranking(one[:, own], ids[:31], ids[31:][own], **options)
+    pairs = zip(whole._fields, whole, parts, strict=True)
+    wrong += [
+        name
+        for name, a, b in pairs
+        if not torch.equal(torch.as_tensor(a).nan_to_num(7), torch.as_tensor(b).nan_to_num(7))
+    ]
+    return wrong, sent["queries"]
+
+
 def all_cases(rank, world):
     outcome = {
         name: differences(rank, world, kind, rows_of(regime, n), options)
@@ -140,6 +163,9 @@ def all_cases(rank, world):
     wide = {}
     sharded.cluster(own, graph_eps=0.85, traffic=wide)
     outcome["traffic of a wide graph"] = wide
+    outcome["reranked"] = {
+        kind: reranked_differences(rank, world, kind) for kind in ("uneven", "one")
+    }
     # A few rows a block, so that there are several.
     ranking_module._BLOCK_ENTRIES = 160 * 5
     outcome["ranking"] = {case: ranking_differences(rank, world, *case) for case in RANKING_CASES}
@@ -162,6 +188,14 @@ def test_bits_are_those_of_one_process(outcomes, case):
 def test_metrics_are_those_of_a_gallery_in_one_piece(outcomes, case):
     for outcome in outcomes:
         assert outcome["ranking"][case] == []
+
+
+def test_reranked_distances_are_those_of_one_process(outcomes):
+    stated = query_bytes(rows_of("hard", 150), 31, 12, 4, len(outcomes))
+    for kind in ("uneven", "one"):
+        assert [outcome["reranked"][kind][0] for outcome in outcomes] == [[]] * len(outcomes)
+        sent = sum(outcome["reranked"][kind][1] for outcome in outcomes)
+        assert sent == pytest.approx(stated, rel=0.05)
 
 
 def test_bytes_are_those_of_the_formula(outcomes):
@@ -286,6 +320,11 @@ def refusals(rank, world, x):
         "a wrong option": lambda: sharded.cluster(own, eps=1.5 if rank == 0 else 0.5),
         "a rank's width": lambda: sharded.knn(own if rank else own[:, :7], 3),
         "too many neighbours": lambda: sharded.knn(own, len(x) + 1),
+        "a rank's gallery": lambda: sharded.rerank(own[:4], broken if rank == 1 else own),
+        "other queries": lambda: sharded.rerank(own[: 4 + rank], own),
+        "a distance": lambda: sharded.evaluate_ranking(
+            broken.T[:3], torch.zeros(3, dtype=torch.int64), torch.zeros(len(own)).long()
+        ),
         "a rank's lists": lambda: sharded.cluster(
             own, k1=5, k2=2, ranks=torch.full((len(own), 5), len(x) - 1 + (rank == 1))
         ),
@@ -309,6 +348,9 @@ def test_what_is_wrong_on_one_rank_is_refused_on_all(tmp_path):
         )
         assert "eps must be in (0, 1) (got 1.5)" in messages["a wrong option"]
         assert "the features' width must be equal" in messages["a rank's width"]
+        assert "gallery must be finite (got nan in row 3)" in messages["a rank's gallery"]
+        assert "the shape of queries must be equal" in messages["other queries"]
+        assert "distance must not be NaN (got one in row 2)" in messages["a distance"]
         assert "(got k=61, N=60)" in messages["too many neighbours"]
         assert "ranks must be in [0, 60)" in messages["a rank's lists"]
 

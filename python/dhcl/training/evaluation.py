@@ -114,12 +114,19 @@ class Evaluator:
         own = slice(part.start, part.stop)
         ids = torch.from_numpy(queries.ids), torch.from_numpy(images.ids[own])
         cameras = cameras_apart(queries.cameras, images.cameras[own])
-        ranking = sharded.evaluate_ranking(
-            (query, gallery), *ids, *cameras, ap=self._ap, max_rank=max(self._ranks)
-        )
+
+        def rank(what: Any) -> dict[str, Any]:
+            options: dict[str, Any] = {"ap": self._ap, "max_rank": max(self._ranks)}
+            ranking = sharded.evaluate_ranking(what, *ids, *cameras, **options)
+            return by_name(ranking, self._ranks)
+
+        metrics = rank((query, gallery))
         if reranked:
-            self._engine.say("warning: no re-ranking, the gallery lies on several processes")
-        return by_name(ranking, self._ranks) if self._engine.is_main else {}
+            try:
+                metrics["reranked"] = rank(sharded.rerank(query, gallery))
+            except MemoryError as error:
+                self._engine.say(f"warning: no re-ranking, {error}")
+        return metrics if self._engine.is_main else {}
 
     def _pooled(
         self, query: torch.Tensor, gallery: torch.Tensor

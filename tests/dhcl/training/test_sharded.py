@@ -99,6 +99,7 @@ def trained(pictures, tmp_path_factory):
     """The same training with the whole memory on each process, and with half of it."""
     folder = tmp_path_factory.mktemp("sharded")
     changes = {"epochs": 2, "preset": "dhcl-hnm", "suspects": "exclude", "eval_every": 1}
+    changes["rerank"] = True
     configs = [
         options(pictures, folder / kind, "dhcl-hnm", **{**changes, "memory_layout": kind})
         for kind in KINDS
@@ -133,7 +134,10 @@ def test_quality_is_that_of_a_replicated_memory(trained):
     assert other[1]["loss"] == pytest.approx(one[1]["loss"], rel=0.05)
     seen = [run[0]["observed"]["mAP"] for run in (one, other)]
     assert seen[1] == pytest.approx(seen[0], abs=0.02)
-    assert json.loads((parted.run / "metrics.json").read_text())["last"]["mAP"] > 0.2
+    last = json.loads((parted.run / "metrics.json").read_text())["last"]
+    assert last["mAP"] > 0.2
+    assert last["reranked"]["queries"] == last["queries"]
+    assert last["reranked"]["mAP"] > 0.2
 
 
 def test_labels_and_lists_by_camera_and_graph_are_those_of_one_process(trained, pictures):
