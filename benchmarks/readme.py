@@ -266,12 +266,12 @@ def _scaling(folder: Folder) -> list[str]:
 
 
 def _sharded(folder: Folder) -> list[str]:
-    """What several processes take beside one."""
-    results = folder.get("sharded")
-    if results is None:
+    """What several processes take beside one; many rows have a file of their own."""
+    results = [folder[family] for family in ("sharded", "sharded_large") if family in folder]
+    if not results:
         return []
     cells = []
-    for row in results.rows:
+    for row in (row for each in results for row in each.rows):
         inputs, _, traffic = row.note.partition("; ")
         cells.append(
             (
