@@ -45,6 +45,7 @@ __all__ = [
     "can_be_sharded",
     "check_resumed",
     "flat_options",
+    "has_no_instance_loss",
     "load_config",
     "preset",
     "read_options",
@@ -166,11 +167,12 @@ class LossOptions:
     """Number by which cosine similarities are divided before the softmax."""
     prototype_weight: NonNegativeFloat = 1.0
     """Weight of the loss over prototypes."""
-    instance_weight: NonNegativeFloat = 0.0
+    instance_weight: NonNegativeFloat = 1.0
     """Weight of the loss over single images, lambda; at 0 outliers are still told apart."""
-    instance_positives: Literal["self", "hardest", "cross-camera", "class"] = "self"
+    instance_positives: Literal["self", "hardest", "cross-camera", "class"] = "cross-camera"
     """Positive of the loss over single images: the image's own row, the hardest of its class, the
-    hardest of its class in another camera, or all of its class."""
+    hardest of its class in another camera (without two cameras there is no such loss), or all of
+    its class."""
     debias: Literal["constant", "graph"] = "constant"
     """What is known of false negatives: a number, kappa, or the Jaccard graph at debias_eps."""
     debias_eps: Annotated[float, _Number, Field(gt=0, lt=1)] = 0.85
@@ -347,6 +349,19 @@ EPS_GAP = 0.02
 """How far the tighter and the looser eps of the self-paced criterion and of suspects lie off."""
 
 
+def has_no_instance_loss(loss: LossOptions, cameras: int) -> bool:
+    """Whether the loss over single images is left out for want of cameras.
+
+    Its positive would be the image's own row, which costs more than it brings (results.md in docs).
+
+    Args:
+        loss: the options.
+        cameras: number of cameras that are known of the training images.
+    """
+    across = loss.instance_positives == "cross-camera"
+    return bool(loss.instance_weight) and across and cameras < 2
+
+
 def can_be_sharded(c: TrainConfig) -> bool:
     """Whether the memory of a run with these options can be spread over its processes."""
     return c.memory.memory == "instances"
@@ -419,18 +434,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dhcl": {},
     # Every part of the loss (docs/method.md); docs/results.md says why they are not the default.
     "dhcl-hnm": {
-        "instance_weight": 0.25,
-        "kappa": 0.25,
+        "debias": "graph",
         "beta": 0.1,
     },
     # Ge et al., NeurIPS 2020.
     "spcl": {
+        "instance_weight": 0.0,
         "self_paced": True,
         "warmup_epochs": 0,
     },
     # Dai et al., ACCV 2022.
     "cluster-contrast": {
         "memory": "clusters",
+        "instance_weight": 0.0,
         "cluster_on": "extracted",
         "outliers": "drop",
         "momentum": 0.1,

@@ -42,9 +42,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "spcl": ("spcl", {}),
     "cluster-contrast": ("cluster-contrast", {}),
     "dhcl": ("dhcl", {}),
-    "dhcl, debiased": ("dhcl", {"kappa": 0.25}),
+    "dhcl, prototypes alone": ("dhcl", {"instance_weight": 0.0}),
     "dhcl, hard negatives": ("dhcl", {"beta": 0.1}),
-    "dhcl, both": ("dhcl", {"kappa": 0.25, "beta": 0.1}),
+    "dhcl-hnm": ("dhcl-hnm", {}),
 }
 """Rows of the table after the untrained network: preset and what is changed of it."""
 

@@ -187,7 +187,7 @@ def test_options_are_written_by_section_and_read_with_or_without():
     config = with_changes(preset("dhcl-hnm"), {"data": "market1501", "root": "x", "eps": 0.5})
     written = yaml.safe_load(config.to_yaml())
     assert list(written)[-len(SECTIONS) :] == list(SECTIONS)
-    assert written["loss"]["kappa"] == 0.25
+    assert written["loss"]["debias"] == "graph"
     assert written["data"]["data"] == "market1501"
     assert with_changes(TrainConfig(), written) == config
     assert with_changes(TrainConfig(), {**written, "loss": {}, **written["loss"]}) == config

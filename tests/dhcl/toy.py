@@ -55,6 +55,8 @@ OPTIONS = {
 
 
 def options(root, out, name="dhcl", **changes):
+    if changes.get("memory") == "clusters":  # has no single images
+        changes = {"instance_weight": 0.0, **changes}
     return with_changes(preset(name), {**OPTIONS, "root": root, "out": out, **changes}).resolved()
 
 

@@ -18,6 +18,7 @@ from dhcl.config import (
     ConfigError,
     DataOptions,
     TrainConfig,
+    has_no_instance_loss,
     run_text,
 )
 from dhcl.data import DataError, ReIDData, check_images, load_data
@@ -258,11 +259,16 @@ def _check_data(config: TrainConfig, engine: Engine, data: ReIDData) -> None:
             "k1_own: the cameras of the training images must be known, and two at least "
             f"(got {data.train.num_cameras})"
         )
-    across = config.loss.instance_positives == "cross-camera" and config.loss.instance_weight
-    if across and data.train.num_cameras < 2:
-        raise ConfigError(
-            "instance_positives: cross-camera needs training images of two known cameras at least "
-            f"(got {data.train.num_cameras})"
+    if has_no_instance_loss(config.loss, data.train.num_cameras):
+        if not config.loss.prototype_weight:
+            raise ConfigError(
+                "instance_positives: cross-camera without a loss over prototypes needs training "
+                f"images of two known cameras at least (got {data.train.num_cameras})"
+            )
+        engine.say(
+            "no loss over single images: its positives are of another camera, and of the training "
+            f"images {'one camera is' if data.train.num_cameras else 'no cameras are'} known; "
+            "--instance-positives has others"
         )
     if config.loss.debias == "graph" and Tracklets.of_list(data.train) is not None:
         raise ConfigError(

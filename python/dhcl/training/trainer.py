@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import set_seed
 from torch.utils.data import Subset
 
-from dhcl.config import ConfigError, OptimiserOptions, TrainConfig
+from dhcl.config import ConfigError, OptimiserOptions, TrainConfig, has_no_instance_loss
 from dhcl.data import (
     ImageList,
     PKSampler,
@@ -149,7 +149,10 @@ class Trainer:
         self.rows = torch.arange(len(images), device=engine.device)  # bank row of each image, or -1
         # Of the images, for a loss that looks at them; where a row of the memory is an image.
         self._cameras: torch.Tensor | None = None
-        if config.loss.instance_positives == "cross-camera":
+        self._of_instances = bool(config.loss.instance_weight) and not has_no_instance_loss(
+            config.loss, images.num_cameras
+        )
+        if config.loss.instance_positives == "cross-camera" and self._of_instances:
             self._cameras = torch.from_numpy(images.cameras).to(engine.device)
         self.labels = torch.full((len(images),), -1)  # cluster of each image, -1 for outliers
         self.loose: torch.Tensor | None = None  # clusters at the larger eps, for suspects
@@ -399,8 +402,8 @@ class Trainer:
         warm = self.at.epoch >= options.warmup_epochs
         loss = self.layout.loss_class(
             prototype_weight=options.prototype_weight,
-            instance_weight=options.instance_weight,
-            instance_positives=options.instance_positives,
+            instance_weight=options.instance_weight if self._of_instances else 0.0,
+            instance_positives=options.instance_positives if self._of_instances else "self",
             temperature=options.temperature,
             # With very few classes no more than half of the negatives can be false.
             kappa=min(options.kappa, others / 2) if warm else 0.0,

@@ -280,7 +280,7 @@ def test_the_comparison_ends_with_a_table_and_goes_on_where_it_was_stopped(tmp_p
     assert "Comparison of 12 runs" in (tmp_path / "demo" / "compare.html").read_text()
     text = (tmp_path / "demo" / "results.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    for name in ("untrained", "spcl", "cluster-contrast", "dhcl", "dhcl, both"):
+    for name in ("untrained", "spcl", "cluster-contrast", "dhcl", "dhcl-hnm"):
         assert f"| {name} |" in text
     assert "±" in text
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]

@@ -206,8 +206,9 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(number, pictur
     """The command itself, as a terminal or a scheduler would stop it."""
     from tests.dhcl.cli.test_cli import command
 
-    changes = {"iterations": 300, "epochs": 2, "workers": 1}
+    changes = {"iterations": 300, "epochs": 2, "workers": 1, "checkpoint_minutes": 1e-3}
     config = options(pictures, tmp_path / "run", **changes)
+    checkpoint = config.run / "checkpoints" / "last.pt"
     process = subprocess.Popen(
         command("train", config),
         stderr=subprocess.PIPE,
@@ -219,13 +220,15 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(number, pictur
     for line in process.stdout:
         if line.startswith("model:"):
             break
-    time.sleep(3)
+    while not checkpoint.exists():  # the first step is made
+        assert process.poll() is None
+        time.sleep(0.05)
     os.killpg(process.pid, number)  # a terminal signals the workers too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert f"dhcl train --resume {config.run}" in errors
     assert "Traceback" not in errors
-    at = load_checkpoint(config.run / "checkpoints" / "last.pt")["progress"]
+    at = load_checkpoint(checkpoint)["progress"]
     assert 0 < at["iteration"] < 300
 
 

@@ -52,7 +52,8 @@ def killed(self, *batch):
     if self.at.epoch == 1 and self.at.iteration == 2 and self.engine.rank == 1 and fatal.exists():
         fatal.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    if self.false_negatives is not None and self.at.iteration == 1:
+    graph = self.config.run.name.startswith("graph-")
+    if graph and self.false_negatives is not None and self.at.iteration == 1:
         self.save()
         if self.engine.is_main:
             shutil.copytree(self.checkpoint.parent, folder / f"{self.config.run.name}-middle")

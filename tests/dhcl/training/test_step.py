@@ -52,6 +52,10 @@ def test_a_step_reads_nothing_from_a_cuda_device(recipe, pictures, tmp_path, mon
     for module in (trainer.model, trainer.bank):
         there.move(module)
     trainer.rows = there.of(trainer.rows)
+    if trainer._cameras is not None:
+        trainer._cameras = there.of(trainer._cameras)
+    if (known := trainer.loss._false_negatives) is not None:
+        trainer.loss._false_negatives = type(known)(*map(there.of, known))
     if (suspects := trainer.loss._suspects) is not None:
         trainer.loss._suspects = suspects._replace(
             groups=there.of(suspects.groups), others=there.of(suspects.others)

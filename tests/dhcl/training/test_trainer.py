@@ -100,7 +100,7 @@ def test_training_learns(tmp_path):
 def test_a_step_is_the_loss_a_gradient_step_and_the_update(pictures, tmp_path):
     """The whole step again, from its parts, in double-checked plain form."""
     once = {"epochs": 1, "iterations": 1, "warmup_epochs": 0}
-    method = {"instance_weight": 0.25, "kappa": 0.25, "beta": 0.1}
+    method = {"instance_weight": 0.25, "instance_positives": "self", "kappa": 0.25, "beta": 0.1}
     config = options(pictures, tmp_path / "run", **method, **once)
     trainer = make_trainer(config)
     features = trainer.recall()
@@ -201,11 +201,21 @@ def test_other_data_are_evaluated_without_statistics_per_camera(pictures, tmp_pa
         assert metrics["queries"] == 16  # ranking knows the cameras all the same
 
 
-def test_images_without_identities_and_cameras_train(pictures, tmp_path):
+def test_images_without_identities_and_cameras_train(pictures, tmp_path, capsys):
+    """The loss over single images, whose positives are of another camera, is left out and said."""
     config = options(pictures / "bounding_box_train", tmp_path / "run", data="folder")
     assert train(config).metrics == {}
+    assert "no loss over single images" in capsys.readouterr().out
+    assert [entry["instance_loss"] for entry in entries(config.run)] == [0.0] * 3
     assert "ari" not in entries(config.run)[0]["observed"]
     assert (config.run / "checkpoints" / "last.pt").exists()
+
+
+def test_nothing_but_positives_of_other_cameras_needs_two(pictures, tmp_path):
+    options_of_it = {"data": "folder", "prototype_weight": 0.0}
+    config = options(pictures / "bounding_box_train", tmp_path / "run", **options_of_it)
+    with pytest.raises(ConfigError, match=r"two known cameras at least \(got 0\)"):
+        train(config)
 
 
 def test_unknown_cameras_are_not_one_camera(pictures, tmp_path):
