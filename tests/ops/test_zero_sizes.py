@@ -8,12 +8,13 @@ import itertools
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from dhcl_ops import _library, _ops
 
 CPU = torch.device("cpu")
-
+NOT_COMPILED = "no op is compiled here"
 
 # Samples that have what an op's own one leaves out: rows are listed here, and not classes.
 MORE = {"update_segment_mean_": lambda sample: (*sample, torch.tensor([1, 3, 1, 0, 0, 2]))}
@@ -74,8 +75,8 @@ def check(op, what, arguments):
 
 def main():
     torch.set_num_threads(1)
-    if not _library.load_once():
-        print("there is no compiled library")
+    if not (_library.load_once() and any(op.compiled("cpu") for op in _ops.OPS.values())):
+        print(NOT_COMPILED)
         return
     count = 0
     for op in _ops.OPS.values():
@@ -95,7 +96,9 @@ def test_no_raw_operator_reads_what_is_not_there():
     )
     said = done.stdout.splitlines()[-1:]
     assert done.returncode == 0, f"{said}, status {done.returncode}: {done.stderr[-2000:]}"
-    assert said[0] == "there is no compiled library" or int(said[0].split()[0]) > 300
+    if said[0] == NOT_COMPILED:
+        pytest.skip(said[0])
+    assert int(said[0].split()[0]) > 300
 
 
 if __name__ == "__main__":
