@@ -10,6 +10,7 @@ from dhcl_ops import _csr
 from dhcl_ops.contrastive import NegativeWeights
 from dhcl_ops.false_negatives import FalseNegatives
 from dhcl_ops.sharded.bank import MemoryBank
+from dhcl_ops.sharded.graph import offsets_of_sizes
 from dhcl_ops.sharded.shards import Shards
 
 __all__ = ["check_lists", "lists_by_class", "lists_of_all"]
@@ -58,10 +59,6 @@ def _entries(rows: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, t
     return row, begin[row] + inner
 
 
-def _ends(sizes: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-
-
 def lists_of_all(shards: Shards, own: NegativeWeights, first: int) -> NegativeWeights:
     """The lists of the batches of all ranks, on all; columns count from ``first``.
 
@@ -82,7 +79,7 @@ def lists_of_all(shards: Shards, own: NegativeWeights, first: int) -> NegativeWe
     members = None if own.members is None else own.members - first
     return NegativeWeights(
         torch.arange(len(lengths), device=lengths.device),
-        _ends(lengths),
+        offsets_of_sizes(lengths),
         entries - first if members is None else entries,
         every[:, 2].contiguous().view(torch.float32),
         members,
@@ -115,7 +112,7 @@ def lists_by_class(
     sizes = torch.bincount(came[:, 0], minlength=len(images))
     return NegativeWeights(
         torch.arange(len(images), device=images.device),
-        _ends(sizes),
+        offsets_of_sizes(sizes),
         came[:, 1].long() - first,
         came[:, 2].contiguous().view(torch.float32),
     )
